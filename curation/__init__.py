@@ -1,0 +1,3 @@
+"""Choose what a model trains on, while it trains."""
+
+__version__ = "0.1.0"

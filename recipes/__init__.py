@@ -1,0 +1,1 @@
+"""Whole runs: a YAML file and the modules it names."""
