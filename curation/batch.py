@@ -1,0 +1,235 @@
+"""Rows of any nested batch: how many there are, taking some of them, and the sample ids that travel along."""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+SAMPLE_ID = "sample_id"
+
+
+def _is_namedtuple(node: Any) -> bool:
+    return isinstance(node, tuple) and hasattr(node, "_fields")
+
+
+def _is_column(node: Any) -> bool:
+    """A list or tuple of plain values, one per row (strings, ids), rather than a container of fields."""
+    return (
+        isinstance(node, (list, tuple))
+        and not _is_namedtuple(node)
+        and all(isinstance(v, (str, bytes, int, float, bool)) or v is None for v in node)
+    )
+
+
+def _children(node: Any) -> list[tuple[str, Any]] | None:
+    """The named fields of a container, or None for a leaf."""
+    if isinstance(node, Mapping):
+        return [(str(key), value) for key, value in node.items()]
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
+        return [(f.name, getattr(node, f.name)) for f in dataclasses.fields(node)]
+    if _is_namedtuple(node):
+        return list(zip(node._fields, node, strict=True))
+    if isinstance(node, (list, tuple)) and not _is_column(node):
+        return [(str(i), value) for i, value in enumerate(node)]
+    return None
+
+
+def _rebuild(node: Any, values: Sequence[Any]) -> Any:
+    """A container like ``node`` that holds ``values``."""
+    if isinstance(node, Mapping):
+        new: Any = copy.copy(node)
+        for key, value in zip(node, values, strict=True):
+            new[key] = value
+        return new
+    if dataclasses.is_dataclass(node):
+        new = copy.copy(node)
+        for field, value in zip(dataclasses.fields(node), values, strict=True):
+            object.__setattr__(new, field.name, value)
+        return new
+    if _is_namedtuple(node):
+        return type(node)(*values)
+    return type(node)(values)
+
+
+def _leaves(node: Any, path: str = "batch") -> list[tuple[str, Any]]:
+    children = _children(node)
+    if children is None:
+        return [(path, node)]
+    return [leaf for name, child in children for leaf in _leaves(child, f"{path}.{name}")]
+
+
+def _map_leaves(node: Any, fn: Callable[[Any], Any]) -> Any:
+    children = _children(node)
+    return fn(node) if children is None else _rebuild(node, [_map_leaves(child, fn) for _, child in children])
+
+
+def batch_size(batch: Any) -> int:
+    """Number of rows of a nested batch.
+
+    Every tensor with at least one dimension is taken to hold one row per sample in its first dimension.
+    Scalars, ``None`` and other objects belong to the batch as a whole.
+
+    Args:
+        batch: Tensors in any nesting of mappings, lists, tuples, named tuples and dataclasses.
+
+    Raises:
+        TypeError: If the batch holds no tensor with a batch dimension.
+        ValueError: If the tensors disagree on the number of rows, or there are none.
+
+    Example:
+        >>> batch_size({"x": torch.zeros(4, 3), "meta": [torch.zeros(4), "train"]})
+        4
+    """
+    sizes = {path: leaf.size(0) for path, leaf in _leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() > 0}
+    if not sizes:
+        raise TypeError(f"The batch holds no tensor with a batch dimension, but is {type(batch).__name__}.")
+    if len(set(sizes.values())) > 1:
+        found = ", ".join(f"{path} has {size}" for path, size in sizes.items())
+        raise ValueError(f"The tensors of the batch disagree on the number of rows: {found}.")
+    size = next(iter(sizes.values()))
+    if size == 0:
+        raise ValueError("The batch has no rows.")
+    return size
+
+
+def take_rows(batch: Any, rows: Tensor) -> Any:
+    """The rows of a nested batch at given indices, in the same nesting; the batch itself is left alone.
+
+    Tensors are indexed along their first dimension without a host synchronisation. Lists and tuples of plain
+    values (strings, numbers) as long as the batch are indexed too, which needs the rows on the host.
+
+    Args:
+        batch: As in :func:`batch_size`.
+        rows: int64 ``[k]``, on the batch's device.
+
+    Raises:
+        TypeError: As :func:`batch_size`.
+        ValueError: As :func:`batch_size`.
+
+    Example:
+        >>> take_rows({"x": torch.arange(4), "name": ["a", "b", "c", "d"]}, torch.tensor([0, 2]))
+        {'x': tensor([0, 2]), 'name': ['a', 'c']}
+    """
+    size = batch_size(batch)
+
+    def take(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.dim() > 0:
+            return leaf.index_select(0, rows.to(leaf.device))
+        if _is_column(leaf) and len(leaf) == size:
+            return type(leaf)(leaf[i] for i in rows.tolist())
+        return leaf
+
+    return _map_leaves(batch, take)
+
+
+def trim_padding(batch: Any) -> Any:
+    """Drop the trailing columns that ``attention_mask`` marks as padding in every row of a text batch.
+
+    Applies to mappings with ``input_ids`` and ``attention_mask`` of shape ``[B, T]``; other batches are returned
+    as they are. Every ``[B, T, ...]`` tensor of the mapping is cut. Costs one host synchronisation.
+
+    Example:
+        >>> trim_padding({"input_ids": torch.tensor([[5, 0, 0]]), "attention_mask": torch.tensor([[1, 0, 0]])})
+        {'input_ids': tensor([[5]]), 'attention_mask': tensor([[1]])}
+    """
+    if not isinstance(batch, Mapping) or "input_ids" not in batch or "attention_mask" not in batch:
+        return batch
+    mask = batch["attention_mask"]
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape != batch["input_ids"].shape:
+        return batch
+    used = mask.ne(0).any(dim=0)
+    width = int((used * torch.arange(1, mask.size(1) + 1, device=mask.device)).max())
+    if width in (0, mask.size(1)):
+        return batch
+    values = [
+        v[:, :width] if isinstance(v, Tensor) and v.dim() >= 2 and v.shape[:2] == mask.shape else v
+        for v in batch.values()
+    ]
+    return _rebuild(batch, values)
+
+
+class SampleIds(Dataset):
+    """A map-style data set whose samples carry their index as a stable int64 ``sample_id``.
+
+    A mapping gains the key ``sample_id``. A tuple gains a last element ``{"sample_id": index}``, which default
+    collation keeps recognisable. The curation callbacks strip the ids before the module sees the batch, in
+    every stage.
+
+    Args:
+        dataset: Map-style data set of mappings or tuples.
+
+    Raises:
+        TypeError: If the data set has no length, or its samples are neither mappings nor tuples.
+
+    Example:
+        >>> SampleIds([{"x": 1.0}, {"x": 2.0}])[1]
+        {'x': 2.0, 'sample_id': 1}
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+            raise TypeError(f"Argument `dataset` must be a map-style data set, but got {type(dataset).__name__}.")
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._with_id(self.dataset[index], index)
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        fetch = getattr(self.dataset, "__getitems__", None)
+        samples = fetch(indices) if fetch is not None else [self.dataset[i] for i in indices]
+        return [self._with_id(sample, i) for sample, i in zip(samples, indices, strict=True)]
+
+    @staticmethod
+    def _with_id(sample: Any, index: int) -> Any:
+        if isinstance(sample, Mapping):
+            return {**sample, SAMPLE_ID: int(index)}
+        if isinstance(sample, tuple):
+            return (*sample, {SAMPLE_ID: int(index)})
+        raise TypeError(
+            f"Argument `dataset` must hold mappings or tuples, but a sample is {type(sample).__name__}."
+        )
+
+
+def split_sample_ids(batch: Any) -> tuple[Any, Tensor | None]:
+    """Separate a batch from its sample ids.
+
+    Args:
+        batch: A collated batch.
+
+    Returns:
+        The batch without ids, and the ids as int64 ``[B]`` (None where the batch carries none).
+
+    Raises:
+        TypeError: If the ids are not integers (a float would round them).
+
+    Example:
+        >>> split_sample_ids([torch.zeros(2), {"sample_id": torch.tensor([7, 9])}])
+        ([tensor([0., 0.])], tensor([7, 9]))
+    """
+    ids = None
+    if isinstance(batch, Mapping) and SAMPLE_ID in batch:
+        ids = batch[SAMPLE_ID]
+        rest = copy.copy(batch)
+        del rest[SAMPLE_ID]  # type: ignore[attr-defined]
+    elif (
+        isinstance(batch, (list, tuple))
+        and len(batch) > 1
+        and isinstance(batch[-1], Mapping)
+        and set(batch[-1]) == {SAMPLE_ID}
+        and not _is_namedtuple(batch)
+    ):
+        ids = batch[-1][SAMPLE_ID]
+        rest = batch[:-1]
+    else:
+        return batch, None
+    ids = torch.as_tensor(ids)
+    if ids.is_floating_point() or ids.is_complex():
+        raise TypeError(f"Sample ids must be integers, but the batch holds {ids.dtype}.")
+    return rest, ids.to(torch.int64)
