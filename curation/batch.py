@@ -192,9 +192,7 @@ class SampleIds(Dataset):
             return {**sample, SAMPLE_ID: int(index)}
         if isinstance(sample, tuple):
             return (*sample, {SAMPLE_ID: int(index)})
-        raise TypeError(
-            f"Argument `dataset` must hold mappings or tuples, but a sample is {type(sample).__name__}."
-        )
+        raise TypeError(f"Argument `dataset` must hold mappings or tuples, but a sample is {type(sample).__name__}.")
 
 
 def split_sample_ids(batch: Any) -> tuple[Any, Tensor | None]:
@@ -213,11 +211,11 @@ def split_sample_ids(batch: Any) -> tuple[Any, Tensor | None]:
         >>> split_sample_ids([torch.zeros(2), {"sample_id": torch.tensor([7, 9])}])
         ([tensor([0., 0.])], tensor([7, 9]))
     """
-    ids = None
+    rest: Any
     if isinstance(batch, Mapping) and SAMPLE_ID in batch:
         ids = batch[SAMPLE_ID]
         rest = copy.copy(batch)
-        del rest[SAMPLE_ID]  # type: ignore[attr-defined]
+        del rest[SAMPLE_ID]
     elif (
         isinstance(batch, (list, tuple))
         and len(batch) > 1

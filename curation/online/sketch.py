@@ -1,0 +1,123 @@
+"""Random projections of a sample's logits, and the memory of the sketches that were kept."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def sign_projection(rows: int, columns: int, seed: int) -> Tensor:
+    """A random sign matrix that preserves squared norms in expectation (Achlioptas 2003).
+
+    With explicit matrices a Fourier projection saves nothing, and independent signs need no padding to a fixed
+    length: the first columns do not depend on how many follow.
+
+    Args:
+        rows: Dimensions after the projection.
+        columns: Dimensions before it.
+        seed: Equal seeds give equal matrices on every device.
+
+    Returns:
+        fp32 ``[rows, columns]`` with entries ``±1/sqrt(rows)``.
+    """
+    return _signs(columns, rows, seed).T / rows**0.5
+
+
+def cosine_projection(rows: int, columns: int, seed: int) -> Tensor:
+    """One axis of the paper's sketch, ``sqrt(n/r) S Re FFT D`` as a matrix (arXiv 2510.16882).
+
+    Args:
+        rows: Dimensions r after the projection.
+        columns: Dimensions n before it.
+        seed: Equal seeds give equal signs D and rows S.
+
+    Returns:
+        fp32 ``[rows, columns]``; rows beyond ``columns`` are zero, so that the size does not depend on it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(columns, generator=generator)[:rows]
+    angle = chosen[:, None] * torch.arange(columns) % columns  # exact integers, so that the cosine stays accurate
+    matrix = torch.zeros(rows, columns)
+    matrix[: len(chosen)] = torch.cos(2 * torch.pi / columns * angle) * (columns / rows) ** 0.5
+    return matrix * _signs(columns, 1, seed + 1)[:, 0]
+
+
+def _signs(n: int, width: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2, (n, width), generator=generator, dtype=torch.int8).float() * 2 - 1
+
+
+def sketch(outputs: Tensor, token_projection: Tensor, vocab_projection: Tensor) -> Tensor:
+    """Project logits on the token axis and the vocabulary axis.
+
+    The vocabulary projection may have been multiplied with the head's weight, so that hidden states give the same
+    sketch as logits: ``P (W h) = (P W) h``.
+
+    Args:
+        outputs: ``[B, T, V]`` logits, or ``[B, T, d]`` hidden states; masked positions zero.
+        token_projection: fp32 ``[r1, >= T]``.
+        vocab_projection: fp32 ``[r2, V]`` or ``[r2, d]``.
+
+    Returns:
+        fp32 ``[B, r1 * r2]``.
+    """
+    projected = outputs.float() @ vocab_projection.T
+    return (token_projection[:, : outputs.size(1)] @ projected).flatten(1)
+
+
+class SketchMemory:
+    """The last ``capacity`` sketches that were kept, first in, first out.
+
+    All bookkeeping stays on the device, so that neither a push nor a look-up synchronises with the host.
+
+    Args:
+        capacity: Sketches remembered.
+        size: Dimensions of a sketch.
+        device: Where they live.
+    """
+
+    def __init__(self, capacity: int, size: int, device: torch.device | str = "cpu") -> None:
+        self.capacity = capacity
+        # The extra row takes what must not be remembered, so that a push has a fixed shape.
+        self.rows = torch.zeros(capacity + 1, size, device=device)
+        self.pushed = torch.zeros((), dtype=torch.int64, device=device)
+
+    def mean_distance(self, sketches: Tensor) -> Tensor:
+        """Mean Euclidean distance to everything remembered; zeros while the memory is empty.
+
+        Args:
+            sketches: fp32 ``[B, size]``.
+
+        Returns:
+            fp32 ``[B]``.
+        """
+        distances = torch.cdist(sketches, self.rows[:-1], compute_mode="donot_use_mm_for_euclid_dist")
+        filled = torch.arange(self.capacity, device=self.rows.device) < self.pushed
+        return (distances * filled).sum(1) / filled.sum().clamp(min=1)
+
+    def push(self, sketches: Tensor, valid: Tensor | None = None) -> None:
+        """Remember sketches in order; those with a value that is not finite, or not ``valid``, are skipped.
+
+        Args:
+            sketches: fp32 ``[n, size]``.
+            valid: bool ``[n]``, all by default.
+        """
+        keep = sketches.isfinite().all(1)
+        keep = (keep if valid is None else keep & valid)[-self.capacity :]
+        sketches = sketches[-self.capacity :]
+        slots = (self.pushed + keep.cumsum(0) - 1) % self.capacity
+        self.rows.index_copy_(0, torch.where(keep, slots, self.capacity), sketches)
+        self.rows[-1] = 0
+        self.pushed += keep.sum()
+
+    def to(self, device: torch.device) -> None:
+        """Move the memory, if it is elsewhere."""
+        self.rows, self.pushed = self.rows.to(device), self.pushed.to(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The remembered sketches and how many were ever pushed."""
+        return {"rows": self.rows.clone(), "pushed": self.pushed.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        self.rows, self.pushed = state["rows"], state["pushed"]

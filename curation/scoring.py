@@ -1,0 +1,265 @@
+"""One forward pass that scores a candidate batch and changes nothing.
+
+A module's own ``training_step`` returns one number for the whole batch, so the outputs of every sample are taken by
+one of three routes:
+
+1. ``module.score_step(batch) -> (logits, targets)``, where the module defines it;
+2. a Hugging Face model inside the module, for mappings with ``input_ids`` or ``pixel_values``;
+3. ``module(x)`` for classification batches ``(x, y)`` with integer ``y``.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from curation import rng
+
+IGNORED = -100
+_PACKED_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+
+
+@dataclass(frozen=True)
+class Route:
+    """How the outputs of a batch are taken.
+
+    Attributes:
+        name: For the log line at the start of the fit.
+        forward: Maps a batch to outputs ``[B, T, V]`` or ``[B, C]`` and aligned integer targets ``[B, T]`` or
+            ``[B]``; positions with target -100 are not scored.
+    """
+
+    name: str
+    forward: Callable[[Any], tuple[Tensor, Tensor]]
+
+
+@contextmanager
+def side_effect_free(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for every submodule, no gradients, and every random stream left as it was.
+
+    Buffers of normalisation layers stay as they are, because evaluation mode does not update them. The mode of each
+    submodule is restored one by one, since parts of a module may be frozen in evaluation mode.
+    """
+    training = [m for m in module.modules() if m.training]
+    for m in training:
+        m.training = False
+    try:
+        with torch.no_grad(), rng.isolated():
+            yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+def find_route(module: nn.Module, batch: Any) -> Route:
+    """Choose the route for a module and the batches it is trained on.
+
+    Args:
+        module: The module that is trained.
+        batch: One candidate batch, without sample ids.
+
+    Raises:
+        TypeError: If no route fits; the message names the method to add.
+        ValueError: If the batch packs several sequences into a row, where rows are not samples.
+    """
+    score_step: Any = getattr(module, "score_step", None)
+    if callable(score_step):
+        return Route("score_step", lambda b: _checked(score_step(b)))
+    if isinstance(batch, Mapping) and ("input_ids" in batch or "pixel_values" in batch):
+        model = _hugging_face_model(module)
+        if model is not None:
+            _refuse_packed(batch)
+            return Route(f"Hugging Face {type(model).__name__}", lambda b: _checked(_run_hugging_face(model, b)))
+    if _is_classification(batch):
+
+        def forward(b: Any) -> tuple[Tensor, Tensor]:
+            try:
+                return _checked((_logits(module(b[0])), b[1]))
+            except NotImplementedError as error:
+                raise _no_route(module, b) from error
+
+        return Route("forward(x)", forward)
+    raise _no_route(module, batch)
+
+
+def _no_route(module: nn.Module, batch: Any) -> TypeError:
+    return TypeError(
+        f"No per-sample outputs can be taken from {type(module).__name__} for a batch of type "
+        f"{type(batch).__name__}. Add a method `score_step(self, batch)` that returns `(logits, targets)`: logits "
+        "[B, T, V] with targets [B, T], or logits [B, C] with targets [B]; target -100 marks positions to ignore."
+    )
+
+
+def _is_classification(batch: Any) -> bool:
+    if not (isinstance(batch, (list, tuple)) and len(batch) == 2 and isinstance(batch[1], Tensor)):
+        return False
+    y = batch[1]
+    return not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool) and y.dim() in (1, 2)
+
+
+def _hugging_face_model(module: nn.Module) -> Any:
+    """The only outermost submodule with the interface of a Hugging Face model."""
+    found: list[str] = []
+    for name, child in module.named_modules():
+        nested = any(name.startswith(f"{outer}.") or outer == "" for outer in found)
+        if not nested and hasattr(child, "get_output_embeddings") and hasattr(child, "config"):
+            found.append(name)
+    if len(found) > 1:
+        raise TypeError(
+            f"{type(module).__name__} holds several Hugging Face models ({', '.join(found)}); add a method "
+            "`score_step(self, batch)` that returns `(logits, targets)` of the one to score with."
+        )
+    return module.get_submodule(found[0]) if found else None
+
+
+def _refuse_packed(batch: Mapping) -> None:
+    packed = next((key for key in _PACKED_KEYS if key in batch), None)
+    positions = batch.get("position_ids")
+    if packed is None and isinstance(positions, Tensor) and positions.dim() == 2:
+        steps = positions[:, 1:] - positions[:, :-1]
+        restarts = steps.lt(0)
+        mask = batch.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.shape == positions.shape:
+            restarts = restarts & mask[:, 1:].ne(0) & mask[:, :-1].ne(0)
+        packed = "position_ids" if bool(restarts.any()) else None
+    if packed is not None:
+        raise ValueError(
+            f"The batch packs several sequences into one row (`{packed}`); a row must be one sample to be selected."
+        )
+
+
+def _logits(output: Any) -> Any:
+    return getattr(output, "logits", output)
+
+
+def _run_hugging_face(model: Any, batch: Mapping) -> tuple[Any, Any]:
+    parameters = inspect.signature(model.forward).parameters
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "label") and (takes_all or k in parameters)}
+    labels = batch.get("labels", batch.get("label"))
+    config = model.config
+    encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+    generates = bool(getattr(model, "can_generate", bool)())
+    if generates:
+        inputs["use_cache"] = False
+    if encoder_decoder and "decoder_input_ids" not in inputs and labels is not None:
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+    if labels is None:
+        if not generates or encoder_decoder:
+            raise TypeError("The batch has no `labels`, so its targets are unknown; add `labels` or a `score_step`.")
+        labels = batch["input_ids"]
+        if "attention_mask" in batch:
+            labels = labels.masked_fill(batch["attention_mask"].eq(0), IGNORED)
+    logits = _logits(model(**inputs))
+    if generates and not encoder_decoder:  # position t predicts token t + 1
+        return logits[:, :-1], labels[:, 1:]
+    return logits, labels
+
+
+def _checked(scored: Any) -> tuple[Tensor, Tensor]:
+    hint = "must be (logits, targets): [B, T, V] with [B, T], or [B, C] with [B]"
+    if not (isinstance(scored, tuple) and len(scored) == 2 and all(isinstance(t, Tensor) for t in scored)):
+        raise TypeError(f"The outputs to score {hint}, but got {type(scored).__name__}.")
+    logits, targets = scored
+    if not logits.is_floating_point() or logits.dim() not in (2, 3) or logits.shape[:-1] != targets.shape:
+        raise TypeError(
+            f"The outputs to score {hint}, but got {logits.dtype} {list(logits.shape)} with {list(targets.shape)}."
+        )
+    return logits, targets
+
+
+def find_output_head(module: nn.Module, head: str, batch: Any) -> nn.Linear | None:
+    """The linear layer that makes the logits, if the scores may be taken from its input.
+
+    Args:
+        module: The module that is trained.
+        head: ``"auto"`` asks the Hugging Face model inside; ``"none"`` gives None; anything else is a module path.
+        batch: One candidate batch, for ``"auto"``.
+
+    Raises:
+        ValueError: If the path names no submodule, or one that is not ``torch.nn.Linear``.
+    """
+    if head == "none":
+        return None
+    if head == "auto":
+        model = _hugging_face_model(module) if isinstance(batch, Mapping) else None
+        layer = model.get_output_embeddings() if model is not None else None
+        # A head with no more outputs than inputs has logits as small as its input: nothing to gain.
+        worthwhile = type(layer) is nn.Linear and layer.out_features > layer.in_features
+        return layer if worthwhile else None
+    try:
+        layer = module.get_submodule(head)
+    except AttributeError as error:
+        raise ValueError(
+            f"Argument `head` must be 'auto', 'none' or the path of a torch.nn.Linear in {type(module).__name__}, "
+            f"but got {head!r}."
+        ) from error
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(f"Argument `head` must name a torch.nn.Linear, but {head!r} is a {type(layer).__name__}.")
+    return layer
+
+
+def _identity(hidden: Tensor) -> Tensor:
+    return hidden
+
+
+@contextmanager
+def head_as_identity(head: nn.Module | None) -> Iterator[None]:
+    """Let a head return its input, so that a route yields ``[B, T, d]`` hidden states where logits would stand.
+
+    Whatever the module does to the positions of its logits (shifting, slicing) is done to the hidden states, and
+    the logits are never formed.
+    """
+    if head is None:
+        yield
+        return
+    own = vars(head).get("forward")
+    head.forward = _identity
+    try:
+        yield
+    finally:
+        del head.forward
+        if own is not None:
+            head.forward = own
+
+
+def per_sample_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each sample, averaged over its scored positions.
+
+    Args:
+        logits: ``[B, T, V]`` or ``[B, C]``, any floating dtype; computed in fp32.
+        targets: int64 ``[B, T]`` or ``[B]``; -100 is ignored.
+
+    Returns:
+        fp32 ``[B]``; NaN for a sample with no scored position.
+    """
+    losses = F.cross_entropy(
+        logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view(targets.shape)
+    if targets.dim() == 1:
+        return losses
+    return losses.sum(1) / targets.ne(IGNORED).sum(1)
+
+
+def per_sample_loss_from_hidden(hidden: Tensor, targets: Tensor, head: nn.Linear) -> Tensor:
+    """:func:`per_sample_loss` of ``head(hidden)``, holding the logits of one sample at a time.
+
+    Args:
+        hidden: ``[B, T, d]``, the head's input.
+        targets: int64 ``[B, T]``.
+        head: The output layer.
+
+    Returns:
+        fp32 ``[B]``.
+    """
+    weight = head.weight
+    rows = [
+        per_sample_loss(F.linear(h[None].to(weight.dtype), weight, head.bias), t[None])
+        for h, t in zip(hidden, targets, strict=True)
+    ]
+    return torch.cat(rows)
