@@ -108,10 +108,10 @@ class OnlineSelection(Callback):
             self._record(trainer, scores, rows, sample_ids)
         if not self._told and not self._probing:
             self._told = True
+            how = self.describe() if self.keep < 1 else "keeps every row, nothing is scored"
             rank_zero_info(
-                f"{type(self).__name__}: {self.describe() if self.keep < 1 else 'keeps every row, nothing is scored'}; "
-                f"candidate batch {size}, trained batch {min(k, size)} per device and step. The learning rate is "
-                "unchanged, so each step averages over fewer samples."
+                f"{type(self).__name__}: {how}; candidate batch {size}, trained batch {min(k, size)} per device and "
+                "step. The learning rate is unchanged, so each step averages over fewer samples."
             )
         return kept
 

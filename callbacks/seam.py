@@ -1,7 +1,7 @@
 """The one place where the batch of a LightningModule is replaced.
 
-A callback cannot rebind the batch that a training step gets, and wrapping the module's own hooks goes silently dead as
-soon as a DataModule overrides them. What every route passes through is ``strategy.batch_to_device``, so one
+A callback cannot rebind the batch that a training step gets, and wrapping the module's own hooks goes silently dead
+as soon as a DataModule overrides them. What every route passes through is ``strategy.batch_to_device``, so one
 :class:`BatchSeam` stands in for it on the strategy instance, and the callbacks of this package are its clients.
 """
 
@@ -79,9 +79,10 @@ class BatchSeam:
         return batch
 
     def _on_device(self, ids: Tensor, batch: Any, device: torch.device | None) -> Tensor:
-        if len(ids) != batch_size(batch):
+        size = batch_size(batch)
+        if len(ids) != size:
             raise ValueError(
-                f"The batch came with {len(ids)} sample ids but has {batch_size(batch)} rows after its transfer hooks."
+                f"The batch came with {len(ids)} sample ids but has {size} rows after its transfer hooks."
             )
         return ids.to(device or self.trainer.strategy.root_device, non_blocking=True)
 

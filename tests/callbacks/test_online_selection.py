@@ -1,0 +1,183 @@
+"""The base of the online rules: how many rows, which, and what is reported."""
+
+import pytest
+import torch
+from curation.callbacks import OnlineSelection, UniformSelection, UtilityDiversitySelection
+from helpers import AnyBatch, Classifier, ManualClassifier, Watch, loader, trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+
+
+class HighestLabel(OnlineSelection):
+    """A rule as small as a rule can be."""
+
+    def score(self, trainer, pl_module, batch, sample_ids):
+        return batch[1].float()
+
+
+class Constant(OnlineSelection):
+    value = torch.nan
+
+    def score(self, trainer, pl_module, batch, sample_ids):
+        scores = torch.arange(len(batch[0])).float()
+        scores[5] = self.value
+        return scores
+
+
+def test_the_rows_with_the_highest_scores_are_kept():
+    watch, raw = Watch(), Watch()
+    trainer(HighestLabel(keep=0.25), watch, max_epochs=1).fit(Classifier(), loader(shuffle=False))
+    trainer(raw, max_epochs=1).fit(Classifier(), loader(shuffle=False, ids=False))
+    for kept, full in zip(watch.batches, raw.batches, strict=True):
+        y = full[1]
+        rows = sorted(sorted(range(8), key=lambda i: -y[i])[:2])
+        assert torch.equal(kept[0], full[0][rows])
+
+
+@pytest.mark.parametrize(
+    ("value", "rows"), [(torch.nan, [6, 7]), (torch.inf, [6, 7]), (-torch.inf, [6, 7]), (99.0, [5, 7])]
+)
+def test_scores_that_are_not_finite_rank_last(value, rows):
+    rule, watch, raw = Constant(keep=0.25), Watch(), Watch()
+    rule.value = value
+    trainer(rule, watch, max_epochs=1, limit_train_batches=1).fit(Classifier(), loader(shuffle=False))
+    trainer(raw, max_epochs=1, limit_train_batches=1).fit(Classifier(), loader(shuffle=False, ids=False))
+    assert torch.equal(watch.batches[0][0], raw.batches[0][0][rows])
+
+
+def test_k_is_fixed_by_the_first_batch_and_a_short_batch_keeps_what_it_has():
+    module = Classifier()
+    trainer(HighestLabel(keep=0.5), max_epochs=1).fit(module, loader(n=8 + 8 + 3, ids=False))
+    assert module.seen == [4, 4, 3]
+
+
+@pytest.mark.parametrize("keep", [0, -0.1, 1.5, float("nan")])
+@pytest.mark.parametrize("rule", [UniformSelection, UtilityDiversitySelection])
+def test_keep_out_of_range_is_named(rule, keep):
+    with pytest.raises(ValueError, match=rf"Argument `keep` must be in \(0, 1\], but got {keep}"):
+        rule(keep=keep)
+
+
+def test_scores_of_the_wrong_shape_are_named():
+    class Wrong(OnlineSelection):
+        def score(self, *_):
+            return torch.zeros(3)
+
+    with pytest.raises(ValueError, match=r"one number per row, \[8\], but gave \[3\]"):
+        trainer(Wrong(keep=0.5)).fit(Classifier(), loader())
+
+
+def test_uniform_draws_every_row_equally_often_and_repeats_by_seed():
+    def kept(seed):
+        watch = Watch()
+        trainer(UniformSelection(keep=0.25, seed=seed), watch, max_epochs=40).fit(Classifier(), loader(shuffle=False))
+        return torch.stack([b[0][:, 0] for b in watch.batches])
+
+    first = kept(0)
+    assert torch.equal(first, kept(0))
+    assert not torch.equal(first, kept(1))
+    values, counts = first.flatten().unique(return_counts=True)
+    assert len(values) == 64
+    assert counts.max() < 20 and counts.min() > 2  # 10 expected of 40 draws, deviation 2.7
+
+
+def test_manual_optimisation_sees_the_kept_rows():
+    module = ManualClassifier()
+    trainer(UtilityDiversitySelection(keep=0.25), max_epochs=1).fit(module, loader())
+    assert module.seen == [2] * 8
+
+
+def test_accumulation_averages_equal_micro_batches():
+    """The gradient of two micro-batches of k rows is that of one batch of 2 k rows."""
+    module = Classifier()
+    module.net[1].eval(), module.net[3].eval()
+    watch = Watch()
+    run = trainer(HighestLabel(keep=0.25), watch, accumulate_grad_batches=2, limit_train_batches=2, max_epochs=1)
+    start = {k: v.clone() for k, v in module.named_parameters()}
+
+    class Frozen(Classifier):
+        pass
+
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=1.0)
+    module.net[1].train = module.net[3].train = lambda mode=True: None
+    run.fit(module, loader(shuffle=False, ids=False))
+    x, y = (torch.cat([b[i] for b in watch.batches]) for i in (0, 1))
+    twin = Classifier()
+    twin.eval()
+    torch.nn.functional.cross_entropy(twin(x), y).backward()
+    for name, parameter in twin.named_parameters():
+        torch.testing.assert_close(
+            dict(module.named_parameters())[name], start[name] - parameter.grad, rtol=1e-4, atol=1e-6
+        )
+
+
+def test_self_log_inside_forward_is_ignored_while_scoring():
+    class Logs(Classifier):
+        def forward(self, x):
+            self.log("in_forward", 1.0)
+            self.log_dict({"in_forward_too": 1.0})
+            return super().forward(x)
+
+    run = trainer(UtilityDiversitySelection(keep=0.5), max_epochs=1)
+    run.fit(Logs(), loader())
+    assert run.callback_metrics["in_forward"] == 1
+
+
+def test_the_user_is_told_once_what_is_selected(caplog):
+    with caplog.at_level("INFO"):
+        trainer(UtilityDiversitySelection(keep=0.25)).fit(Classifier(), loader())
+    (line,) = [r.message for r in caplog.records if "candidate batch" in r.message]
+    assert "UtilityDiversitySelection: scores by forward(x), from logits; candidate batch 8, trained batch 2" in line
+
+
+def test_statistics_reach_any_logger_under_their_names(tmp_path):
+    rule = UtilityDiversitySelection(keep=0.25)
+    run = trainer(rule, logger=CSVLogger(tmp_path), log_every_n_steps=2, max_epochs=2)
+    run.fit(Classifier(), loader(), loader())
+    text = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text()
+    names = ("kept_fraction", "score_gap", "candidate_loss", "samples_scored", "samples_trained", "train_seconds")
+    for name in names:
+        assert f"curation/{name}" in text.splitlines()[0]
+    metrics = run.callback_metrics
+    assert metrics["curation/kept_fraction"] == 0.25
+    assert metrics["curation/score_gap"] > 0
+    assert (metrics["curation/samples_scored"], metrics["curation/samples_trained"]) == (128, 32)
+    assert 0 < metrics["curation/train_seconds"] < 60
+
+
+def test_candidate_loss_is_the_mean_over_all_candidates():
+    module = Classifier()
+    rows = []
+
+    class Spy(UtilityDiversitySelection):
+        def outputs(self, trainer, pl_module, batch, head=None):
+            logits, targets = super().outputs(trainer, pl_module, batch, head)
+            rows.append(torch.nn.functional.cross_entropy(logits, targets))
+            return logits, targets
+
+    run = trainer(Spy(keep=0.25), max_epochs=1)
+    run.fit(module, loader())
+    torch.testing.assert_close(run.callback_metrics["curation/candidate_loss"], rows[-1])
+
+
+def test_weights_and_biases_gets_a_histogram_and_one_table(tmp_path):
+    logger = WandbLogger(project="test", save_dir=tmp_path, offline=True)
+    trainer(UtilityDiversitySelection(keep=0.25), logger=logger, max_epochs=2).fit(Classifier(), loader())
+    summary = dict(logger.experiment.summary)
+    logger.experiment.finish()
+    assert summary["curation/scores"]["_type"] == "histogram"
+    assert sum(summary["curation/scores"]["values"]) == 8
+    assert summary["curation/samples"]["_type"] == "table-file"
+    assert summary["curation/samples"]["nrows"] == 64
+    assert summary["curation/samples_trained"] == 32
+
+
+def test_tensorboard_gets_a_histogram(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    trainer(UtilityDiversitySelection(keep=0.25), logger=logger, max_epochs=1).fit(Classifier(), loader())
+    assert any(b"curation/scores" in f.read_bytes() for f in tmp_path.rglob("events*"))
+
+
+def test_a_score_step_takes_any_batch():
+    module = AnyBatch()
+    trainer(UtilityDiversitySelection(keep=0.25), max_epochs=1).fit(module, loader())
+    assert module.seen == [2] * 8

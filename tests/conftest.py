@@ -1,0 +1,22 @@
+"""What every test shares: no network, no W&B server, and nothing left behind in the process."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def no_environment_leak():
+    before = dict(os.environ)
+    yield
+    changed = {k for k in before.keys() | os.environ.keys() if before.get(k) != os.environ.get(k)}
+    # Lightning, DDP and W&B keep these on purpose.
+    allowed = {"PL_GLOBAL_SEED", "PL_SEED_WORKERS", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK"}
+    allowed |= {"WORLD_SIZE", "PYTEST_CURRENT_TEST", "RANK"}
+    leaked = {k for k in changed - allowed if not k.startswith("WANDB_")}
+    assert not leaked, f"left in the environment: {leaked}"

@@ -1,0 +1,145 @@
+"""Small real modules and runs that the tests share."""
+
+from collections import namedtuple
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from curation.batch import SampleIds
+
+CLASSES, FEATURES = 4, 8
+
+
+class Classifier(LightningModule):
+    """BatchNorm and dropout, so that a scoring pass that is not free of side effects shows."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.net = nn.Sequential(
+                nn.Linear(FEATURES, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, CLASSES)
+            )
+        self.seen: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        self.seen.append(len(x))
+        loss = F.cross_entropy(self(x), y)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        self.log("val_loss", F.cross_entropy(self(x), y))
+        self.seen_in_validation = len(x)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class ManualClassifier(Classifier):
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+class Watch(Callback):
+    """Remembers what every later hook sees: the batches, and the ids that were trained on."""
+
+    def __init__(self) -> None:
+        self.batches: list = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batches.append(batch)
+
+
+def data(n: int = 64, seed: int = 1) -> TensorDataset:
+    g = torch.Generator().manual_seed(seed)
+    return TensorDataset(torch.randn(n, FEATURES, generator=g), torch.randint(0, CLASSES, (n,), generator=g))
+
+
+def loader(n: int = 64, batch_size: int = 8, ids: bool = True, shuffle: bool = True, **kwargs) -> DataLoader:
+    dataset = SampleIds(data(n)) if ids else data(n)
+    return DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, **kwargs)
+
+
+def trainer(*callbacks: Callback, **kwargs) -> Trainer:
+    defaults = {
+        "accelerator": "cpu",
+        "max_epochs": 2,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+    }
+    return Trainer(callbacks=list(callbacks), **{**defaults, **kwargs})
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in module.state_dict().items()}
+
+
+def assert_same_weights(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+Pair = namedtuple("Pair", ["x", "y"])
+
+
+@dataclass
+class Record:
+    x: Tensor
+    y: Tensor
+
+
+class AnyBatch(Classifier):
+    """Takes (x, y) out of whatever container its batches are."""
+
+    @staticmethod
+    def unpack(batch):
+        if isinstance(batch, Tensor):
+            return batch[:, :FEATURES], batch[:, FEATURES].long()
+        if isinstance(batch, dict):
+            batch = batch["fields"] if "fields" in batch else (batch["x"], batch["y"])
+        if isinstance(batch, Record):
+            return batch.x, batch.y
+        return batch[0], batch[1]
+
+    def score_step(self, batch):
+        x, y = self.unpack(batch)
+        return self(x), y
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(self.unpack(batch), batch_idx)
+
+
+def stack(samples):
+    return torch.stack([s[0] for s in samples]), torch.stack([s[1] for s in samples])
+
+
+COLLATES = {
+    "list": lambda s: list(stack(s)),
+    "tuple": lambda s: stack(s),
+    "namedtuple": lambda s: Pair(*stack(s)),
+    "dataclass": lambda s: Record(*stack(s)),
+    "dict": lambda s: dict(zip("xy", stack(s), strict=True)),
+    "tensor": lambda s: torch.cat([stack(s)[0], stack(s)[1][:, None].float()], dim=1),
+    "nested": lambda s: {"fields": [*stack(s)], "meta": {"name": [str(i) for i in range(len(s))], "epoch": 3}},
+}

@@ -1,0 +1,132 @@
+"""Nuclear norms without an SVD, against the SVD."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from curation.online.utility_diversity import (
+    gram_of_head,
+    nuclear_norm,
+    nuclear_norm_from_hidden,
+    utility_diversity,
+)
+
+
+def slow_nuclear_norm(logits, mask=None):
+    """The definition, sample by sample, in fp64."""
+    mask = torch.ones(logits.shape[:2], dtype=torch.bool) if mask is None else mask
+    return torch.stack([torch.linalg.svdvals(x[m].double()).sum() for x, m in zip(logits, mask, strict=True)])
+
+
+def case(T, d, V, seed=0, B=3):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(B, T, d, generator=g)
+    weight = torch.randn(V, d, generator=g) / d**0.5
+    mask = torch.rand(B, T, generator=g) < 0.6
+    mask[:, 0] = True
+    return hidden, weight, mask
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 24), st.integers(1, 16), st.integers(1, 40), st.integers(0, 10**6), st.booleans())
+def test_both_routes_equal_the_svd(T, d, V, seed, masked):
+    hidden, weight, mask = case(T, d, V, seed)
+    mask = mask if masked else None
+    logits = hidden @ weight.T
+    expected = slow_nuclear_norm(hidden.double() @ weight.double().T, mask)
+    torch.testing.assert_close(nuclear_norm(logits, mask).double(), expected, rtol=1e-3, atol=1e-3)
+    exact = nuclear_norm(hidden.double() @ weight.double().T, mask)
+    torch.testing.assert_close(exact, expected, rtol=1e-6, atol=1e-5)
+    from_hidden = nuclear_norm_from_hidden(hidden, gram_of_head(weight, dtype=torch.float64), mask)
+    torch.testing.assert_close(from_hidden, expected, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize(("T", "d"), [(128, 64), (64, 64), (48, 64)])
+def test_precision_of_both_routes_on_full_rank(T, d):
+    hidden, weight, _ = case(T, d, 2000)
+    expected = slow_nuclear_norm(hidden.double() @ weight.double().T)
+
+    def error(got):
+        return (got.double() / expected - 1).abs().max().item()
+
+    assert error(nuclear_norm_from_hidden(hidden, gram_of_head(weight))) < 1e-4
+    assert error(nuclear_norm_from_hidden(hidden, gram_of_head(weight, dtype=torch.float64))) < 1e-5
+    if d >= T:
+        assert error(nuclear_norm(hidden @ weight.T)) < 1e-5
+
+
+def test_repeated_tokens_do_not_add_rounding_noise():
+    hidden, weight, _ = case(6, 64, 2000)
+    hidden = hidden.repeat_interleave(40, dim=1)  # 240 tokens of rank 6
+    expected = slow_nuclear_norm(hidden.double() @ weight.double().T)
+    got = nuclear_norm_from_hidden(hidden, gram_of_head(weight, dtype=torch.float64))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(nuclear_norm(hidden @ weight.T).double(), expected, rtol=1e-3, atol=0)
+
+
+def test_bias_is_a_column_of_ones():
+    hidden, weight, _ = case(9, 8, 50)
+    bias = torch.randn(50)
+    extended = torch.cat([hidden, torch.ones(3, 9, 1)], dim=-1)
+    expected = slow_nuclear_norm((hidden @ weight.T + bias).double())
+    got = nuclear_norm_from_hidden(extended, gram_of_head(weight, bias, torch.float64))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+
+
+def test_gram_over_slices_equals_the_product():
+    weight = torch.randn(20_000, 5, dtype=torch.float64)
+    torch.testing.assert_close(gram_of_head(weight, dtype=torch.float64), weight.T @ weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_accumulated_in_fp32(dtype):
+    hidden, weight, mask = case(20, 16, 300)
+    logits = (hidden @ weight.T).to(dtype)
+    got = nuclear_norm(logits, mask)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), slow_nuclear_norm(logits, mask), rtol=1e-3, atol=0)
+
+
+def test_padding_changes_nothing_whatever_it_holds():
+    hidden, weight, mask = case(16, 24, 90)
+    padded = torch.cat([hidden, torch.full_like(hidden, torch.nan)], dim=1)
+    longer = torch.cat([mask, torch.zeros_like(mask)], dim=1)
+    gram = gram_of_head(weight, dtype=torch.float64)
+    assert torch.equal(nuclear_norm_from_hidden(padded, gram, longer), nuclear_norm_from_hidden(hidden, gram, mask))
+    logits = hidden @ weight.T
+    padded = torch.cat([logits, torch.full_like(logits, torch.inf)], dim=1)
+    assert torch.equal(nuclear_norm(padded, longer), nuclear_norm(logits, mask))
+
+
+def test_one_position_gives_the_euclidean_norm_and_none_gives_zero():
+    logits = torch.randn(4, 1, 10)
+    torch.testing.assert_close(nuclear_norm(logits), logits[:, 0].norm(dim=1))
+    assert nuclear_norm(logits, torch.zeros(4, 1, dtype=torch.bool)).tolist() == [0, 0, 0, 0]
+
+
+def test_what_is_not_finite_gives_nan_for_its_sample_only():
+    hidden, weight, _ = case(6, 8, 30)
+    hidden[1, 2, 3] = torch.nan
+    gram = gram_of_head(weight)
+    assert nuclear_norm_from_hidden(hidden, gram).isnan().tolist() == [False, True, False]
+    logits = hidden @ weight.T
+    logits[2, 0, 0] = torch.inf
+    assert nuclear_norm(logits).isnan().tolist() == [False, True, True]
+
+
+def test_bad_shapes_are_named():
+    with pytest.raises(ValueError, match=r"must be \[B, T, D\], but got \[3, 4\]"):
+        nuclear_norm(torch.zeros(3, 4))
+    with pytest.raises(ValueError, match=r"`mask` must be \[2, 3\], but got \[2, 4\]"):
+        nuclear_norm(torch.zeros(2, 3, 4), torch.ones(2, 4))
+    with pytest.raises(ValueError, match=r"`head_gram` must be \[4, 4\], but got \[5, 5\]"):
+        nuclear_norm_from_hidden(torch.zeros(2, 3, 4), torch.eye(5))
+
+
+def test_the_paper_rule_adds_raw_terms_and_ours_standardised_ones():
+    u, d = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 0.0, 20.0])
+    assert utility_diversity(u, d, 0.5, "paper").tolist() == [6.0, 2.0, 13.0]
+    scaled = utility_diversity(u, d, 0.5)
+    torch.testing.assert_close(utility_diversity(u * 7 + 3, d * 0.01, 0.5), scaled)
+    assert utility_diversity(u, torch.zeros(3), 0.5).argmax() == 2
