@@ -68,6 +68,7 @@ class BatchSeam:
         batch, ids = split_sample_ids(batch)
         batch = self._wrapped(batch, device=device, dataloader_idx=dataloader_idx)
         trainer = self.trainer
+        self._batch = batch
         if not trainer.training or trainer.fit_loop._skip_backward:
             return batch
         if ids is not None:

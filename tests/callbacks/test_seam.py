@@ -58,10 +58,10 @@ def test_validation_and_its_sanity_check_see_every_row_without_ids():
 def test_a_second_fit_without_the_callback_trains_on_everything():
     module = Classifier()
     run = trainer(UniformSelection(keep=0.25), max_epochs=1)
-    run.fit(module, loader())
+    run.fit(module, loader(ids=False))
     run.callbacks = [c for c in run.callbacks if not isinstance(c, UniformSelection)]
     run.fit_loop.max_epochs, module.seen = 2, []
-    run.fit(module, loader())
+    run.fit(module, loader(ids=False))
     assert module.seen == [8] * 8
 
 
@@ -89,7 +89,7 @@ def test_what_stood_in_for_the_transfer_before_comes_back():
 
 def test_two_selections_are_refused_by_name():
     run = trainer(UniformSelection(keep=0.5), UtilityDiversitySelection(keep=0.5))
-    with pytest.raises(ValueError, match="Only one .* but got UniformSelection and UtilityDiversitySelection"):
+    with pytest.raises(ValueError, match=r"Only one .* but got UniformSelection and UtilityDiversitySelection"):
         run.fit(Classifier(), loader())
     assert not installed(run)
 
@@ -141,6 +141,8 @@ class Tunable(Classifier):
 
     def train_dataloader(self):
         return loader(batch_size=self.batch_size)
+
+    val_dataloader = train_dataloader
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
