@@ -1,0 +1,125 @@
+"""The ``curation`` command: Lightning's command line with named recipes.
+
+``curation fit --config sft_utility_diversity --trainer.max_steps=10`` runs a packaged recipe with one value changed;
+``curation recipes`` lists them, shows one, or copies one to edit.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from curation.recipes.sources import require_extra
+
+FOLDER = Path(__file__).parent
+
+
+def recipe_names() -> list[str]:
+    """Names of the packaged recipes."""
+    return sorted(file.stem for file in FOLDER.glob("*.yaml"))
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a packaged recipe.
+
+    Raises:
+        ValueError: If there is no such recipe; the message lists those there are.
+    """
+    if name not in recipe_names():
+        raise ValueError(f"A recipe must be one of {', '.join(recipe_names())}, or a file, but got {name!r}.")
+    return FOLDER / f"{name}.yaml"
+
+
+def with_recipe_files(args: list[str]) -> list[str]:
+    """The arguments, with the file in the place of a recipe's name after ``--config`` or ``-c``.
+
+    Raises:
+        ValueError: If the value is neither an existing file nor a recipe's name.
+    """
+    found = []
+    is_config = False
+    for arg in args:
+        option, equals, value = arg.partition("=")
+        if is_config and not Path(arg).is_file():
+            arg = str(find_recipe(arg))
+        elif option == "--config" and equals and not Path(value).is_file():
+            arg = f"{option}={find_recipe(value)}"
+        is_config = arg in ("--config", "-c")
+        found.append(arg)
+    return found
+
+
+def run(args: list[str], execute: bool = True) -> object:
+    """Lightning's command line.
+
+    Args:
+        args: As after ``curation`` in a shell; without the subcommand where ``execute`` is False.
+        execute: Run the subcommand. Otherwise only make the trainer, the module and the data module.
+
+    Returns:
+        The ``LightningCLI``, with ``trainer``, ``model`` and ``datamodule``.
+
+    Raises:
+        ImportError: If the ``[recipes]`` extra is missing.
+        ValueError: If a recipe's name is unknown.
+    """
+    require_extra()
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+    class CLI(LightningCLI):
+        def parse_arguments(self, parser: LightningArgumentParser, args: object) -> None:
+            # Lightning's own method warns of `args` beside sys.argv, even where they are the same.
+            self.config = parser.parse_args(args)
+
+    return CLI(
+        args=with_recipe_files(args),
+        run=execute,
+        save_config_kwargs={"overwrite": True},
+        auto_configure_optimizers=False,
+        parser_kwargs={"prog": "curation", "description": "See also `curation recipes --help`."},
+    )
+
+
+def recipes(args: list[str]) -> None:
+    """``curation recipes [NAME [--copy [FILE]]]``.
+
+    Raises:
+        ValueError: If the name is unknown.
+        FileExistsError: If the copy would overwrite a file.
+    """
+    parser = argparse.ArgumentParser("curation recipes", description="List the recipes, print one, or copy one.")
+    parser.add_argument("name", nargs="?", help="print this recipe")
+    parser.add_argument("--copy", nargs="?", const="", metavar="FILE", help="copy it instead (default NAME.yaml)")
+    options = parser.parse_args(args)
+    if options.name is None:
+        if options.copy is not None:
+            parser.error("--copy needs the name of a recipe")
+        width = max(map(len, recipe_names()))
+        for name in recipe_names():
+            print(f"{name:{width}}  {find_recipe(name).read_text().splitlines()[0].lstrip('# ')}")
+        return
+    text = find_recipe(options.name).read_text()
+    if options.copy is None:
+        print(text, end="")
+        return
+    target = Path(options.copy or f"{options.name}.yaml")
+    if target.exists():
+        raise FileExistsError(f"Argument `--copy` must name a new file, but {str(target)!r} exists.")
+    target.write_text(text)
+    print(f"Copied to {target}. Run `curation fit --config {target}`.")
+
+
+def main(args: list[str] | None = None) -> None:
+    """The console command."""
+    args = sys.argv[1:] if args is None else args
+    try:
+        if args[:1] == ["recipes"]:
+            recipes(args[1:])
+            return
+        args = with_recipe_files(args)
+    except (ValueError, FileExistsError) as error:
+        sys.exit(f"curation: {error}")
+    run(args)
+
+
+if __name__ == "__main__":
+    main()

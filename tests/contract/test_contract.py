@@ -1,0 +1,244 @@
+"""What every public callback promises; a new one is covered by an entry in the registry."""
+
+import io
+import multiprocessing
+import pickle
+import socket
+from multiprocessing import forkserver
+from pathlib import Path
+
+import curation.callbacks
+import pytest
+import torch
+import yaml
+from helpers import Classifier, ManualClassifier, Watch, assert_same_weights, loader, trainer, weights
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.loggers import WandbLogger
+
+from contract import worker
+from contract.registry import CALLBACKS, NOT_CALLBACKS
+
+every = pytest.mark.parametrize("entry", CALLBACKS.values(), ids=CALLBACKS)
+selecting = [e for e in CALLBACKS.values() if e.selects]
+each_selection = pytest.mark.parametrize("entry", selecting, ids=[e.cls.__name__ for e in selecting])
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Forked from one server that has imported everything: a start takes no seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["contract.worker"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+        forkserver.ensure_running()
+    return context
+
+
+def join(process, code=0):
+    process.join(120)
+    alive = process.is_alive()
+    process.kill()
+    assert not alive, "hangs"
+    assert process.exitcode == code
+
+
+def test_every_public_callback_is_registered():
+    assert set(curation.callbacks.__all__) == set(CALLBACKS) | NOT_CALLBACKS
+
+
+@every
+def test_pickles(entry):
+    copy = pickle.loads(pickle.dumps(entry.make()))
+    assert type(copy) is entry.cls
+    assert copy.state_dict() == entry.make().state_dict()
+
+
+@each_selection
+def test_a_bad_argument_is_named_with_its_value(entry):
+    ((name, value),) = entry.bad.items()
+    with pytest.raises(ValueError, match=f"Argument `{name}` must be .* but got {value}"):
+        entry.make(**entry.bad)
+
+
+@every
+def test_command_line_round_trip(entry, capsys, tmp_path):
+    from lightning.pytorch.cli import LightningCLI
+
+    arguments = [f"--trainer.callbacks.{k}={v}" for k, v in entry.arguments.items()]
+    add = [f"--trainer.callbacks+=curation.callbacks.{entry.cls.__name__}", *arguments]
+    with pytest.raises(SystemExit):
+        LightningCLI(Classifier, args=["fit", *add, "--print_config"], save_config_callback=None)
+    printed = capsys.readouterr().out
+    (callback,) = yaml.safe_load(printed)["trainer"]["callbacks"]
+    assert callback["class_path"].endswith(entry.cls.__name__)
+    (tmp_path / "config.yaml").write_text(printed)
+    with pytest.raises(SystemExit):
+        LightningCLI(
+            Classifier,
+            args=["fit", f"--config={tmp_path / 'config.yaml'}", "--print_config"],
+            save_config_callback=None,
+        )
+    assert yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"] == [callback]
+
+
+@every
+def test_state_loads_with_weights_only(entry):
+    callback = entry.make()
+    trainer(callback, max_epochs=1).fit(Classifier(), loader(ids=entry.selects))
+    file = io.BytesIO()
+    torch.save(callback.state_dict(), file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True).keys() == callback.state_dict().keys()
+
+
+@every
+def test_keeping_everything_is_bit_identical_to_no_callback(entry):
+    def run(*callbacks):
+        seed_everything(5, verbose=False)
+        module = Classifier()
+        trainer(*callbacks).fit(module, loader(ids=False), loader(ids=False, shuffle=False))
+        return weights(module), torch.get_rng_state()
+
+    (expected, stream), (got, after) = run(), run(entry.make(**({"keep": 1.0} if entry.selects else {})))
+    assert_same_weights(expected, got)
+    assert torch.equal(stream, after)
+
+
+@each_selection
+def test_selecting_leaves_the_random_streams_of_training_alone(entry):
+    streams = []
+
+    class Stream(Callback):
+        def on_train_batch_start(self, *_):
+            streams.append(torch.get_rng_state())
+
+    for callbacks in ([], [entry.make()]):
+        seed_everything(5, verbose=False)
+        trainer(*callbacks, Stream(), max_epochs=1, limit_train_batches=1).fit(Classifier(), loader(ids=False))
+    assert torch.equal(*streams)
+
+
+@every
+@pytest.mark.parametrize("fails", [False, True], ids=["finished", "exception"])
+def test_nothing_is_left_behind(entry, fails):
+    class Fails(Callback):
+        def on_train_batch_end(self, *_):
+            if fails:
+                raise RuntimeError("stop")
+
+    module, batches = Classifier(), loader()
+    before = {**vars(module)}
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules()]
+    run = trainer(entry.make(), Watch(), Fails())
+    strategy = set(vars(run.strategy))
+    samplers = batches.sampler, batches.batch_sampler
+    try:
+        run.fit(module, batches if entry.selects else loader(ids=False))
+    except RuntimeError:
+        assert fails
+    assert set(vars(run.strategy)) == strategy
+    assert (batches.sampler, batches.batch_sampler) == samplers
+    assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules()]
+    assert {k for k in vars(module) if k not in before} <= {"_metric_attributes", "_hparams"}
+    assert "forward" not in vars(module.net[-1])
+
+
+@every
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"barebones": True, "logger": None, "log_every_n_steps": None, "enable_checkpointing": None},
+        {"fast_dev_run": 3},
+        {"accumulate_grad_batches": 3},
+        {"precision": "bf16-mixed"},
+        {"overfit_batches": 2},
+        {"manual": True},
+    ],
+    ids=lambda o: next(iter(o)),
+)
+def test_works_in_every_kind_of_run(entry, options):
+    options = dict(options)
+    module = (ManualClassifier if options.pop("manual", False) else Classifier)()
+    if options.get("barebones"):
+        options = {**options, "enable_progress_bar": None, "enable_model_summary": None}
+    trainer(entry.make(), **options).fit(module, loader(ids=entry.selects))
+    assert set(module.seen) == {2 if entry.selects else 8}
+
+
+@every
+def test_works_with_weights_and_biases_offline(entry, tmp_path):
+    logger = WandbLogger(project="contract", save_dir=tmp_path, offline=True)
+    trainer(entry.make(), logger=logger, max_epochs=1).fit(Classifier(), loader(ids=entry.selects))
+    logger.experiment.finish()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+@each_selection
+def test_validation_is_never_curated(entry):
+    module = Classifier()
+    trainer(entry.make()).fit(module, loader(), loader(shuffle=False))
+    assert module.seen_in_validation == 8
+
+
+@pytest.fixture(scope="module")
+def killed_and_whole(processes, tmp_path_factory):
+    """Every entry, with and without workers: killed at step 12 of 24 and resumed from step 10, and never killed."""
+    results = {}
+    for name in CALLBACKS:
+        for workers in (0, 2):
+            folder = tmp_path_factory.mktemp(f"{name}-{workers}")
+            # Daemons may have no children, and a loader with workers has some.
+            start = lambda *args: processes.Process(target=worker.run_until, args=args, daemon=False)  # noqa: E731
+            whole = start(name, folder / "whole", workers, None, None, folder / "whole.pt")
+            killed = start(name, folder / "killed", workers, 12, None, None)
+            whole.start(), killed.start()
+            join(whole), join(killed, -9)
+            resumed = start(
+                name, folder / "killed", workers, None, str(folder / "killed/step=10.ckpt"), folder / "resumed.pt"
+            )
+            resumed.start(), join(resumed)
+            results[name, workers] = [torch.load(folder / f"{run}.pt") for run in ("whole", "resumed")]
+    return results
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_a_run_killed_mid_epoch_resumes_bit_for_bit(killed_and_whole, name, workers):
+    whole, resumed = killed_and_whole[name, workers]
+    assert resumed["rows"] == whole["rows"][10:]
+    assert_same_weights(whole["weights"], resumed["weights"])
+    for callback, state in whole["callbacks"].items():
+        if callback != "ExactResume":
+            assert repr(state) == repr(resumed["callbacks"][callback])
+
+
+@pytest.fixture(scope="module")
+def two_ranks(processes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    ranks = [processes.Process(target=worker.two_ranks, args=(r, port, folder)) for r in (0, 1)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        join(rank)
+    return folder
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_two_ranks_select_what_one_process_selects(two_ranks, name):
+    expected = worker.one_process(name)
+    for rank in (0, 1):
+        got = torch.load(two_ranks / f"{name}-{rank}.pt")
+        assert got["rows"] == expected["rows"][rank]
+        for key, value in expected["weights"].items():
+            torch.testing.assert_close(got["weights"][key], value, rtol=1e-5, atol=1e-6)
+
+
+@each_selection
+def test_selector_state_is_the_same_on_every_rank(two_ranks, entry):
+    one, other = (torch.load(two_ranks / f"{entry.cls.__name__}-{r}.pt")["callbacks"] for r in (0, 1))
+    name = entry.cls.__name__
+    for key in set(one[name]) - {"samples_scored", "samples_trained"}:  # counted by each rank
+        assert repr(one[name][key]) == repr(other[name][key])

@@ -1,0 +1,136 @@
+"""What the contract suite runs in processes of its own."""
+
+import os
+import signal
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from curation.callbacks import ExactResume
+from helpers import CLASSES, FEATURES, Classifier, data, trainer
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader
+
+from contract.registry import CALLBACKS
+from curation.batch import SampleIds
+
+
+class KeptRows(Callback):
+    """The first feature of every row trained on: it names the row."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[float]] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.rows.append(batch[0][:, 0].tolist())
+
+
+class Kill(Callback):
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_until(
+    name: str, folder: Path, workers: int, kill_at: int | None, resume: str | None, out: Path | None
+) -> None:
+    """Train 3 epochs of 8 batches with a checkpoint every 5 steps."""
+    torch.set_num_threads(1)
+    seed_everything(7, verbose=False)
+    kept = KeptRows()
+    entry = CALLBACKS[name]
+    callbacks = [entry.make(), *([] if entry.cls is ExactResume else [ExactResume()]), kept]
+    callbacks.append(ModelCheckpoint(folder, "{step}", every_n_train_steps=5, save_top_k=-1))
+    if kill_at is not None:
+        callbacks.append(Kill(kill_at))
+    run = trainer(*callbacks, max_epochs=3, enable_checkpointing=True, default_root_dir=folder)
+    module = Classifier()
+    wrap = SampleIds if entry.selects else lambda dataset: dataset
+    loader = DataLoader(wrap(data()), 8, shuffle=True, num_workers=workers)
+    val = DataLoader(wrap(data(16)), 8)
+    run.fit(module, loader, val, ckpt_path=resume)
+    torch.save({"rows": kept.rows, "weights": module.state_dict(), "callbacks": _states(run)}, out)
+
+
+def _states(run) -> dict:
+    states = {}
+    for callback in run.callbacks:
+        if type(callback).__name__ in CALLBACKS:
+            state = dict(callback.state_dict())
+            state.pop("train_seconds", None)  # a clock
+            states[type(callback).__name__] = state
+    return states
+
+
+class Plain(Classifier):
+    """No BatchNorm and no dropout: two ranks and one process then compute the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(FEATURES, 16), nn.Tanh(), nn.Linear(16, CLASSES))
+
+
+def short_on_rank_one(samples):
+    """The last batch has 3 rows on rank 0 and 1 on rank 1, fewer than k."""
+    if len(samples) < 8 and os.environ.get("RANK") == "1":
+        samples = samples[:1]
+    return [torch.stack([s[0] for s in samples]), torch.stack([s[1] for s in samples])]
+
+
+def two_ranks(rank: int, port: int, folder: Path) -> None:
+    """Every entry once, on one of two gloo ranks."""
+    torch.set_num_threads(1)
+    os.environ.update(
+        TORCHELASTIC_RUN_ID="contract", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+        GROUP_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    for name, entry in CALLBACKS.items():
+        seed_everything(7, verbose=False)  # the seed of Lightning's distributed sampler too
+        kept, module = KeptRows(), Plain()
+        resumer = [] if entry.cls is ExactResume else [ExactResume()]
+        run = trainer(entry.make(), *resumer, kept, strategy="ddp", devices=2, max_epochs=2)
+        run.fit(module, DataLoader(data(2 * 19), 8, collate_fn=short_on_rank_one))
+        states = _states(run)
+        torch.save(
+            {"rows": kept.rows, "weights": module.state_dict(), "callbacks": states}, folder / f"{name}-{rank}.pt"
+        )
+
+
+def one_process(name: str) -> dict:
+    """What two ranks must give: k of each rank's candidates by the memory at the start of the step."""
+    entry = CALLBACKS[name]
+    twin = entry.twin() if entry.twin else None
+    module, x, y = Plain(), *data(2 * 19).tensors
+    optimizer = module.configure_optimizers()
+    rows: list[list] = [[], []]
+    step = 0
+    for epoch in range(2):
+        order = torch.randperm(38, generator=torch.Generator().manual_seed(7 + epoch))
+        for start in range(0, 19, 8):
+            losses, pushes = [], []
+            for rank in (0, 1):
+                chosen = order[rank::2][start : start + 8]
+                if len(chosen) < 8 and rank == 1:
+                    chosen = chosen[:1]
+                if twin is not None:
+                    with torch.no_grad():
+                        logits = module(x[chosen])
+                    best = twin.score(step, rank, logits).argsort(descending=True, stable=True)[:2].sort().values
+                    pushes.append(logits[best])
+                    chosen = chosen[best]
+                rows[rank].append(x[chosen, 0].tolist())
+                losses.append(F.cross_entropy(module(x[chosen]), y[chosen]))
+            for kept in pushes:
+                twin.push(kept)
+            optimizer.zero_grad()
+            (sum(losses) / 2).backward()
+            optimizer.step()
+            step += 1
+    return {"rows": rows, "weights": module.state_dict()}
