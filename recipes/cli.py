@@ -7,6 +7,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from curation.recipes.sources import require_extra
 
@@ -48,7 +49,7 @@ def with_recipe_files(args: list[str]) -> list[str]:
     return found
 
 
-def run(args: list[str], execute: bool = True) -> object:
+def run(args: list[str], execute: bool = True) -> Any:
     """Lightning's command line.
 
     Args:
@@ -66,7 +67,7 @@ def run(args: list[str], execute: bool = True) -> object:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     class CLI(LightningCLI):
-        def parse_arguments(self, parser: LightningArgumentParser, args: object) -> None:
+        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             # Lightning's own method warns of `args` beside sys.argv, even where they are the same.
             self.config = parser.parse_args(args)
 

