@@ -62,19 +62,28 @@ class ExactResume(Callback):
         inner = getattr(loader, name)
         if not isinstance(inner, _ResumableOrder):
             # DataLoader forbids assigning a sampler, but only what it yields is wrapped here.
-            inner = vars(loader)[name] = _ResumableOrder(inner)
+            inner = vars(loader)[name] = _ResumableOrder(inner, loader.generator)
         self._order = inner
-        inner.skip, inner.state = 0, None
-        if self._resume is not None:
-            inner.skip, inner.state = self._resume["batches"], self._resume["epoch_start"]
-            inner.then = None if loader.num_workers else self._resume["now"]
-            self._pending = self._resume["now"] if loader.num_workers else None
-            self._resume = None
+        resume, self._resume = self._resume, None
+        if resume is None:
+            return
+        if resume["batches"] == 0:  # at the end of an epoch: Lightning begins the next one right after this
+            if loader.persistent_workers:  # then the next epoch draws no seed for its workers
+                inner.state = resume["now"]
+            else:
+                inner.restore(resume["now"])
+            return
+        inner.skip, inner.state = resume["batches"], resume["epoch_start"]
+        if loader.num_workers:
+            self._pending = resume["now"]  # the sampler runs ahead of training
+        else:
+            inner.then = resume["now"]  # the main process draws while it loads
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Go on with the saved random streams, where the main process loads no data."""
         if self._pending is not None:
-            rng.restore(self._pending)
+            assert self._order is not None
+            self._order.restore(self._pending)
             self._pending = None
 
     def on_train_batch_end(
@@ -95,13 +104,14 @@ class ExactResume(Callback):
 
     def _take(self, trainer: Trainer) -> None:
         """Gather the streams now: ``state_dict`` must hold no collective, since not every rank may be saving."""
-        if trainer.sanity_checking or self not in trainer.callbacks:  # type: ignore[attr-defined]
+        if trainer.sanity_checking:
             return
-        self._now = _gather(trainer, rng.capture())
-        started = self._order.started if self._order is not None else None
-        if started is not None:
-            self._epoch_start = _gather(trainer, started)
-            self._order.started = None  # type: ignore[union-attr]
+        if self._order is None:
+            return
+        self._now = _gather(trainer, self._order.capture())
+        if self._order.started is not None:
+            self._epoch_start = _gather(trainer, self._order.started)
+            self._order.started = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the strategy and the data loader as they were."""
@@ -141,7 +151,7 @@ class ExactResume(Callback):
         start = state_dict["epoch_start"]
         self._resume = {
             "batches": self._batches,
-            "epoch_start": start[rank] if start is not None and self._batches else None,
+            "epoch_start": start[rank] if start is not None else None,
             "now": state_dict["now"][rank],
         }
 
@@ -149,8 +159,9 @@ class ExactResume(Callback):
 class _ResumableOrder:
     """The order of a sampler, begun with a saved random state and without the batches already trained on."""
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: Any, generator: torch.Generator | None) -> None:
         self.inner = inner
+        self.generator = generator
         self.skip = 0
         self.state: dict[str, Any] | None = None
         self.then: dict[str, Any] | None = None
@@ -168,16 +179,25 @@ class _ResumableOrder:
         skip, state, then = self.skip, self.state, self.then
         self.skip, self.state, self.then = 0, None, None
         if state is not None:
-            rng.restore(state)
-        elif then is not None:
-            rng.restore(then)
-        self.started = rng.capture()
+            self.restore(state)
+        self.started = self.capture()
         order = iter(self.inner)
         for _ in itertools.islice(order, skip):
             pass
         if then is not None:
-            rng.restore(then)
+            self.restore(then)
         yield from order
+
+    def capture(self) -> dict[str, Any]:
+        """The random streams, the data loader's own generator included."""
+        own = {} if self.generator is None else {"loader": self.generator.get_state()}
+        return {**rng.capture(), **own}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Set the streams to a state from :meth:`capture`."""
+        rng.restore(state)
+        if self.generator is not None and "loader" in state:
+            self.generator.set_state(state["loader"].cpu())
 
 
 def _gather(trainer: Trainer, state: dict[str, Any]) -> list[dict[str, Any]]:

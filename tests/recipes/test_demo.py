@@ -1,0 +1,30 @@
+"""The demo's figures come from the files of its runs."""
+
+from curation.recipes import demo
+
+HEADER = "curation/train_seconds,epoch,step,train_loss,val_loss\n"
+
+
+def write(folder, losses):
+    lines = [f",0,0,,{losses[0]}\n", f"2.5,0,3,4.0,\n,0,3,,{losses[1]}\n", f"5.5,0,7,4.0,\n,0,7,,{losses[2]}\n"]
+    folder.mkdir(parents=True)
+    (folder / "metrics.csv").write_text(HEADER + "".join(lines))
+
+
+def test_curve_starts_before_the_first_step(tmp_path):
+    write(tmp_path / "arm", (5.0, 4.5, 4.0))
+    assert demo.read_curve(tmp_path / "arm" / "metrics.csv") == [(0, 0.0, 5.0), (4, 2.5, 4.5), (8, 5.5, 4.0)]
+
+
+def test_the_table_names_whichever_arm_wins(tmp_path, monkeypatch, capsys):
+    def run_arm(arm, out):
+        write(out / arm, (5.0, 4.5, 4.25 if arm == "UtilityDiversitySelection" else 4.0))
+        return {"steps": 8, "scored": 32, "trained": 8, "seconds": 5.5}
+
+    monkeypatch.setattr(demo, "run_arm", run_arm)
+    demo.main(["--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "after equal steps: UniformSelection. One seed is" in out
+    assert "4.250" in out
+    assert "4.000" in out
+    assert (tmp_path / "learning_curves.png").stat().st_size > 10_000
