@@ -52,9 +52,10 @@ def test_overrides_survive_print_config(name, tmp_path, capsys):
         assert done.value.code == 0
         return capsys.readouterr().out
 
-    first = printed(name, "--trainer.max_steps=7", "--trainer.callbacks.init_args.keep=0.5")
+    first = printed(name, "--trainer.max_steps=7", "--trainer.callbacks.keep=0.5")
     config = yaml.safe_load(first)
     assert config["trainer"]["max_steps"] == 7
+    assert config["trainer"]["callbacks"][-1]["init_args"]["keep"] == 0.5
     file = tmp_path / "mine.yaml"
     file.write_text(first)
     assert printed(str(file)) == first

@@ -1,0 +1,218 @@
+"""What utility-diversity selection costs: the nuclear norm, its memory, a whole step, and the seam.
+
+Run on an idle machine: ``python benchmarks/utility_diversity.py`` (all parts), or name some of
+``norm memory step seam``. Times are medians; ratios are taken within one run.
+"""
+
+import copy
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from curation.callbacks import UniformSelection, UtilityDiversitySelection
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from curation.online.utility_diversity import gram_of_head, nuclear_norm, nuclear_norm_from_hidden
+
+HIDDEN = 576
+SIZES = ((512, 32_000), (512, 152_064))
+
+
+def median_seconds(fn: Callable[[], object], repeats: int = 5) -> float:
+    """Median of several calls, after one that is not counted."""
+    fn()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        fn()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def sample(T: int, V: int) -> tuple[Tensor, Tensor]:
+    """Hidden states ``[1, T, d]`` and a head ``[V, d]``."""
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(1, T, HIDDEN, generator=g), torch.randn(V, HIDDEN, generator=g) / HIDDEN**0.5
+
+
+def norm() -> None:
+    """Time and relative error of each route against ``torch.linalg.svdvals`` on formed logits."""
+    print("| T x V | route | seconds | times faster than svdvals | relative error |\n|---|---|---|---|---|")
+    for T, V in SIZES:
+        hidden, weight = sample(T, V)
+        logits = hidden @ weight.T
+        exact = torch.linalg.svdvals(logits[0].double()).sum()
+        exact_product = nuclear_norm_from_hidden(hidden.double(), gram_of_head(weight, dtype=torch.float64))
+        single, double = gram_of_head(weight), gram_of_head(weight, dtype=torch.float64)
+        routes = {
+            "svdvals, fp32": (lambda x=logits: torch.linalg.svdvals(x[0]).sum(), exact),
+            "logits": (lambda x=logits: nuclear_norm(x), exact),
+            "head, fp32": (lambda h=hidden, k=single: nuclear_norm_from_hidden(h, k), exact_product),
+            "head, fp64": (lambda h=hidden, k=double: nuclear_norm_from_hidden(h, k), exact),
+        }
+        base = None
+        for name, (fn, expected) in routes.items():
+            seconds = median_seconds(fn, 3 if "svd" in name else 9)
+            base = base or seconds
+            error = abs(float(fn()) / float(expected) - 1)
+            print(f"| {T} x {V:,} | {name} | {seconds:.4f} | {base / seconds:.1f} | {error:.1e} |", flush=True)
+
+
+def _peak(route: str, T: int, V: int, B: int, queue: multiprocessing.Queue) -> None:
+    torch.set_num_threads(1)
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(B, T, HIDDEN, generator=g), torch.randn(V, HIDDEN, generator=g)
+    gram = gram_of_head(weight, dtype=torch.float64)
+    nuclear_norm_from_hidden(hidden[:1, :8], gram)  # libraries are loaded
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the high-water mark starts again at the present size
+    before = _high_water()
+    if route == "head":
+        nuclear_norm_from_hidden(hidden, gram)
+    else:
+        nuclear_norm(hidden @ weight.T)
+    queue.put((_high_water() - before) * 1024)
+
+
+def _high_water() -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+
+
+def memory() -> None:
+    """Peak resident memory that scoring adds to a trunk's forward, against the size of the logits."""
+    print(
+        "| B x T x V | logits | added by the head route | share | added by the logits route |\n|---|---|---|---|---|"
+    )
+    context = multiprocessing.get_context("spawn")
+    for (T, V), B in zip(SIZES, (8, 4), strict=True):
+        added = {}
+        for route in ("head", "logits"):
+            queue = context.Queue()
+            process = context.Process(target=_peak, args=(route, T, V, B, queue))
+            process.start()
+            added[route] = queue.get() / 2**20
+            process.join()
+        logits = B * T * V * 4 / 2**20
+        print(
+            f"| {B} x {T} x {V:,} | {logits:,.0f} MiB | {added['head']:.0f} MiB | {added['head'] / logits:.1%} "
+            f"| {added['logits']:,.0f} MiB |",
+            flush=True,
+        )
+
+
+class Clock(Callback):
+    """Seconds of each training batch, from the end of the one before: fetching and scoring included."""
+
+    def __init__(self) -> None:
+        self.last = 0.0
+        self.seconds: list[float] = []
+
+    def on_train_start(self, *_: object) -> None:
+        """Start."""
+        self.last = time.perf_counter()
+
+    def on_train_batch_end(self, *_: object) -> None:
+        """Stop and start again."""
+        now = time.perf_counter()
+        self.seconds.append(now - self.last)
+        self.last = now
+
+
+def fit_seconds(module: LightningModule, loader: DataLoader, steps: int, *callbacks: Callback) -> float:
+    """Median seconds of a step of a fit, the first two left out."""
+    clock = Clock()
+    Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=-1,
+        callbacks=[*callbacks, clock],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(module, loader)
+    return statistics.median(clock.seconds[2:])
+
+
+def step() -> None:
+    """Candidates per second against the ideal, on 6 layers of SmolLM2-135M, 8 candidates of 128 tokens."""
+    from curation.recipes.sft import SupervisedFineTuning
+
+    original = SupervisedFineTuning(num_layers=6)
+    original.configure_model()
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 49_000, (64, 128), generator=g)
+    labels = ids.clone()
+    labels[:, :96] = -100  # the answer is the last quarter
+    data = [
+        {"input_ids": i, "attention_mask": torch.ones_like(i), "labels": t} for i, t in zip(ids, labels, strict=True)
+    ]
+
+    def seconds(*callbacks: Callback, batch_size: int = 8, steps: int = 14) -> float:
+        return fit_seconds(copy.deepcopy(original), DataLoader(data, batch_size), steps, *callbacks)
+
+    batch = torch.utils.data.default_collate(data[:8])
+    with torch.no_grad():
+        forward = median_seconds(lambda: original.loss(batch))
+    full = seconds()
+    measured_b = full / forward - 1
+    print(f"forward {forward:.3f} s, full step {full:.3f} s, so b = {measured_b:.2f}\n")
+    print(
+        "| keep | seconds | speed-up | ideal, b = 2 | reached | ideal, measured b | reached | two passes | reached |\n"
+        "|---|---|---|---|---|---|---|---|---|"
+    )
+    for keep in (0.25, 0.125):
+        ours = seconds(UtilityDiversitySelection(keep=keep))
+        # The same two passes without any selection: a forward of all rows, then a step on the kept number of rows.
+        two_passes = forward + seconds(batch_size=int(8 * keep))
+        ideals = [(1 + b) / (1 + (1 + b) * keep) for b in (2.0, measured_b)]
+        reached = [f"{i:.2f} | {full / ours / i:.0%}" for i in ideals]
+        print(
+            f"| {keep} | {ours:.3f} | {full / ours:.2f} | {reached[0]} | {reached[1]} "
+            f"| {full / two_passes:.2f} | {two_passes / ours:.0%} |",
+            flush=True,
+        )
+
+
+class Tiny(LightningModule):
+    """A step that costs next to nothing, so that the overhead shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(8, 4)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy."""
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """SGD."""
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def seam() -> None:
+    """Overhead of a selection with ``keep=1.0`` on each step."""
+    data = torch.utils.data.TensorDataset(torch.randn(4096, 8), torch.randint(0, 4, (4096,)))
+    print("| callback | added to a step | share of a 100 ms step |\n|---|---|---|")
+    pairs = []
+    for _ in range(3):
+        base = fit_seconds(Tiny(), DataLoader(data, 8), 1500)
+        pairs.append((base, fit_seconds(Tiny(), DataLoader(data, 8), 1500, UniformSelection(keep=1.0))))
+    added = statistics.median(after - before for before, after in pairs)
+    print(f"| `UniformSelection(keep=1.0)` | {added * 1e6:.0f} us | {added / 0.1:.2%} |")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    parts = {"norm": norm, "memory": memory, "step": step, "seam": seam}
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+    for part in sys.argv[1:] or parts:
+        print(f"\n## {part}\n")
+        parts[part]()
