@@ -61,7 +61,7 @@ class OnlineSelection(Callback):
         self._seam: BatchSeam | None = None
         self._probing = False
         self._told = False
-        self._clock: float | None = None
+        self._clock = 0.0
         self._stats: dict[str, Tensor | float] = {}
         self._scores: Tensor | None = None
         self._route: Route | None = None
@@ -192,7 +192,7 @@ class OnlineSelection(Callback):
         if stage == "fit":
             self._check(trainer, pl_module)
             self._told = False
-            self._clock = self._route = self.k = None
+            self._route = self.k = None
             self._table.clear()
         self._seam = BatchSeam.attach(trainer, self)
 
@@ -223,16 +223,13 @@ class OnlineSelection(Callback):
         """Check that the batch to train on is the one that was selected."""
         if self._seam is not None and self._seam.clients[0] is self:
             self._seam.check(batch)
-        if self._clock is None:
-            self._clock = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the statistics of the selection."""
         now = time.perf_counter()
-        if self._clock is not None:
-            self.train_seconds += now - self._clock
+        self.train_seconds += now - self._clock
         self._clock = now
         stats = {
             **self._stats,
@@ -250,9 +247,13 @@ class OnlineSelection(Callback):
             if self._scores is not None:
                 self._log_histogram(trainer, self._scores)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock: evaluation is not training time."""
-        self._clock = None
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._clock = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock again: evaluation is not training time."""
+        self._clock = time.perf_counter()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log a table of candidates with their scores and whether they were kept."""

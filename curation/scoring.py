@@ -247,7 +247,7 @@ def per_sample_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def per_sample_loss_from_hidden(hidden: Tensor, targets: Tensor, head: nn.Linear) -> Tensor:
-    """:func:`per_sample_loss` of ``head(hidden)``, holding the logits of one sample at a time.
+    """:func:`per_sample_loss` of ``head(hidden)``, with the logits of one sample's scored positions at a time.
 
     Args:
         hidden: ``[B, T, d]``, the head's input.
@@ -258,8 +258,9 @@ def per_sample_loss_from_hidden(hidden: Tensor, targets: Tensor, head: nn.Linear
         fp32 ``[B]``.
     """
     weight = head.weight
-    rows = [
-        per_sample_loss(F.linear(h[None].to(weight.dtype), weight, head.bias), t[None])
-        for h, t in zip(hidden, targets, strict=True)
-    ]
-    return torch.cat(rows)
+    losses = []
+    for h, t in zip(hidden, targets, strict=True):
+        scored = t.ne(IGNORED)
+        logits = F.linear(h[scored].to(weight.dtype), weight, head.bias)
+        losses.append(per_sample_loss(logits[None], t[scored][None]))
+    return torch.cat(losses)

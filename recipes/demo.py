@@ -10,13 +10,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from curation.recipes import cli
 from curation.recipes.sources import require_extra
 
 RECIPE = "sft_utility_diversity"
 ARMS = ("UtilityDiversitySelection", "UniformSelection")
 KEEP = 0.25
-STEPS, VALIDATE_EVERY = 16, 4
+STEPS, VALIDATE_EVERY = 12, 3
 SIZE = ["batch_size=16", "max_length=96", "context_turns=1", "max_samples=1000", "val_samples=48"]
 
 
@@ -83,6 +84,12 @@ def read_curve(file: Path) -> list[tuple[int, float, float]]:
     return curve
 
 
+def best_at(curves: dict[str, list[tuple[int, float, float]]], axis: int, place: float) -> str:
+    """The arm with the lowest validation loss at a place on axis 0 (steps) or 1 (seconds), interpolated."""
+    losses = {arm: [point[2] for point in curve] for arm, curve in curves.items()}
+    return min(curves, key=lambda arm: np.interp(place, [point[axis] for point in curves[arm]], losses[arm]))
+
+
 def draw(curves: dict[str, list[tuple[int, float, float]]], file: Path) -> None:
     """Validation loss against optimizer steps and against training seconds."""
     from matplotlib.figure import Figure
@@ -105,12 +112,19 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the runs (%(default)s)")
     out = parser.parse_args(args).out
     require_extra()
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{STEPS} steps each, the same weights, seed and candidate batches")
+    table = Table(
+        box=SIMPLE,
+        collapse_padding=True,
+        pad_edge=False,
+        title="The same weights, seed, candidate batches and steps",
+        caption="samples scored and trained on, training seconds, validation loss",
+    )
     table.add_column("arm", no_wrap=True)
-    for column in ("steps", "samples scored", "samples trained", "seconds", "loss before", "loss after"):
+    for column in ("steps", "scored", "trained", "seconds", "before", "after"):
         table.add_column(column, justify="right")
     curves = {}
     for arm in ARMS:
@@ -122,10 +136,12 @@ def main(args: list[str] | None = None) -> None:
     draw(curves, out / "learning_curves.png")
     console = Console()
     console.print(table)
-    best = min(curves, key=lambda arm: curves[arm][-1][2])
+    seconds = min(curve[-1][1] for curve in curves.values())
     console.print(
-        f"Lower validation loss after equal steps: {best}. One seed is no evidence of a difference. "
-        f"Curves: {out / 'learning_curves.png'}"
+        f"Lower validation loss after equal steps: {best_at(curves, 0, STEPS)}; after equal seconds ({seconds:.0f}): "
+        f"{best_at(curves, 1, seconds)}. One seed is no evidence of a difference.\n"
+        f"Curves: {out / 'learning_curves.png'}",
+        soft_wrap=True,
     )
 
 

@@ -112,7 +112,7 @@ class SupervisedFineTuning(LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW with a linear warm-up; needs no number of total steps, which would break a mid-epoch resume."""
         optimizer = torch.optim.AdamW(
-            self.parameters(), lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"]
+            self.parameters(), lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"], fused=True
         )
         warmup = max(1, self.hparams["warmup_steps"])
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))

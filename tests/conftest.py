@@ -17,6 +17,12 @@ def no_environment_leak():
     changed = {k for k in before.keys() | os.environ.keys() if before.get(k) != os.environ.get(k)}
     # Lightning, DDP and W&B keep these on purpose.
     allowed = {"PL_GLOBAL_SEED", "PL_SEED_WORKERS", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK"}
-    allowed |= {"WORLD_SIZE", "PYTEST_CURRENT_TEST", "RANK"}
+    allowed |= {
+        "WORLD_SIZE",
+        "PYTEST_CURRENT_TEST",
+        "RANK",
+        "PYTORCH_NVML_BASED_CUDA_CHECK",
+        "TORCHINDUCTOR_CACHE_DIR",
+    }
     leaked = {k for k in changed - allowed if not k.startswith("WANDB_")}
     assert not leaked, f"left in the environment: {leaked}"

@@ -4,6 +4,7 @@ The singular values of ``L = H W^T`` are the square roots of the eigenvalues of 
 the scoring pass needs the head's input ``H`` and one ``[d, d]`` matrix, and never forms the ``[T, V]`` logits.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -44,18 +45,30 @@ def _scored(outputs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return compact(outputs, mask.bool())
 
 
-def _sum_of_roots(gram: Tensor, rank: Tensor) -> Tensor:
-    """Sum of the square roots of the ``rank`` largest eigenvalues of each matrix.
+def _by_parts(norm: Callable[[Tensor, Tensor], Tensor], rows: Tensor, counts: Tensor) -> Tensor:
+    """Apply ``norm`` to a few samples at a time: one of 512 tokens, several short ones.
 
-    The others are zero in exact arithmetic, but the root of a rounding error is far larger than the error.
+    That bounds what is held beside the outputs, and lets the eigenproblems of short samples be small.
     """
-    if gram.device.type == "cpu":
-        gram = gram.double()  # as fast there, and repeated tokens leave null eigenvalues at 1e-16 instead of 1e-7
+    size = max(1, 2**19 // (rows.size(1) * max(rows.size(1), min(rows.size(2), 1024))))
+    parts = []
+    for part, count in zip(rows.split(size), counts.split(size), strict=True):
+        if part.device.type == "cpu":  # elsewhere the width would cost a synchronisation
+            part = part[:, : max(1, int(count.max()))]
+        parts.append(norm(part, count))
+    return torch.cat(parts)
+
+
+def _sum_of_roots(gram: Tensor, rank: Tensor) -> Tensor:
+    """Sum of the square roots of the ``rank`` largest eigenvalues of each matrix; NaN where it is not finite.
+
+    The other eigenvalues are zero in exact arithmetic, but the root of a rounding error is far larger than the error.
+    """
     n = gram.size(-1)
-    gram = torch.nan_to_num(gram, nan=0.0, posinf=0.0, neginf=0.0)
-    eigenvalues = torch.linalg.eigvalsh(gram)
+    finite = gram.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
+    eigenvalues = torch.linalg.eigvalsh(torch.nan_to_num(gram, nan=0.0, posinf=0.0, neginf=0.0))
     top = torch.arange(n, device=gram.device) >= n - rank[:, None].clamp(max=n)
-    return (eigenvalues.clamp(min=0).sqrt() * top).sum(1)
+    return (eigenvalues.clamp(min=0).sqrt() * top).sum(1).masked_fill(~finite, torch.nan)
 
 
 def nuclear_norm(logits: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -83,10 +96,17 @@ def nuclear_norm(logits: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def nuclear_norm_of_rows(rows: Tensor, counts: Tensor) -> Tensor:
     """:func:`nuclear_norm` of what :func:`compact` returns."""
-    rows = rows if rows.dtype == torch.float64 else rows.float()
-    _, n, v = rows.shape
-    gram = rows @ rows.mT if n <= v else rows.mT @ rows
-    return _finish(gram, counts.clamp(max=v), rows.dtype)
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+
+    def norm(part: Tensor, count: Tensor) -> Tensor:
+        part = part.to(dtype)
+        _, n, v = part.shape
+        gram = part @ part.mT if n <= v else part.mT @ part
+        if gram.device.type == "cpu":  # as fast there, and null eigenvalues are 1e-16 instead of 1e-7
+            gram = gram.double()
+        return _sum_of_roots(gram, count.clamp(max=v)).to(dtype)
+
+    return _by_parts(norm, rows, counts)
 
 
 def nuclear_norm_from_hidden(hidden: Tensor, head_gram: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -120,22 +140,25 @@ def nuclear_norm_of_hidden_rows(rows: Tensor, counts: Tensor, head_gram: Tensor)
     d = rows.size(-1)
     if head_gram.shape != (d, d):
         raise ValueError(f"Argument `head_gram` must be {[d, d]}, but got {list(head_gram.shape)}.")
-    rows = rows.to(head_gram.dtype)
-    if rows.size(1) <= d:
-        gram = rows @ head_gram @ rows.mT
-    else:  # the smaller eigenproblem: H K H^T and R^T H^T H R share their non-zero eigenvalues for K = R R^T
-        # fp64, and a jitter far below fp32 noise, so that a head of low rank has a factor too
-        exact = head_gram.double() if head_gram.device.type != "mps" else head_gram
-        jitter = torch.finfo(exact.dtype).eps * 8 * exact.diagonal().mean()
-        factor = torch.linalg.cholesky_ex(exact + jitter * torch.eye(d, device=exact.device)).L
-        narrow = rows @ factor.to(rows.dtype)
-        gram = narrow.mT @ narrow
-    return _finish(gram, counts.clamp(max=d), head_gram.dtype)
+    factor = _cholesky(head_gram) if rows.size(1) > d else None
+
+    def norm(part: Tensor, count: Tensor) -> Tensor:
+        part = part.to(head_gram.dtype)
+        if part.size(1) <= d or factor is None:
+            gram = part @ head_gram @ part.mT
+        else:  # the smaller eigenproblem: for K = R R^T, H K H^T and R^T H^T H R share their non-zero eigenvalues
+            narrow = part @ factor
+            gram = narrow.mT @ narrow
+        return _sum_of_roots(gram, count.clamp(max=d))
+
+    return _by_parts(norm, rows, counts)
 
 
-def _finish(gram: Tensor, rank: Tensor, dtype: torch.dtype) -> Tensor:
-    norm = _sum_of_roots(gram, rank).to(dtype)
-    return norm.masked_fill(~gram.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite(), torch.nan)
+def _cholesky(gram: Tensor) -> Tensor:
+    """``R`` with ``R R^T = gram``, taken in fp64, with a jitter that gives a gram of low rank a factor too."""
+    exact = gram if gram.device.type == "mps" else gram.double()
+    jitter = torch.finfo(exact.dtype).eps * 8 * exact.diagonal().mean()
+    return torch.linalg.cholesky_ex(exact + jitter * torch.eye(len(exact), device=exact.device)).L.to(gram.dtype)
 
 
 def gram_of_head(weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:

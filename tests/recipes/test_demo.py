@@ -5,9 +5,11 @@ from curation.recipes import demo
 HEADER = "curation/train_seconds,epoch,step,train_loss,val_loss\n"
 
 
-def write(folder, losses):
-    lines = [f",0,0,,{losses[0]}\n", f"2.5,0,3,4.0,\n,0,3,,{losses[1]}\n", f"5.5,0,7,4.0,\n,0,7,,{losses[2]}\n"]
+def write(folder, losses, seconds=(2.5, 5.5)):
     folder.mkdir(parents=True)
+    lines = [f",0,0,,{losses[0]}\n"]
+    for step, s, loss in zip((3, 7), seconds, losses[1:], strict=True):
+        lines += [f"{s},0,{step},4.0,\n", f",0,{step},,{loss}\n"]
     (folder / "metrics.csv").write_text(HEADER + "".join(lines))
 
 
@@ -16,15 +18,18 @@ def test_curve_starts_before_the_first_step(tmp_path):
     assert demo.read_curve(tmp_path / "arm" / "metrics.csv") == [(0, 0.0, 5.0), (4, 2.5, 4.5), (8, 5.5, 4.0)]
 
 
-def test_the_table_names_whichever_arm_wins(tmp_path, monkeypatch, capsys):
+def test_the_closing_line_names_the_winner_by_steps_and_by_seconds(tmp_path, monkeypatch, capsys):
     def run_arm(arm, out):
-        write(out / arm, (5.0, 4.5, 4.25 if arm == "UtilityDiversitySelection" else 4.0))
+        if arm == "UniformSelection":
+            write(out / arm, (5.0, 4.5, 4.25))
+        else:
+            write(out / arm, (5.0, 4.5, 4.0), seconds=(6.0, 12.0))
         return {"steps": 8, "scored": 32, "trained": 8, "seconds": 5.5}
 
     monkeypatch.setattr(demo, "run_arm", run_arm)
     demo.main(["--out", str(tmp_path)])
     out = capsys.readouterr().out
-    assert "after equal steps: UniformSelection. One seed is" in out
+    assert "after equal steps: UtilityDiversitySelection; after equal seconds (6): UniformSelection. One seed" in out
     assert "4.250" in out
     assert "4.000" in out
     assert (tmp_path / "learning_curves.png").stat().st_size > 10_000
