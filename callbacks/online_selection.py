@@ -48,7 +48,7 @@ class OnlineSelection(Callback):
     has_scores = True
 
     def __init__(self, keep: float, seed: int = 0, trim: bool = True) -> None:
-        if not 0 < keep <= 1:
+        if not (isinstance(keep, (int, float)) and 0 < keep <= 1):
             raise ValueError(f"Argument `keep` must be in (0, 1], but got {keep!r}.")
         self.keep = keep
         self.seed = seed

@@ -54,7 +54,7 @@ class UtilityDiversitySelection(OnlineSelection):
         trim: bool = True,
     ) -> None:
         super().__init__(keep=keep, seed=seed, trim=trim)
-        if not 0 <= alpha < float("inf"):
+        if not (isinstance(alpha, (int, float)) and 0 <= alpha < float("inf")):
             raise ValueError(f"Argument `alpha` must be a finite number >= 0, but got {alpha!r}.")
         if normalization not in ("length", "none", "paper"):
             raise ValueError(

@@ -41,6 +41,12 @@ class Classifier(LightningModule):
         self.log("val_loss", F.cross_entropy(self(x), y))
         self.seen_in_validation = len(x)
 
+    test_step = validation_step
+
+    def predict_step(self, batch, batch_idx):
+        x, _ = batch
+        return self(x)
+
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 

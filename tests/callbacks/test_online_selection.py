@@ -50,7 +50,7 @@ def test_k_is_fixed_by_the_first_batch_and_a_short_batch_keeps_what_it_has():
     assert module.seen == [4, 4, 3]
 
 
-@pytest.mark.parametrize("keep", [0, -0.1, 1.5, float("nan")])
+@pytest.mark.parametrize("keep", [0, -0.1, 1.5, float("nan"), None, "half"])
 @pytest.mark.parametrize("rule", [UniformSelection, UtilityDiversitySelection])
 def test_keep_out_of_range_is_named(rule, keep):
     with pytest.raises(ValueError, match=rf"Argument `keep` must be in \(0, 1\], but got {keep}"):
@@ -173,6 +173,20 @@ def test_tensorboard_gets_a_histogram(tmp_path):
     logger = TensorBoardLogger(tmp_path)
     trainer(UtilityDiversitySelection(keep=0.25), logger=logger, max_epochs=1).fit(Classifier(), loader())
     assert any(b"curation/scores" in f.read_bytes() for f in tmp_path.rglob("events*"))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)])
+def test_scoring_runs_in_the_precision_of_the_fit(precision, dtype):
+    dtypes = set()
+
+    class Spy(UtilityDiversitySelection):
+        def outputs(self, *args):
+            logits, targets = super().outputs(*args)
+            dtypes.add(logits.dtype)
+            return logits, targets
+
+    trainer(Spy(keep=0.25), precision=precision, max_epochs=1).fit(Classifier(), loader())
+    assert dtypes == {dtype}
 
 
 def test_a_score_step_takes_any_batch():

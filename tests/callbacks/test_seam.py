@@ -51,8 +51,12 @@ def test_validation_and_its_sanity_check_see_every_row_without_ids():
     run = trainer(UniformSelection(keep=0.25), num_sanity_val_steps=2)
     run.fit(module, loader(), loader(batch_size=16, shuffle=False))
     assert module.seen_in_validation == 16
-    run.validate(module, loader(batch_size=16, shuffle=False), verbose=False)
-    assert not installed(run)
+    for stage in (run.validate, run.test):
+        module.seen_in_validation = None
+        stage(module, loader(batch_size=16, shuffle=False), verbose=False)
+        assert module.seen_in_validation == 16
+        assert not installed(run)
+    assert [len(batch) for batch in run.predict(module, loader(batch_size=16, shuffle=False))] == [16] * 4
 
 
 def test_a_second_fit_without_the_callback_trains_on_everything():

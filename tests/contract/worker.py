@@ -100,7 +100,11 @@ def two_ranks(rank: int, port: int, folder: Path) -> None:
         resumer = [] if entry.cls is ExactResume else [ExactResume()]
         run = trainer(entry.make(), *resumer, kept, strategy="ddp", devices=2, max_epochs=2)
         run.fit(module, DataLoader(data(2 * 19), 8, collate_fn=short_on_rank_one))
-        states = _states(run)
+        if rank == 1:
+            torch.distributed.barrier()
+        states = _states(run)  # one rank at a time: a collective in `state_dict` would meet the barrier
+        if rank == 0:
+            torch.distributed.barrier()
         torch.save(
             {"rows": kept.rows, "weights": module.state_dict(), "callbacks": states}, folder / f"{name}-{rank}.pt"
         )
