@@ -165,10 +165,8 @@ def step() -> None:
     measured_b = both / forward - 1
     full = seconds()
     print(f"forward {forward:.3f} s, with backward {both:.3f} s, b = {measured_b:.2f}; full step {full:.3f} s\n")
-    print(
-        "| keep | seconds | speed-up | ideal, b = 2 | reached | ideal, measured b | reached | two passes | reached |\n"
-        "|---|---|---|---|---|---|---|---|---|"
-    )
+    columns = ("keep", "seconds", "speed-up", "ideal, b = 2", "reached", "ideal, measured b", "reached", "two passes")
+    print("| " + " | ".join(columns) + " | reached |\n" + "|---" * 9 + "|")
     for keep in (0.25, 0.125):
         ours = seconds(UtilityDiversitySelection(keep=keep))
         # The same two passes without any selection: a forward of all rows, then a step on the kept number of rows.

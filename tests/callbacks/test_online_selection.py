@@ -53,7 +53,7 @@ def test_k_is_fixed_by_the_first_batch_and_a_short_batch_keeps_what_it_has():
 @pytest.mark.parametrize("keep", [0, -0.1, 1.5, float("nan"), None, "half"])
 @pytest.mark.parametrize("rule", [UniformSelection, UtilityDiversitySelection])
 def test_keep_out_of_range_is_named(rule, keep):
-    with pytest.raises(ValueError, match=rf"Argument `keep` must be in \(0, 1\], but got {keep}"):
+    with pytest.raises(ValueError, match=rf"Argument `keep` must be in \(0, 1\], but got {keep!r}"):
         rule(keep=keep)
 
 
