@@ -1,8 +1,8 @@
-"""Does utility-diversity selection help, and which of its terms: an ablation on a real SFT set, paired by seed.
+"""Does utility-diversity selection help, and which of its parts: an ablation on a real SFT set, paired by seed.
 
-``python benchmarks/ablation_sft.py`` fine-tunes SmolLM2-135M on chitchat conversations with every
-arm, keep ratio and seed, at equal optimizer steps and equal samples trained on. The learning rate is tuned for
-``uniform``, the baseline, at keep 0.25 with a seed that is not used afterwards. Results go to
+``python benchmarks/ablation_sft.py`` fine-tunes SmolLM2-135M on chitchat conversations with every arm, keep ratio and
+seed, at equal optimizer steps and equal samples trained on. The learning rate is tuned for ``uniform``, the baseline,
+at every keep ratio with a seed that is not used afterwards. Results go to
 ``docs/results/utility_diversity_ablation.json``; finished runs in it are not run again. ``--report`` only prints.
 """
 
@@ -15,18 +15,22 @@ import multiprocessing
 import os
 import statistics
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from curation.callbacks import OnlineSelection, UniformSelection, UtilityDiversitySelection
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor
 
+from curation.scoring import IGNORED
+
 OUT = Path(__file__).parent.parent / "docs" / "results" / "utility_diversity_ablation.json"
-BATCH, MAX_LENGTH, STEPS = 8, 64, 20
+BATCH, MAX_LENGTH, STEPS = 8, 64, 30
 KEEPS, SEEDS = (0.125, 0.25, 0.5), (0, 1, 2, 3, 4)
-RATES, TUNING_SEED, TUNING_KEEP = (3e-5, 1e-4, 3e-4), 100, 0.25
+RATES, TUNING_SEED = (1e-5, 3e-5, 1e-4), 100
+NORMALIZATION_KEEP = 0.25
 T_975 = {3: 4.303, 4: 3.182, 5: 2.776}
 
 
@@ -37,11 +41,34 @@ class DiversityOnly(UtilityDiversitySelection):
         return torch.zeros(len(rows), device=rows.device)
 
 
-ARMS: dict[str, Any] = {
-    "uniform": UniformSelection,
+class PerToken(UtilityDiversitySelection):
+    """The nuclear norm divided by the number of tokens, instead of by its trend."""
+
+    def _utility(self, rows: Tensor, counts: Tensor) -> Tensor:
+        return super()._utility(rows, counts) / counts.clamp(min=1)
+
+
+class Tokens(Callback):
+    """Counts the answer tokens trained on."""
+
+    count = 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Count."""
+        self.count += int(batch["labels"].ne(IGNORED).sum())
+
+
+Rule = Callable[[float, int], OnlineSelection]
+ARMS: dict[str, Rule] = {
+    "uniform": lambda keep, seed: UniformSelection(keep=keep, seed=seed),
     "nuclear norm": lambda keep, seed: UtilityDiversitySelection(keep=keep, seed=seed, alpha=0.0),
     "diversity": lambda keep, seed: DiversityOnly(keep=keep, seed=seed),
     "both": lambda keep, seed: UtilityDiversitySelection(keep=keep, seed=seed),
+}
+NORMALIZATIONS: dict[str, Rule] = {
+    "both, per token": lambda keep, seed: PerToken(keep=keep, seed=seed, normalization="none"),
+    "both, raw": lambda keep, seed: UtilityDiversitySelection(keep=keep, seed=seed, normalization="none"),
+    "both, paper": lambda keep, seed: UtilityDiversitySelection(keep=keep, seed=seed, normalization="paper"),
 }
 
 _model: Any = None
@@ -65,12 +92,13 @@ def run(job: tuple[str, float, float, int]) -> dict[str, Any]:
     seed_everything(seed, verbose=False)  # the order of the candidates is the same for every arm
     module = copy.deepcopy(_model)
     module.hparams["lr"] = lr
-    rule: OnlineSelection = ARMS[arm](keep=keep, seed=seed)
+    rule = (ARMS | NORMALIZATIONS)[arm](keep, seed)
+    tokens = Tokens()
     trainer = Trainer(
         accelerator="cpu",
         max_steps=STEPS,
         limit_val_batches=0,
-        callbacks=[rule],
+        callbacks=[rule, tokens],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -85,6 +113,7 @@ def run(job: tuple[str, float, float, int]) -> dict[str, Any]:
         "lr": lr,
         "seed": seed,
         "val_loss": result["val_loss"],
+        "tokens_trained": tokens.count,
         "samples_trained": rule.samples_trained,
         "samples_scored": rule.samples_scored,
     }
@@ -105,27 +134,28 @@ def run_all(jobs: list[tuple[str, float, float, int]], results: list[dict[str, A
             OUT.write_text("[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n")
 
 
-def best_rate(results: list[dict[str, Any]]) -> float:
+def best_rate(results: list[dict[str, Any]], keep: float) -> float:
     """The learning rate with the lowest loss of ``uniform`` on the tuning seed."""
-    return min((r for r in results if r["seed"] == TUNING_SEED), key=lambda r: r["val_loss"])["lr"]
+    tuning = [r for r in results if r["seed"] == TUNING_SEED and r["keep"] == keep]
+    return min(tuning, key=lambda r: r["val_loss"])["lr"]
 
 
 def report(results: list[dict[str, Any]]) -> None:
     """Mean loss of each arm, and its paired difference to ``uniform`` with a 95 % t interval."""
-    lr = best_rate(results)
-    print("| keep | learning rate | arm | validation loss | minus uniform, paired (95 %) |\n|---|---|---|---|---|")
+    print("| keep | learning rate | arm | seeds | tokens trained | validation loss | minus uniform, paired (95 %) |")
+    print("|---" * 7 + "|")
     for keep in KEEPS:
-        losses = {
-            arm: {r["seed"]: r["val_loss"] for r in results if (r["arm"], r["keep"], r["lr"]) == (arm, keep, lr)}
-            for arm in ARMS
-        }
-        for arm, by_seed in losses.items():
-            seeds = [s for s in SEEDS if all(s in of_arm for of_arm in losses.values())]
-            mean = statistics.mean(by_seed[s] for s in seeds)
-            differences = [by_seed[s] - losses["uniform"][s] for s in seeds]
-            half = T_975[len(seeds)] * statistics.stdev(differences) / len(seeds) ** 0.5
+        lr = best_rate(results, keep)
+        runs = {(r["arm"], r["seed"]): r for r in results if r["keep"] == keep and r["seed"] in SEEDS}
+        for arm in ARMS | NORMALIZATIONS:
+            pairs = [(runs[arm, s], runs["uniform", s]) for s in SEEDS if (arm, s) in runs and ("uniform", s) in runs]
+            if len(pairs) < 3:
+                continue
+            tokens, loss = (statistics.mean(r[key] for r, _ in pairs) for key in ("tokens_trained", "val_loss"))
+            differences = [ours["val_loss"] - base["val_loss"] for ours, base in pairs]
+            half = T_975[len(pairs)] * statistics.stdev(differences) / len(pairs) ** 0.5
             gap = "" if arm == "uniform" else f"{statistics.mean(differences):+.3f} ± {half:.3f}"
-            print(f"| {keep} | {lr:g} | {arm} | {mean:.3f} | {gap} |")
+            print(f"| {keep} | {lr:g} | {arm} | {len(pairs)} | {tokens:.0f} | {loss:.3f} | {gap} |")
 
 
 def main() -> None:
@@ -136,9 +166,10 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     results = json.loads(OUT.read_text()) if OUT.exists() else []
     if not only_report:
-        run_all([("uniform", TUNING_KEEP, lr, TUNING_SEED) for lr in RATES], results)
-        lr = best_rate(results)
-        run_all([(arm, keep, lr, s) for s, keep, arm in itertools.product(SEEDS, KEEPS, ARMS)], results)
+        run_all([("uniform", keep, lr, TUNING_SEED) for keep in KEEPS for lr in RATES], results)
+        rates = {keep: best_rate(results, keep) for keep in KEEPS}
+        arms = [(keep, arm) for keep in KEEPS for arm in ARMS] + [(NORMALIZATION_KEEP, arm) for arm in NORMALIZATIONS]
+        run_all([(arm, keep, rates[keep], seed) for seed, (keep, arm) in itertools.product(SEEDS, arms)], results)
     report(results)
 
 

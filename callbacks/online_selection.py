@@ -27,6 +27,7 @@ from curation.scoring import (
 )
 
 TABLE_ROWS = 64
+IN_PROGRESS_BAR = ("candidate_loss", "samples_trained")
 
 
 class OnlineSelection(Callback):
@@ -238,12 +239,9 @@ class OnlineSelection(Callback):
             "train_seconds": self.train_seconds,
         }
         if _logs_now(trainer):
-            pl_module.log_dict(
-                {f"curation/{name}": value for name, value in stats.items()},
-                on_step=True,
-                on_epoch=False,
-                batch_size=1,
-            )
+            for name, value in stats.items():
+                in_bar = name in IN_PROGRESS_BAR
+                pl_module.log(f"curation/{name}", value, prog_bar=in_bar, on_step=True, on_epoch=False, batch_size=1)
             if self._scores is not None:
                 self._log_histogram(trainer, self._scores)
 

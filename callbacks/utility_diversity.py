@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from curation.batch import take_rows
 from curation.online.sketch import SketchMemory, cosine_projection, sign_projection, sketch
 from curation.online.utility_diversity import (
+    LengthTrend,
     compact,
     gram_of_head,
     nuclear_norm_of_hidden_rows,
@@ -33,8 +34,9 @@ class UtilityDiversitySelection(OnlineSelection):
     Args:
         keep: Fraction of each candidate batch that is trained on, in (0, 1].
         alpha: Weight of the diversity; 0 leaves the nuclear norm alone.
-        normalization: ``"length"`` divides both terms by their growth with length, ``"none"`` does not; both
-            standardise them over the candidate set. ``"paper"`` is the published formula: raw terms, every position.
+        normalization: ``"length"`` takes the growth with the number of scored tokens out of both terms, ``"none"``
+            does not; both standardise them over the candidate set. ``"paper"`` is the published formula: raw terms,
+            every position.
         head: ``"auto"``, ``"none"`` (form the logits), or the path of the ``torch.nn.Linear`` that makes them.
         seed: Of the random projections; equal on all ranks.
         trim: Drop the padding columns that no kept row uses.
@@ -71,6 +73,8 @@ class UtilityDiversitySelection(OnlineSelection):
         self._token_projection: Tensor | None = None
         self._refreshed: int | None = None
         self._memory: SketchMemory | None = None
+        self._trend = LengthTrend()
+        self._moments: Tensor | None = None
         self._sketches: Tensor | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -80,7 +84,8 @@ class UtilityDiversitySelection(OnlineSelection):
             self._prepared = False
             self._head = self._head_agrees = None
             self._gram = self._vocab_projection = self._token_projection = None
-            self._refreshed = self._memory = self._sketches = None
+            self._refreshed = self._memory = self._moments = self._sketches = None
+            self._trend = LengthTrend()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the path of the head before anything is trained."""
@@ -103,12 +108,13 @@ class UtilityDiversitySelection(OnlineSelection):
             rows, counts = self._rows(outputs, targets)
             utility = self._utility(rows, counts)
             self._sketches = self._sketch(rows, tokens=outputs.dim() == 3)
-            if self.normalization == "length":
-                utility = utility / counts.clamp(min=1)
-                self._sketches = self._sketches / counts.clamp(min=1).sqrt()[:, None]
             if self._memory is None:
                 self._memory = SketchMemory(CAPACITY, self._sketches.size(1), self._sketches.device)
             self._memory.to(self._sketches.device)
+            if self.normalization == "length":
+                self._moments = self._trend.moments_of(utility, counts)
+                utility = self._trend.remove(utility, counts)
+                self._sketches = self._sketches / counts.clamp(min=1).sqrt()[:, None]
             diversity = self._memory.mean_distance(self._sketches)
             return utility_diversity(utility, diversity, self.alpha, self.normalization)
 
@@ -121,7 +127,12 @@ class UtilityDiversitySelection(OnlineSelection):
         if trainer.world_size > 1:
             kept = trainer.strategy.all_gather(kept).flatten(0, 1)
         self._memory.push(kept)
-        self._sketches = None
+        if self._moments is not None:
+            total = (
+                self._moments if trainer.world_size == 1 else trainer.strategy.reduce(self._moments, reduce_op="sum")
+            )
+            self._trend.update(total)
+        self._moments = self._sketches = None
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Find the head, and compare the two routes on the longest sample."""
@@ -213,6 +224,7 @@ class UtilityDiversitySelection(OnlineSelection):
         """The memory, and the products with a head that is trained; equal on every rank."""
         state = super().state_dict()
         state["head_agrees"] = self._head_agrees
+        state["length_moments"] = self._trend.moments.clone()
         if self._memory is not None:
             state["memory"] = self._memory.state_dict()
         if self._head is not None and self._head.weight.requires_grad:
@@ -227,6 +239,7 @@ class UtilityDiversitySelection(OnlineSelection):
         """Restore :meth:`state_dict`."""
         super().load_state_dict(state_dict)
         self._head_agrees = state_dict["head_agrees"]
+        self._trend.moments = state_dict["length_moments"]
         if "memory" in state_dict:
             rows = state_dict["memory"]["rows"]
             self._memory = SketchMemory(rows.size(0) - 1, rows.size(1), rows.device)

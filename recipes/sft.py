@@ -59,6 +59,7 @@ class SupervisedFineTuning(LightningModule):
         self.save_hyperparameters()
         self.model: Any = None
         self.val_loss = MeanMetric()
+        self.test_loss = MeanMetric()
 
     def configure_model(self) -> None:
         """Load the model, once."""
@@ -109,6 +110,12 @@ class SupervisedFineTuning(LightningModule):
         self.val_loss.update(loss, tokens)
         self.log("val_loss", self.val_loss, prog_bar=True, batch_size=len(batch["input_ids"]))
 
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """As in validation, on the test set."""
+        loss, tokens = self.loss(batch)
+        self.test_loss.update(loss, tokens)
+        self.log("test_loss", self.test_loss, batch_size=len(batch["input_ids"]))
+
     def configure_optimizers(self) -> Any:
         """AdamW with a linear warm-up; needs no number of total steps, which would break a mid-epoch resume."""
         optimizer = torch.optim.AdamW(
@@ -122,13 +129,14 @@ class SupervisedFineTuning(LightningModule):
 class Conversations(LightningDataModule):
     """Conversations as token ids, of which only the last answer is labelled.
 
-    Samples longer than ``max_length`` tokens are left out. The split into training and validation is by
+    Samples longer than ``max_length`` tokens are left out. The split into training, validation and test is by
     conversation and depends on the seed only. Training samples carry a stable ``sample_id``: their place in the
     training set.
 
     Args:
-        data: ``"chitchat"`` (the ``chitchat-dataset`` package), a ``.jsonl`` file, or a hub name. Rows of the latter
-            have the column ``messages``, or ``prompt`` and ``answer``, or ``question`` and ``answer``.
+        data: ``"chitchat"`` (the ``chitchat-dataset`` package), ``"reasoning_gym:FAMILY"`` (8,192 questions of one
+            task family of that package), a ``.jsonl`` file, or a hub name. Rows of the last two have the column
+            ``messages``, or ``prompt`` and ``answer``, or ``question`` and ``answer``.
         subset: Configuration of a hub data set that has several.
         tokenizer: Folder, hub name, or ``package:NAME``; it must have a chat template.
         gguf_file: File in that folder, where the tokenizer is in GGUF format.
@@ -136,7 +144,7 @@ class Conversations(LightningDataModule):
         max_length: Tokens of the longest sample that is used.
         context_turns: Turns before the answer at most, in ``"chitchat"``.
         max_samples: Training samples at most, before the long ones are left out; None takes all.
-        val_samples: Validation samples, before the long ones are left out.
+        val_samples: Validation samples, and as many test samples, before the long ones are left out.
         num_workers: Of the data loaders.
         seed: Of the split.
 
@@ -176,6 +184,7 @@ class Conversations(LightningDataModule):
         self.seed = seed
         self.train: SampleIds | None = None
         self.val: Any = None
+        self.test: Any = None
 
     def setup(self, stage: str) -> None:
         """Split and tokenise, once."""
@@ -185,29 +194,32 @@ class Conversations(LightningDataModule):
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(resolve(self.tokenizer), gguf_file=self.gguf_file)
-        train, val = self.split()
-        encoded = [encode(part, tokenizer, self.max_length) for part in (train, val)]
-        rank_zero_info(
-            f"Conversations: {len(encoded[0])} of {len(train)} training samples and {len(encoded[1])} of {len(val)} "
-            f"validation samples have at most {self.max_length} tokens; the others are left out."
+        parts = self.split()
+        encoded = [encode(part, tokenizer, self.max_length) for part in parts]
+        found = ", ".join(
+            f"{len(used)} of {len(part)} {name} samples"
+            for used, part, name in zip(encoded, parts, ("training", "validation", "test"), strict=True)
         )
+        rank_zero_info(f"Conversations: {found} have at most {self.max_length} tokens; the others are left out.")
         if not all(map(len, encoded)):
             raise ValueError(
-                f"Argument `data` must hold samples of at most {self.max_length} tokens in more conversations than "
-                f"`val_samples` takes, but {self.data!r} gave {len(encoded[0])} for training and {len(encoded[1])} "
-                "for validation."
+                f"Argument `data` must hold samples of at most `max_length` ({self.max_length}) tokens in more "
+                f"conversations than twice `val_samples` ({self.val_samples}) takes, but {self.data!r} gave {found}."
             )
-        self.train, self.val = SampleIds(encoded[0]), encoded[1]
+        self.train, self.val, self.test = SampleIds(encoded[0]), encoded[1], encoded[2]
 
-    def split(self) -> tuple[Any, Any]:
-        """Training and validation samples ``{"conversation": int, "messages": [...]}``, as two ``Dataset``."""
+    def split(self) -> tuple[Any, Any, Any]:
+        """Training, validation and test samples ``{"conversation": int, "messages": [...]}``, each a ``Dataset``."""
         samples = load(self.data, self.subset, self.context_turns)
         conversations = samples.with_format("numpy")["conversation"][:]
         place = np.random.default_rng(self.seed).permutation(conversations.max() + 1)[conversations]
-        order = np.argsort(place, kind="stable")  # whole conversations, shuffled
-        val, rest = order[: self.val_samples], order[self.val_samples :]
-        train = rest[place[rest] > place[val].max()][: self.max_samples]
-        return samples.select(train), samples.select(val)
+        rest = np.argsort(place, kind="stable")  # whole conversations, shuffled
+        held_out = []
+        for _ in ("validation", "test"):
+            taken, rest = rest[: self.val_samples], rest[self.val_samples :]
+            rest = rest[place[rest] > place[taken].max(initial=-1)]
+            held_out.append(taken)
+        return tuple(samples.select(part) for part in (rest[: self.max_samples], *held_out))
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Right-padded int64 ``[B, T]``, ``T`` the longest of the batch, and the ids ``[B]`` of training samples."""
@@ -233,6 +245,10 @@ class Conversations(LightningDataModule):
         """All validation samples, in order."""
         return DataLoader(self.val, self.batch_size, num_workers=self.num_workers, collate_fn=self.collate)
 
+    def test_dataloader(self) -> DataLoader:
+        """All test samples, in order."""
+        return DataLoader(self.test, self.batch_size, num_workers=self.num_workers, collate_fn=self.collate)
+
 
 def load(data: str, subset: str | None = None, context_turns: int = 3) -> Any:
     """A ``Dataset`` of ``{"conversation": int, "messages": [...]}``; the last message is the assistant's."""
@@ -241,6 +257,15 @@ def load(data: str, subset: str | None = None, context_turns: int = 3) -> Any:
     if data == "chitchat":
         file = Path(resolve("package:chitchat_dataset")) / "dataset.json"
         return datasets.Dataset.from_list(list(_chitchat(file, context_turns)))
+    source, _, family = data.partition(":")
+    if source == "reasoning_gym":
+        resolve(f"package:{source}")
+        from reasoning_gym import create_dataset
+
+        pairs = ([sample["question"], sample["answer"]] for sample in create_dataset(family, size=8192, seed=0))
+        return datasets.Dataset.from_list(
+            [{"conversation": i, "messages": _alternate(pair)} for i, pair in enumerate(pairs)]
+        )
     if data.endswith((".jsonl", ".json")):
         rows = datasets.load_dataset("json", data_files=data, split="train")
     else:

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from curation.batch import SampleIds
 
-CLASSES, FEATURES = 4, 8
+CLASSES, FEATURES, VOCABULARY = 4, 8, 200
 
 
 class Classifier(LightningModule):
@@ -149,3 +150,45 @@ COLLATES = {
     "tensor": lambda s: torch.cat([stack(s)[0], stack(s)[1][:, None].float()], dim=1),
     "nested": lambda s: {"fields": [*stack(s)], "meta": {"name": [str(i) for i in range(len(s))], "epoch": 3}},
 }
+
+
+class LanguageModel(LightningModule):
+    def __init__(self, soft_cap: float | None = None, lr: float = 0.0) -> None:
+        super().__init__()
+        self.lr = lr
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            config = LlamaConfig(
+                vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.2,
+            )  # fmt: skip
+            self.model = LlamaForCausalLM(config)
+        if soft_cap:
+            plain = self.model.forward
+
+            def forward(*args, **kwargs):
+                output = plain(*args, **kwargs)
+                output.logits = soft_cap * (output.logits / soft_cap).tanh()
+                return output
+
+            self.model.forward = forward
+
+    def training_step(self, batch, batch_idx):
+        return self.model(**batch).loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+def texts(n=48, pad_to=None):
+    g = torch.Generator().manual_seed(3)
+    samples = []
+    for _ in range(n):
+        length = int(torch.randint(4, 20, (), generator=g))
+        ids = torch.randint(3, VOCABULARY, (length,), generator=g)
+        width = pad_to or 20
+        labels = F.pad(ids, (0, width - length), value=-100)
+        labels[:2] = -100
+        mask = F.pad(torch.ones_like(ids), (0, width - length))
+        samples.append({"input_ids": F.pad(ids, (0, width - length)), "attention_mask": mask, "labels": labels})
+    return samples

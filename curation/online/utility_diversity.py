@@ -183,13 +183,56 @@ def gram_of_head(weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype 
     return gram
 
 
+class LengthTrend:
+    """How the nuclear norm grows with the number of scored tokens: the ``g`` of ``u ~ n^g``.
+
+    A sum of singular values lies between ``sqrt(n)`` and ``n`` times a typical row norm. The raw norm ranks samples
+    by length, longest first, and the norm per token ranks them by length too, shortest first; ``u / n^g`` does
+    neither. ``g`` depends on the model and the data, so it is the least-squares slope of ``log u`` on ``log n`` over
+    the candidate sets seen so far, with a half-life of 69 of them. Each set is centred on its own mean, so that a
+    level that moves during training does not enter.
+    """
+
+    PRIOR, DECAY = 2 / 3, 0.99
+
+    def __init__(self) -> None:
+        self.moments = torch.zeros(2)
+
+    @staticmethod
+    def moments_of(utility: Tensor, counts: Tensor) -> Tensor:
+        """What a candidate set adds: the sums of ``x^2`` and ``x y``, for ``log n`` and ``log u`` less their means.
+
+        Args:
+            utility: ``[B]``, nuclear norms; those that are zero or not finite are left out.
+            counts: int64 ``[B]``, scored tokens.
+
+        Returns:
+            fp32 ``[2]``.
+        """
+        valid = utility.isfinite() & utility.gt(0)
+        x = counts.clamp(min=1).log()
+        y = torch.where(valid, utility, torch.ones_like(utility)).log().float()
+        x, y = ((v - (v * valid).sum() / valid.sum().clamp(min=1)) * valid for v in (x, y))
+        return torch.stack([x @ x, x @ y])
+
+    def update(self, moments: Tensor) -> None:
+        """Add the sum over all ranks of what :meth:`moments_of` gave."""
+        self.moments = self.DECAY * self.moments.to(moments.device) + moments
+
+    def remove(self, utility: Tensor, counts: Tensor) -> Tensor:
+        """``u / n^g``, ``[B]``; ``g`` starts at 2/3, which weighs as much as one unit of ``x^2``."""
+        self.moments = self.moments.to(utility.device)
+        slope = (self.moments[1] + self.PRIOR) / (self.moments[0] + 1)
+        return utility / counts.clamp(min=1).to(utility.dtype) ** slope
+
+
 def utility_diversity(
     utility: Tensor, diversity: Tensor, alpha: float, normalization: Normalization = "length"
 ) -> Tensor:
     """Scores ``u + alpha d`` of a candidate set (arXiv 2510.16882).
 
     Args:
-        utility: ``[B]``, nuclear norms, per scored token for ``"length"``.
+        utility: ``[B]``, nuclear norms, without their trend (:class:`LengthTrend`) for ``"length"``.
         diversity: ``[B]``, mean distances to the memory.
         alpha: Weight of the diversity.
         normalization: ``"paper"`` adds the raw terms; otherwise both are standardised over the candidate set, so

@@ -5,59 +5,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from curation.callbacks import ExactResume, UtilityDiversitySelection
-from helpers import Watch, assert_same_weights, trainer, weights
+from helpers import VOCABULARY, LanguageModel, Watch, assert_same_weights, texts, trainer, weights
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM
+from twins import UtilityDiversityTwin
 
 from curation.batch import SampleIds
-from curation.online.sketch import cosine_projection
-
-VOCABULARY = 200
-
-
-class LanguageModel(LightningModule):
-    def __init__(self, soft_cap: float | None = None, lr: float = 0.0) -> None:
-        super().__init__()
-        self.lr = lr
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            config = LlamaConfig(
-                vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.2,
-            )  # fmt: skip
-            self.model = LlamaForCausalLM(config)
-        if soft_cap:
-            plain = self.model.forward
-
-            def forward(*args, **kwargs):
-                output = plain(*args, **kwargs)
-                output.logits = soft_cap * (output.logits / soft_cap).tanh()
-                return output
-
-            self.model.forward = forward
-
-    def training_step(self, batch, batch_idx):
-        return self.model(**batch).loss
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=self.lr)
-
-
-def texts(n=48, pad_to=None):
-    g = torch.Generator().manual_seed(3)
-    samples = []
-    for _ in range(n):
-        length = int(torch.randint(4, 20, (), generator=g))
-        ids = torch.randint(3, VOCABULARY, (length,), generator=g)
-        width = pad_to or 20
-        labels = F.pad(ids, (0, width - length), value=-100)
-        labels[:2] = -100
-        mask = F.pad(torch.ones_like(ids), (0, width - length))
-        samples.append({"input_ids": F.pad(ids, (0, width - length)), "attention_mask": mask, "labels": labels})
-    return samples
 
 
 class Scores(UtilityDiversitySelection):
@@ -85,52 +40,20 @@ def fit(rule, module=None, samples=None, **kwargs):
     return watch.batches
 
 
-def slow_scores(batches, alpha, normalization, keep, sketches_of):
-    """The rule by its definition: logits, SVD, a list as memory."""
-    model = LanguageModel().model.eval()
-    memory, all_scores, all_rows = [], [], []
-    for batch in batches:
-        with torch.no_grad():
-            logits = (
-                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].double()
-            )
-        scored = batch["labels"][:, 1:] != -100
-        if normalization == "paper":
-            scored = torch.ones_like(scored)
-        counts = scored.sum(1)
-        u = torch.stack([torch.linalg.svdvals(x[m]).sum() for x, m in zip(logits, scored, strict=True)])
-        z = torch.stack([sketches_of(x[m]) for x, m in zip(logits, scored, strict=True)])
-        if normalization == "length":
-            u, z = u / counts, z / counts.sqrt()[:, None]
-        d = torch.stack([(z - q).norm(dim=1) for q in memory]).mean(0) if memory else torch.zeros(8).double()
-        if normalization != "paper":
-            u, d = ((t - t.mean()) / t.std(correction=0) if t.std() > 1e-9 else t * 0 for t in (u, d))
-        all_scores.append(u + alpha * d)
-        rows = sorted(all_scores[-1].argsort(descending=True)[: int(keep * 8)].tolist())
-        all_rows.append(rows)
-        memory += list(z[rows])
-    return all_scores, all_rows
-
-
 @pytest.mark.parametrize("normalization", ["length", "none", "paper"])
 @pytest.mark.parametrize("head", ["auto", "none"])
 def test_selection_in_a_fit_equals_the_definition(head, normalization):
     rule = Scores(keep=0.25, alpha=0.5, normalization=normalization, head=head, seed=11)
     fit(rule)
-
-    def sketches_of(logits):
-        n = len(logits)
-        if normalization == "paper":
-            tokens, vocab = cosine_projection(8, n, 13), cosine_projection(128, VOCABULARY, 11)
-        else:
-            tokens, vocab = rule._token_projection[:, :n], callback_module.sign_projection(128, VOCABULARY, 11)
-        return (tokens.double() @ logits @ vocab.double().T).flatten()
-
-    batches = list(DataLoader(texts(), batch_size=8))
-    scores, rows = slow_scores(batches, 0.5, normalization, 0.25, sketches_of)
-    assert rule.all_rows == rows
-    for got, expected in zip(rule.all_scores, scores, strict=True):
-        torch.testing.assert_close(got.double(), expected, rtol=2e-3, atol=2e-3)
+    twin, model = UtilityDiversityTwin(0.5, normalization, 11), LanguageModel().model.eval()
+    for i, batch in enumerate(DataLoader(texts(), batch_size=8)):
+        with torch.no_grad():
+            logits = model(batch["input_ids"], batch["attention_mask"]).logits[:, :-1]
+        expected = twin.score(i, 0, logits, batch["labels"][:, 1:] != -100)
+        torch.testing.assert_close(rule.all_scores[i].double(), expected, rtol=2e-3, atol=2e-3)
+        rows = sorted(expected.argsort(descending=True)[:2].tolist())
+        assert rule.all_rows[i] == rows
+        twin.keep(rows), twin.end_step()
     assert ("without forming logits" in rule.describe()) == (head == "auto")
 
 

@@ -6,26 +6,31 @@ import signal
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from curation.callbacks import ExactResume
-from helpers import CLASSES, FEATURES, Classifier, data, trainer
+from helpers import Classifier, LanguageModel, data, texts, trainer
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
+from twins import UniformTwin
 
 from contract.registry import CALLBACKS
 from curation.batch import SampleIds
 
+LR = 0.01  # the products with a trained head are 100 batches old at most; the twin's are new
+
 
 class KeptRows(Callback):
-    """The first feature of every row trained on: it names the row."""
+    """What names every row trained on."""
 
     def __init__(self) -> None:
-        self.rows: list[list[float]] = []
+        self.rows: list[list] = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.rows.append(batch[0][:, 0].tolist())
+        self.rows.append(first_tokens(batch) if isinstance(batch, dict) else batch[0][:, 0].tolist())
+
+
+def first_tokens(batch: dict) -> list[list[int]]:
+    return batch["input_ids"][:, :4].tolist()
 
 
 class Kill(Callback):
@@ -70,21 +75,9 @@ def _states(run) -> dict:
     return states
 
 
-class Plain(Classifier):
-    """No BatchNorm and no dropout: two ranks and one process then compute the same."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.net = nn.Sequential(nn.Linear(FEATURES, 16), nn.Tanh(), nn.Linear(16, CLASSES))
-
-
 def short_on_rank_one(samples):
     """The last batch has 3 rows on rank 0 and 1 on rank 1, fewer than k."""
-    if len(samples) < 8 and os.environ.get("RANK") == "1":
-        samples = samples[:1]
-    return [torch.stack([s[0] for s in samples]), torch.stack([s[1] for s in samples])]
+    return default_collate(samples[:1] if len(samples) < 8 and os.environ.get("RANK") == "1" else samples)
 
 
 def two_ranks(rank: int, port: int, folder: Path) -> None:
@@ -96,10 +89,10 @@ def two_ranks(rank: int, port: int, folder: Path) -> None:
     )  # fmt: skip
     for name, entry in CALLBACKS.items():
         seed_everything(7, verbose=False)  # the seed of Lightning's distributed sampler too
-        kept, module = KeptRows(), Plain()
+        kept, module = KeptRows(), LanguageModel(lr=LR)
         resumer = [] if entry.cls is ExactResume else [ExactResume()]
         run = trainer(entry.make(), *resumer, kept, strategy="ddp", devices=2, max_epochs=2)
-        run.fit(module, DataLoader(data(2 * 19), 8, collate_fn=short_on_rank_one))
+        run.fit(module, DataLoader(texts(2 * 19), 8, collate_fn=short_on_rank_one))
         if rank == 1:
             torch.distributed.barrier()
         states = _states(run)  # one rank at a time: a collective in `state_dict` would meet the barrier
@@ -112,30 +105,30 @@ def two_ranks(rank: int, port: int, folder: Path) -> None:
 
 def one_process(name: str) -> dict:
     """What two ranks must give: k of each rank's candidates by the memory at the start of the step."""
-    entry = CALLBACKS[name]
-    twin = entry.twin() if entry.twin else None
-    module, x, y = Plain(), *data(2 * 19).tensors
+    twin = (CALLBACKS[name].twin or UniformTwin)()
+    keeps = 2 if CALLBACKS[name].selects else 8
+    module, samples = LanguageModel(lr=LR), texts(2 * 19)
     optimizer = module.configure_optimizers()
     rows: list[list] = [[], []]
     step = 0
     for epoch in range(2):
         order = torch.randperm(38, generator=torch.Generator().manual_seed(7 + epoch))
         for start in range(0, 19, 8):
-            losses, pushes = [], []
+            losses = []
             for rank in (0, 1):
                 chosen = order[rank::2][start : start + 8]
                 if len(chosen) < 8 and rank == 1:
                     chosen = chosen[:1]
-                if twin is not None:
-                    with torch.no_grad():
-                        logits = module(x[chosen])
-                    best = twin.score(step, rank, logits).argsort(descending=True, stable=True)[:2].sort().values
-                    pushes.append(logits[best])
-                    chosen = chosen[best]
-                rows[rank].append(x[chosen, 0].tolist())
-                losses.append(F.cross_entropy(module(x[chosen]), y[chosen]))
-            for kept in pushes:
-                twin.push(kept)
+                batch = default_collate([samples[i] for i in chosen])
+                with torch.no_grad():
+                    logits = module.eval().model(batch["input_ids"], batch["attention_mask"]).logits[:, :-1]
+                scores = twin.score(step, rank, logits, batch["labels"][:, 1:] != -100)
+                best = sorted(scores.argsort(descending=True, stable=True)[:keeps].tolist())
+                twin.keep(best)
+                kept = {key: value[best] for key, value in batch.items()}
+                rows[rank].append(first_tokens(kept))
+                losses.append(module.train().training_step(kept, 0))
+            twin.end_step()
             optimizer.zero_grad()
             (sum(losses) / 2).backward()
             optimizer.step()

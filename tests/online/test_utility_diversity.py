@@ -1,11 +1,13 @@
-"""Nuclear norms without an SVD, against the SVD."""
+"""Nuclear norms without an SVD, against the SVD, and their trend with length."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from twins import slow_length_trend
 
 from curation.online.utility_diversity import (
+    LengthTrend,
     gram_of_head,
     nuclear_norm,
     nuclear_norm_from_hidden,
@@ -130,3 +132,37 @@ def test_the_paper_rule_adds_raw_terms_and_ours_standardised_ones():
     scaled = utility_diversity(u, d, 0.5)
     torch.testing.assert_close(utility_diversity(u * 7 + 3, d * 0.01, 0.5), scaled)
     assert utility_diversity(u, torch.zeros(3), 0.5).argmax() == 2
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.lists(st.tuples(st.floats(0, 1e4, width=32), st.integers(0, 300)), min_size=1), max_size=6))
+def test_length_trend_equals_the_least_squares_slope(sets):
+    sets = [([u if n else 0.0 for u, n in pairs], [n for _, n in pairs]) for pairs in sets]
+    trend = LengthTrend()
+    for utilities, counts in sets:
+        trend.update(trend.moments_of(torch.tensor(utilities), torch.tensor(counts)))
+    u, n = torch.tensor([3.0, 5.0, 0.0]), torch.tensor([1, 10, 0])
+    expected = [3.0, 5.0 / 10 ** slow_length_trend([[s] for s in sets]), 0.0]
+    assert trend.remove(u, n).tolist() == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("exponent", [0.5, 0.75, 1.0])
+def test_without_its_trend_the_norm_says_nothing_of_length(exponent):
+    """Samples whose norm grows as a power of their length, and a broken one that must not bend the power."""
+    generator, trend = torch.Generator().manual_seed(0), LengthTrend()
+    for _ in range(60):
+        n = torch.randint(1, 200, (16,), generator=generator)
+        u = n**exponent * torch.rand(16, generator=generator).exp()
+        free = trend.remove(u, n)
+        u[3] = torch.nan
+        trend.update(trend.moments_of(u, n))
+    assert trend.moments[1] / trend.moments[0] == pytest.approx(exponent, abs=0.02)
+    assert free.isfinite().all()
+
+
+def test_where_every_sample_is_one_position_the_trend_changes_nothing():
+    trend, ones = LengthTrend(), torch.ones(8, dtype=torch.int64)
+    for _ in range(2000):
+        trend.update(trend.moments_of(torch.rand(8), ones))
+    u = torch.rand(8)
+    assert torch.equal(trend.remove(u, ones), u)

@@ -182,6 +182,15 @@ def test_rows_that_cannot_be_read_are_refused(write_rows, row, message):
         sft.load(write_rows([row]))
 
 
+def test_reasoning_gym_gives_questions_with_verifiable_answers():
+    pytest.importorskip("reasoning_gym", reason="needs reasoning-gym, from the [demo] extra")
+    samples = sft.load("reasoning_gym:chain_sum")
+    assert len(samples) == 8192
+    for messages in samples.select(range(100))["messages"]:
+        question, answer = (m["content"] for m in messages)
+        assert eval(question.split(":")[1].rstrip("= ")) == int(answer)
+
+
 @pytest.fixture(scope="module")
 def chitchat():
     pytest.importorskip("chitchat_dataset", reason="needs chitchat-dataset, from the [demo] extra")
@@ -197,14 +206,15 @@ def test_chitchat_alternates_and_ends_with_a_real_answer(chitchat):
 
 def test_no_conversation_is_on_both_sides_and_the_split_depends_on_the_seed(chitchat, monkeypatch):
     monkeypatch.setattr(sft, "load", lambda *_: chitchat)
-    train, val = sft.Conversations(val_samples=100, max_samples=2000).split()
-    assert (len(train), len(val)) == (2000, 100)
-    assert not set(train["conversation"]) & set(val["conversation"])
-    again, _ = sft.Conversations(val_samples=100, max_samples=2000).split()
+    parts = train, val, test = sft.Conversations(val_samples=100, max_samples=2000).split()
+    assert [len(part) for part in parts] == [2000, 100, 100]
+    for one, other in ((train, val), (train, test), (val, test)):
+        assert not set(one["conversation"]) & set(other["conversation"])
+    again, *_ = sft.Conversations(val_samples=100, max_samples=2000).split()
     assert again.to_list() == train.to_list()
-    other, _ = sft.Conversations(val_samples=100, max_samples=2000, seed=1).split()
+    other, *_ = sft.Conversations(val_samples=100, max_samples=2000, seed=1).split()
     assert other["conversation"][:] != train["conversation"][:]
-    fewer, _ = sft.Conversations(val_samples=100, max_samples=10).split()
+    fewer, *_ = sft.Conversations(val_samples=100, max_samples=10).split()
     assert fewer.to_list() == train.select(range(10)).to_list()
 
 
@@ -224,12 +234,13 @@ def test_ids_name_the_same_sample_in_every_order(write_rows, monkeypatch):
             assert b["sample_id"].dtype == torch.int64
             for i, row in zip(b["sample_id"].tolist(), b["labels"], strict=True):
                 assert answers.setdefault(i, row[row != -100].tolist()) == row[row != -100].tolist()
-    assert sorted(answers) == list(range(32))
-    assert len({tuple(a) for a in answers.values()}) == 32
+    assert sorted(answers) == list(range(24))
+    assert len({tuple(a) for a in answers.values()}) == 24
 
 
 def test_batches_are_padded_to_their_longest_row(write_rows, monkeypatch):
-    for b in made_data(write_rows, monkeypatch).val_dataloader():
+    data = made_data(write_rows, monkeypatch)
+    for b in (*data.val_dataloader(), *data.test_dataloader()):
         assert "sample_id" not in b
         assert b["input_ids"].shape == b["labels"].shape == b["attention_mask"].shape
         assert b["attention_mask"].sum(1).max() == b["input_ids"].size(1)
@@ -238,9 +249,10 @@ def test_batches_are_padded_to_their_longest_row(write_rows, monkeypatch):
         assert (b["labels"][padding] == -100).all()
 
 
-def test_data_with_nothing_to_train_on_is_refused(write_rows, monkeypatch):
-    with pytest.raises(ValueError, match=r"Argument `data` must hold samples .* gave 0 for training"):
-        made_data(write_rows, monkeypatch, n=8)
+@pytest.mark.parametrize("n", [8, 16])
+def test_data_with_nothing_to_train_on_is_refused(write_rows, monkeypatch, n):
+    with pytest.raises(ValueError, match=r"Argument `data` must hold samples .* gave 0 of 0 training samples"):
+        made_data(write_rows, monkeypatch, n=n)
 
 
 def test_the_packaged_recipe_runs_on_the_real_model(tmp_path, monkeypatch, capsys):
