@@ -212,7 +212,8 @@ class OnlineSelection(Callback):
         self._detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the seam: Lightning calls no ``teardown`` after an exception."""
+        """Save the table and remove the seam: Lightning calls neither ``on_fit_end`` nor ``teardown`` then."""
+        self._log_table(trainer)
         self._detach()
 
     def _detach(self) -> None:
@@ -255,9 +256,12 @@ class OnlineSelection(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log a table of candidates with their scores and whether they were kept."""
+        self._log_table(trainer)
+
+    def _log_table(self, trainer: Trainer) -> None:
         columns = ["step", "sample_id", "score", "kept"]
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger) and trainer.is_global_zero and self._table:
+            if isinstance(logger, WandbLogger) and self._table:
                 logger.log_table("curation/samples", columns=columns, data=list(self._table))
 
     @staticmethod

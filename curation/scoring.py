@@ -189,9 +189,11 @@ def find_output_head(module: nn.Module, head: str, batch: Any) -> nn.Linear | No
     if head == "auto":
         model = _hugging_face_model(module) if isinstance(batch, Mapping) else None
         layer = model.get_output_embeddings() if model is not None else None
-        # A head with no more outputs than inputs has logits as small as its input: nothing to gain.
-        worthwhile = type(layer) is nn.Linear and layer.out_features > layer.in_features
-        return layer if worthwhile else None
+        # A head with no more outputs than inputs has logits as small as its input: nothing to gain. The weight of a
+        # sharded head is a DTensor, which is not to be multiplied with what is not sharded.
+        if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter:
+            return None
+        return layer if layer.out_features > layer.in_features else None
     try:
         layer = module.get_submodule(head)
     except AttributeError as error:

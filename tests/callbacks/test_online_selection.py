@@ -4,6 +4,7 @@ import pytest
 import torch
 from curation.callbacks import OnlineSelection, UniformSelection, UtilityDiversitySelection
 from helpers import AnyBatch, Classifier, ManualClassifier, Watch, loader, trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
 
@@ -167,6 +168,27 @@ def test_weights_and_biases_gets_a_histogram_and_one_table(tmp_path):
     assert summary["curation/samples"]["_type"] == "table-file"
     assert summary["curation/samples"]["nrows"] == 64
     assert summary["curation/samples_trained"] == 32
+
+
+def test_the_table_survives_an_exception(tmp_path):
+    class Fails(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 3:
+                raise RuntimeError("stop")
+
+    logger = WandbLogger(project="test", save_dir=tmp_path, offline=True)
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer(UtilityDiversitySelection(keep=0.25), Fails(), logger=logger).fit(Classifier(), loader())
+    summary = dict(logger.experiment.summary)
+    logger.experiment.finish()
+    assert summary["curation/samples"]["nrows"] == 24
+
+
+def test_the_progress_bar_shows_the_loss_of_all_candidates():
+    run = trainer(UtilityDiversitySelection(keep=0.25), log_every_n_steps=4, max_epochs=1)
+    run.fit(Classifier(), loader())
+    assert run.progress_bar_metrics["curation/samples_trained"] == 16
+    assert run.progress_bar_metrics["curation/candidate_loss"] > 0
 
 
 def test_tensorboard_gets_a_histogram(tmp_path):

@@ -226,11 +226,12 @@ def two_ranks(processes, tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("name", CALLBACKS)
-def test_two_ranks_select_what_one_process_selects(two_ranks, name):
+def test_two_ranks_select_what_one_process_selects(two_ranks, name, strategy):
     expected = worker.one_process(name)
     for rank in (0, 1):
-        got = torch.load(two_ranks / f"{name}-{rank}.pt")
+        got = torch.load(two_ranks / f"{name}-{strategy}-{rank}.pt")
         assert got["rows"] == expected["rows"][rank]
         for key, value in expected["weights"].items():
             torch.testing.assert_close(got["weights"][key], value, rtol=1e-5, atol=1e-6)
@@ -238,7 +239,7 @@ def test_two_ranks_select_what_one_process_selects(two_ranks, name):
 
 @each_selection
 def test_selector_state_is_the_same_on_every_rank(two_ranks, entry):
-    one, other = (torch.load(two_ranks / f"{entry.cls.__name__}-{r}.pt")["callbacks"] for r in (0, 1))
+    one, other = (torch.load(two_ranks / f"{entry.cls.__name__}-ddp-{r}.pt")["callbacks"] for r in (0, 1))
     name = entry.cls.__name__
     for key in set(one[name]) - {"samples_scored", "samples_trained"}:  # counted by each rank
         assert repr(one[name][key]) == repr(other[name][key])

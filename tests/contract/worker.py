@@ -10,6 +10,8 @@ from curation.callbacks import ExactResume
 from helpers import Classifier, LanguageModel, data, texts, trainer
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, default_collate
 from twins import UniformTwin
 
@@ -75,6 +77,15 @@ def _states(run) -> dict:
     return states
 
 
+class Sharded(LanguageModel):
+    """Each layer's parameters are divided between the ranks."""
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh["data_parallel"]
+        for part in (*self.model.model.layers, self.model):
+            fully_shard(part, mesh=mesh)
+
+
 def short_on_rank_one(samples):
     """The last batch has 3 rows on rank 0 and 1 on rank 1, fewer than k."""
     return default_collate(samples[:1] if len(samples) < 8 and os.environ.get("RANK") == "1" else samples)
@@ -88,19 +99,21 @@ def two_ranks(rank: int, port: int, folder: Path) -> None:
         GROUP_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
     for name, entry in CALLBACKS.items():
-        seed_everything(7, verbose=False)  # the seed of Lightning's distributed sampler too
-        kept, module = KeptRows(), LanguageModel(lr=LR)
-        resumer = [] if entry.cls is ExactResume else [ExactResume()]
-        run = trainer(entry.make(), *resumer, kept, strategy="ddp", devices=2, max_epochs=2)
-        run.fit(module, DataLoader(texts(2 * 19), 8, collate_fn=short_on_rank_one))
-        if rank == 1:
-            torch.distributed.barrier()
-        states = _states(run)  # one rank at a time: a collective in `state_dict` would meet the barrier
-        if rank == 0:
-            torch.distributed.barrier()
-        torch.save(
-            {"rows": kept.rows, "weights": module.state_dict(), "callbacks": states}, folder / f"{name}-{rank}.pt"
-        )
+        for strategy in ("ddp", "fsdp2"):
+            seed_everything(7, verbose=False)  # the seed of Lightning's distributed sampler too
+            kept, module = KeptRows(), (LanguageModel if strategy == "ddp" else Sharded)(lr=LR)
+            resumer = [] if entry.cls is ExactResume else [ExactResume()]
+            how = strategy if strategy == "ddp" else ModelParallelStrategy(2, 1)
+            run = trainer(entry.make(), *resumer, kept, strategy=how, devices=2, max_epochs=2)
+            run.fit(module, DataLoader(texts(2 * 19), 8, collate_fn=short_on_rank_one))
+            if rank == 1:
+                torch.distributed.barrier()
+            states = _states(run)  # one rank at a time: a collective in `state_dict` would meet the barrier
+            if rank == 0:
+                torch.distributed.barrier()
+            weights = {k: v.full_tensor() if strategy == "fsdp2" else v for k, v in module.state_dict().items()}
+            result = {"rows": kept.rows, "weights": weights, "callbacks": states}
+            torch.save(result, folder / f"{name}-{strategy}-{rank}.pt")
 
 
 def one_process(name: str) -> dict:
