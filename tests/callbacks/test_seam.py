@@ -46,6 +46,45 @@ def test_hooks_of_a_data_module_run_first_and_selection_still_happens():
     assert module.seen == [4] * 8
 
 
+def test_selection_stands_between_the_transfer_and_every_other_hook():
+    """The order that the seam is built on; the published one has the transfer elsewhere."""
+    order = []
+
+    class Module(Classifier):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            order.append("before transfer")
+            return batch
+
+        def transfer_batch_to_device(self, batch, device, dataloader_idx):
+            order.append("transfer")
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            order.append("after transfer")
+            return batch
+
+        def on_train_batch_start(self, batch, batch_idx):
+            order.append("module start")
+
+        def training_step(self, batch, batch_idx):
+            order.append("step")
+            return super().training_step(batch, batch_idx)
+
+    class Rule(UniformSelection):
+        def score(self, *args):
+            order.append("select")
+            return super().score(*args)
+
+        def on_train_batch_start(self, *args):
+            order.append("callback start")
+            super().on_train_batch_start(*args)
+
+    with pytest.warns(UserWarning, match="runs before selection"):
+        trainer(Rule(keep=0.5), max_epochs=1, limit_train_batches=1).fit(Module(), loader())
+    start = ["callback start", "module start"]
+    assert order == ["before transfer", "transfer", "after transfer", "select", *start, "step"]
+
+
 def test_validation_and_its_sanity_check_see_every_row_without_ids():
     module = Classifier()
     run = trainer(UniformSelection(keep=0.25), num_sanity_val_steps=2)
