@@ -1,45 +1,63 @@
 """Exact resume: a run that was killed goes on as if it had not been."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from curation.callbacks.seam import BatchSeam, SeamClient
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
 from curation import rng
+from curation.replace import replace_attribute
+
+_ORDER, _LOAD, _STEP = 0, 1, 2
 
 
-class ExactResume(Callback):
+class ExactResume(Callback, SeamClient):
     """Resumes in the middle of an epoch with the same batches and the same random numbers.
 
-    Lightning saves no random state, and a plain ``DataLoader`` starts its epoch again after a resume. This callback
-    saves every rank's random streams and the number of batches trained on in the epoch; the resumed run draws the
-    epoch's order again and skips those batches without loading them. Batches that workers had fetched in advance
-    are not counted, so any number of workers works.
+    Lightning saves no random state, and a plain ``DataLoader`` starts its epoch again after a resume. Here the random
+    streams of a process depend on its seed and on the number of batches trained on, and nothing else: they are set
+    anew for every batch, and the order of an epoch is drawn from a stream of its own. So a checkpoint holds counters
+    and seeds, wherever it is taken. The resumed run draws the order of the epoch again and skips the batches trained
+    on without loading them; what loader workers have fetched in advance does not count.
 
-    Exact for one map-style ``DataLoader`` (a stateful one is left to Lightning). With workers, augmentation drawn in
-    a worker is not: its stream is lost with its process. Put it before ``ModelCheckpoint``; Lightning does.
+    The seed is the one torch has when the fit begins (``seed_everything``). The random numbers of a run with this
+    callback are not those of a run without it.
+
+    For one map-style ``DataLoader``; a stateful one is left to Lightning. Not resumed: gradients that were being
+    accumulated, the streams inside loader workers, and samplers that draw from a global stream while they are being
+    iterated. Put it before ``ModelCheckpoint``; Lightning does. Strips sample ids, as a selection does.
     """
 
     def __init__(self) -> None:
-        self._batches = 0
-        self._epoch_start: list[dict[str, Any]] | None = None
-        self._now: list[dict[str, Any]] | None = None
-        self._resume: dict[str, Any] | None = None
-        self._pending: dict[str, Any] | None = None
-        self._order: _ResumableOrder | None = None
-        self._trainer: Trainer | None = None
+        self.batches = 0
+        self.epoch = 0
+        self.batches_in_epoch = 0
+        self._seeds: list[int] = []
+        self._rank = 0
+        self._skip = 0
+        self._length: int | None = None
+        self._fitting = False
+        self._samplers: list[Any] = []
+        self._generators: list[torch.Generator] = []
+        self._undo: list[Callable[[], None]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Watch the training data loader as Lightning prepares it."""
-        if stage != "fit":
+        """Take every rank's seed, and watch the training data loader as Lightning prepares it."""
+        BatchSeam.attach(trainer, self)
+        self._fitting = stage == "fit"
+        if not self._fitting:
             return
-        self._trainer = trainer
-        self._batches = 0
-        self._epoch_start = self._now = self._resume = self._pending = None
+        seed = torch.tensor(torch.initial_seed() % 2**63, device=trainer.strategy.root_device)
+        self._seeds = trainer.strategy.all_gather(seed).flatten().tolist()
+        self._rank = trainer.global_rank
+        self.epoch = trainer.current_epoch
+        self.batches = self.batches_in_epoch = self._skip = 0
+        self._length = None
         prepare = trainer.strategy.process_dataloader
 
         def process_dataloader(dataloader: object) -> object:
@@ -48,162 +66,155 @@ class ExactResume(Callback):
                 self._watch(dataloader)
             return dataloader
 
-        trainer.strategy.process_dataloader = process_dataloader  # type: ignore[method-assign]
+        self._undo.append(replace_attribute(trainer.strategy, "process_dataloader", process_dataloader))
 
     def _watch(self, loader: Any) -> None:
         if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
             return
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-            rank_zero_warn(
-                f"ExactResume cannot skip batches of {type(loader).__name__}: a resumed epoch starts again."
-            )
+            data = loader.dataset if isinstance(loader, DataLoader) else loader
+            rank_zero_warn(f"ExactResume cannot skip batches of {type(data).__name__}: a resumed epoch starts again.")
             return
         name = "sampler" if loader.batch_sampler is None else "batch_sampler"
-        inner = getattr(loader, name)
-        if not isinstance(inner, _ResumableOrder):
+        sampler = vars(loader)[name]
+        if not isinstance(sampler, _Order):
             # DataLoader forbids assigning a sampler, but only what it yields is wrapped here.
-            inner = vars(loader)[name] = _ResumableOrder(inner, loader.generator)
-        self._order = inner
-        resume, self._resume = self._resume, None
-        if resume is None:
-            return
-        if resume["batches"] == 0:  # at the end of an epoch: Lightning begins the next one right after this
-            if loader.persistent_workers:  # then the next epoch draws no seed for its workers
-                inner.state = resume["now"]
-            else:
-                inner.restore(resume["now"])
-            return
-        inner.skip, inner.state = resume["batches"], resume["epoch_start"]
-        if loader.num_workers:
-            self._pending = resume["now"]  # the sampler runs ahead of training
-        else:
-            inner.then = resume["now"]  # the main process draws while it loads
+            vars(loader)[name] = _Order(sampler, self)
+            self._undo.append(lambda: vars(loader).update({name: sampler}))
+            self._samplers = [sampler, getattr(sampler, "sampler", None)]
+            drawers = [loader, *self._samplers]
+            generators = [getattr(drawer, "generator", None) for drawer in drawers]
+            self._generators = [g for g in generators if isinstance(g, torch.Generator)]
+        length = len(sampler) if hasattr(sampler, "__len__") else None
+        if self._skip and length != self._length:
+            raise ValueError(
+                f"The checkpoint was saved after {self._skip} of {self._length} batches of an epoch, but the data "
+                f"loader now has {length}: other data or another batch size. Remove ExactResume to resume anyway."
+            )
+        self._length = length
+        self.begin_epoch()
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Go on with the saved random streams, where the main process loads no data."""
-        if self._pending is not None:
-            assert self._order is not None
-            self._order.restore(self._pending)
-            self._pending = None
+    def begin_epoch(self) -> None:
+        """A loader with workers draws their seed as its iteration begins."""
+        self.begin_order()
+        self.begin_load()
+
+    def begin_order(self) -> None:
+        """What the samplers draw next depends on the epoch only."""
+        rng.seed(self._seeds[self._rank], self.epoch, _ORDER)
+        for generator in self._generators:
+            generator.manual_seed(self._seeds[self._rank] ^ self.epoch)
+        for sampler in self._samplers:
+            if callable(getattr(sampler, "set_epoch", None)):
+                sampler.set_epoch(self.epoch)
+
+    def begin_load(self) -> None:
+        """What is drawn while the next batch is loaded depends on the number of batches trained on only."""
+        rng.seed(self._seeds[self._rank], self.batches, _LOAD)
+
+    def before_transfer(self) -> None:
+        """What is drawn from here to the end of the step depends on the number of batches trained on only."""
+        rng.seed(self._seeds[self._rank], self.batches, _STEP)
+
+    def take_skip(self) -> int:
+        """The batches of the coming order that were trained on before."""
+        skip, self._skip = self._skip, 0
+        return skip
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse several data loaders, of which only one could be resumed."""
+        loaders = trainer.fit_loop._combined_loader
+        if loaders is not None and len(loaders.flattened) > 1:
+            raise TypeError(f"ExactResume needs one training data loader, but got {len(loaders.flattened)}.")
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the streams of the epoch."""
+        self.begin_epoch()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch and take every rank's random streams."""
-        self._batches += 1
-        self._take(trainer)
+        """Count the batch and set the streams of the next."""
+        self.batches += 1
+        self.batches_in_epoch += 1
+        self._end_epoch(trainer)
+        self.begin_load()
+
+    def _end_epoch(self, trainer: Trainer) -> None:
+        if trainer.is_last_batch and self.batches_in_epoch:
+            self.epoch += 1
+            self.batches_in_epoch = 0
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the streams before a checkpoint is saved."""
-        self._take(trainer)
+        """Set the streams again: a resumed run does not repeat the validation before which it was saved."""
+        if self._fitting and not trainer.sanity_checking:
+            self.begin_load()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start counting again."""
-        self._batches = 0
-        self._take(trainer)
-
-    def _take(self, trainer: Trainer) -> None:
-        """Gather the streams now: ``state_dict`` must hold no collective, since not every rank may be saving."""
-        if trainer.sanity_checking:
-            return
-        if self._order is None:
-            return
-        self._now = _gather(trainer, self._order.capture())
-        if self._order.started is not None:
-            self._epoch_start = _gather(trainer, self._order.started)
-            self._order.started = None
+        """Count an epoch that ended without its last batch, because a hook asked for it."""
+        self._end_epoch(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the strategy and the data loader as they were."""
-        self._restore(trainer)
+        BatchSeam.detach(trainer, self)
+        while self._undo:
+            self._undo.pop()()
+        self._samplers, self._generators = [], []
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the strategy and the data loader as they were."""
-        self._restore(trainer)
-
-    def _restore(self, trainer: Trainer) -> None:
-        vars(trainer.strategy).pop("process_dataloader", None)
-        combined = trainer.fit_loop._combined_loader
-        for loader in combined.flattened if combined is not None else []:
-            for name in ("sampler", "batch_sampler"):
-                order = vars(loader).get(name)
-                if isinstance(order, _ResumableOrder):
-                    vars(loader)[name] = order.inner
-        self._order = self._trainer = None
+        """As :meth:`teardown`, which Lightning does not call then."""
+        self.teardown(trainer, pl_module, "")
 
     def state_dict(self) -> dict[str, Any]:
-        """The batches of this epoch, and all ranks' streams at its start and now."""
-        return {"batches": self._batches, "epoch_start": self._epoch_start, "now": self._now}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume from :meth:`state_dict` when the data loader is prepared."""
-        assert self._trainer is not None
-        if state_dict["now"] is None:
-            return
-        rank = self._trainer.global_rank
-        if len(state_dict["now"]) != self._trainer.world_size:
-            raise ValueError(
-                f"The checkpoint was saved by {len(state_dict['now'])} processes and cannot be resumed exactly by "
-                f"{self._trainer.world_size}; remove ExactResume to resume anyway."
-            )
-        self._batches = state_dict["batches"]
-        self._epoch_start, self._now = state_dict["epoch_start"], state_dict["now"]
-        start = state_dict["epoch_start"]
-        self._resume = {
-            "batches": self._batches,
-            "epoch_start": start[rank] if start is not None else None,
-            "now": state_dict["now"][rank],
+        """Counters and seeds, the same on every rank."""
+        return {
+            "seeds": self._seeds,
+            "batches": self.batches,
+            "epoch": self.epoch,
+            "batches_in_epoch": self.batches_in_epoch,
+            "batches_per_epoch": self._length,
         }
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`, in a fit.
 
-class _ResumableOrder:
-    """The order of a sampler, begun with a saved random state and without the batches already trained on."""
+        Raises:
+            ValueError: If the checkpoint was saved by another number of processes.
+        """
+        if not self._fitting:
+            return
+        if len(state_dict["seeds"]) != len(self._seeds):
+            raise ValueError(
+                f"The checkpoint was saved by {len(state_dict['seeds'])} processes and cannot be resumed exactly by "
+                f"{len(self._seeds)}; remove ExactResume to resume anyway."
+            )
+        self._seeds = state_dict["seeds"]
+        self.batches = state_dict["batches"]
+        self.epoch = state_dict["epoch"]
+        self.batches_in_epoch = self._skip = state_dict["batches_in_epoch"]
+        self._length = state_dict["batches_per_epoch"]
 
-    def __init__(self, inner: Any, generator: torch.Generator | None) -> None:
-        self.inner = inner
-        self.generator = generator
-        self.skip = 0
-        self.state: dict[str, Any] | None = None
-        self.then: dict[str, Any] | None = None
-        self.started: dict[str, Any] | None = None
+
+class _Order:
+    """A sampler whose order is drawn from a stream of its own, and begins after what was trained on."""
+
+    def __init__(self, inner: Any, owner: ExactResume) -> None:
+        vars(self).update(_inner=inner, _owner=owner)
 
     def __len__(self) -> int:
-        return len(self.inner)
+        return len(self._inner)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "inner" not in vars(self):
+        if name.startswith("_"):
             raise AttributeError(name)
-        return getattr(self.inner, name)
+        return getattr(self._inner, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._inner, name, value)
 
     def __iter__(self) -> Iterator[Any]:
-        skip, state, then = self.skip, self.state, self.then
-        self.skip, self.state, self.then = 0, None, None
-        if state is not None:
-            self.restore(state)
-        self.started = self.capture()
-        order = iter(self.inner)
-        for _ in itertools.islice(order, skip):
-            pass
-        if then is not None:
-            self.restore(then)
-        yield from order
-
-    def capture(self) -> dict[str, Any]:
-        """The random streams, the data loader's own generator included."""
-        own = {} if self.generator is None else {"loader": self.generator.get_state()}
-        return {**rng.capture(), **own}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Set the streams to a state from :meth:`capture`."""
-        rng.restore(state)
-        if self.generator is not None and "loader" in state:
-            self.generator.set_state(state["loader"].cpu())
-
-
-def _gather(trainer: Trainer, state: dict[str, Any]) -> list[dict[str, Any]]:
-    """One state per rank, in rank order."""
-    if trainer.world_size == 1:
-        return [state]
-    states: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(states, state)
-    return states
+        self._owner.begin_order()
+        order = iter(self._inner)
+        first = list(itertools.islice(order, 1))
+        self._owner.begin_load()
+        yield from itertools.islice(itertools.chain(first, order), self._owner.take_skip(), None)

@@ -1,13 +1,16 @@
 """The base of every online rule: score a candidate batch, keep k of its rows, train on those."""
 
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
-from curation.callbacks.seam import BatchSeam, check_training_step, warn_of_mixing
+from curation.callbacks.seam import BatchSeam, SeamClient, check_training_step, warn_of_mixing
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 
 from curation.batch import batch_size, take_rows, trim_padding
 from curation.online.top import keep_count, top_rows
+from curation.replace import replace_attribute
 from curation.scoring import (
     IGNORED,
     Route,
@@ -28,9 +32,23 @@ from curation.scoring import (
 
 TABLE_ROWS = 64
 IN_PROGRESS_BAR = ("candidate_loss", "samples_trained")
+PER_PROCESS = ("samples_scored", "samples_trained")
 
 
-class OnlineSelection(Callback):
+@dataclass
+class Choice:
+    """What was chosen of a candidate batch that is not trained on yet."""
+
+    size: int
+    k: int
+    rows: Tensor | None = None
+    scores: Tensor | None = None
+    sample_ids: Tensor | None = None
+    lengths: Tensor | None = None
+    candidate_loss: Tensor | None = None
+
+
+class OnlineSelection(Callback, SeamClient, ABC):
     """Trains on ``k = round(keep * B)`` rows of every candidate batch of ``B`` rows.
 
     A rule overrides :meth:`score`, and :meth:`on_kept` where it remembers what was kept. ``k`` is fixed by the
@@ -43,45 +61,64 @@ class OnlineSelection(Callback):
         trim: Drop the padding columns that no kept row uses, in batches with ``input_ids`` and ``attention_mask``.
 
     Raises:
-        ValueError: If ``keep`` is outside (0, 1].
+        ValueError: If ``keep`` is outside (0, 1], or ``seed`` is no integer in [0, 2^63).
     """
 
     has_scores = True
 
     def __init__(self, keep: float, seed: int = 0, trim: bool = True) -> None:
-        if not (isinstance(keep, (int, float)) and 0 < keep <= 1):
+        if not (is_number(keep) and 0 < keep <= 1):
             raise ValueError(f"Argument `keep` must be in (0, 1], but got {keep!r}.")
-        self.keep = keep
-        self.seed = seed
+        if not (hasattr(seed, "__index__") and 0 <= seed < 2**63):
+            raise ValueError(f"Argument `seed` must be an integer in [0, 2^63), but got {seed!r}.")
+        self.keep = float(keep)
+        self.seed = int(seed)
         self.trim = trim
+        self._fitting = False
+        self._reset()
+
+    def _reset(self) -> None:
         self.k: int | None = None
         self.batches = 0
         self.samples_scored = 0
         self.samples_trained = 0
         self.train_seconds = 0.0
-        self._seam: BatchSeam | None = None
+        self._k_is_for: list[Any] = []
         self._probing = False
-        self._told = False
+        self._told = self._warned = False
         self._clock = 0.0
-        self._stats: dict[str, Tensor | float] = {}
-        self._scores: Tensor | None = None
-        self._route: Route | None = None
+        self._choice: Choice | None = None
         self._lengths: Tensor | None = None
         self._candidate_loss: Tensor | None = None
+        self._not_finite: Tensor | None = None
+        self._route: Route | None = None
+        self._route_name = f"{type(self).__name__}.score"
         self._table: deque[list[Any]] = deque(maxlen=TABLE_ROWS)
 
     # ------------------------------------------------------------------ what a rule defines
 
+    @abstractmethod
     def score(self, trainer: Trainer, pl_module: LightningModule, batch: Any, sample_ids: Tensor | None) -> Tensor:
-        """Scores of the candidates, ``[B]``, higher is kept; run inside :meth:`scoring` where the module is used."""
-        raise NotImplementedError
+        """Scores of the candidates: floating ``[B]``, the highest are kept.
+
+        Take what the module says of the batch from :meth:`outputs`; call the module in another way only inside
+        :meth:`scoring`, or its buffers and random streams change.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module that is trained.
+            batch: The candidate batch, on the device.
+            sample_ids: int64 ``[B]``, where the data set is wrapped in ``SampleIds``.
+        """
 
     def on_kept(self, trainer: Trainer, rows: Tensor, k: int) -> None:
-        """Called on every rank after each choice, with the kept rows ``[<= k]``; may hold a collective."""
+        """Called on every rank once the kept rows ``[<= k]`` are trained on; may hold a collective."""
 
     def describe(self) -> str:
         """How the scores are taken, for the log line at the start of the fit."""
-        return "no scores"
+        if not self.has_scores:
+            return "no scores"
+        return f"scores by {self._route_name}"
 
     # ------------------------------------------------------------------ the seam
 
@@ -90,112 +127,103 @@ class OnlineSelection(Callback):
         # The tuners run the training loop with other callbacks; what they probe must leave no trace.
         self._probing = self not in trainer.callbacks  # type: ignore[attr-defined]
         size = batch_size(batch)
-        k = self._rows_to_keep(trainer, size)
-        if self.keep == 1:
-            kept = batch
-            self._count(trainer, size, 0, size)
-        else:
+        choice = Choice(size, self._rows_to_keep(trainer, size), sample_ids=sample_ids)
+        kept = batch
+        if self.keep < 1:
             with trainer.profiler.profile(f"[Callback]{type(self).__name__}.score"):  # type: ignore[attr-defined]
                 scores = self.score(trainer, pl_module, batch, sample_ids)
-            if scores.shape != (size,):
-                raise ValueError(f"`score` must give one number per row, [{size}], but gave {list(scores.shape)}.")
-            rows = top_rows(scores, k)
-            if not self._probing:
-                self.on_kept(trainer, rows, k)
-            kept = batch if k >= size else take_rows(batch, rows)
-            if self.trim and k < size:
-                kept = trim_padding(kept)
-            self._count(trainer, size, size if self.has_scores else 0, min(k, size))
-            self._record(trainer, scores, rows, sample_ids)
-        if not self._told and not self._probing:
-            self._told = True
-            how = self.describe() if self.keep < 1 else "keeps every row, nothing is scored"
-            rank_zero_info(
-                f"{type(self).__name__}: {how}; candidate batch {size}, trained batch {min(k, size)} per device and "
-                "step. The learning rate is unchanged, so each step averages over fewer samples."
-            )
+            if not (isinstance(scores, Tensor) and scores.is_floating_point() and scores.shape == (size,)):
+                found = (
+                    f"{scores.dtype} {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+                )
+                raise ValueError(f"`score` must give one floating number per row, [{size}], but gave {found}.")
+            choice.scores = scores.detach()
+            choice.rows = top_rows(choice.scores, choice.k)
+            choice.lengths, self._lengths = self._lengths, None
+            choice.candidate_loss, self._candidate_loss = self._candidate_loss, None
+            if choice.k < size:
+                kept = take_rows(batch, choice.rows)
+                kept = trim_padding(kept) if self.trim else kept
+        self._tell(choice)
+        self._choice = None if self._probing else choice
         return kept
+
+    def _rows_to_keep(self, trainer: Trainer, size: int) -> int:
+        if self._probing:
+            return keep_count(self.keep, size)
+        # A checkpoint may be resumed with another `keep` or batch size.
+        is_for = [self.keep, getattr(trainer.train_dataloader, "batch_size", None)]
+        if self.k is None or self._k_is_for != is_for:
+            k = torch.tensor(float(keep_count(self.keep, size)), device=trainer.strategy.root_device)
+            self.k = int(trainer.strategy.reduce(k, reduce_op="max"))
+            self._k_is_for = is_for
+        return self.k
+
+    def _tell(self, choice: Choice) -> None:
+        if self._told or self._probing:
+            return
+        self._told = True
+        how = self.describe() if self.keep < 1 else "keeps every row, nothing is scored"
+        trained = min(choice.k, choice.size)
+        fewer = " The learning rate is unchanged, so each step averages over fewer samples."
+        sizes = f"candidate batch {choice.size}, trained batch {trained} per device and step."
+        rank_zero_info(f"{type(self).__name__}: {how}; {sizes}{fewer if trained < choice.size else ''}")
+        if trained == choice.size and self.keep < 1:
+            rank_zero_warn(
+                f"`keep={self.keep}` of a candidate batch of {choice.size} is every row: enlarge the batch to select."
+            )
 
     def outputs(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, head: nn.Linear | None = None
     ) -> tuple[Tensor, Tensor]:
         """Logits of the candidates with aligned targets, or the input of ``head`` in the place of its logits.
 
-        Also records the length ratio, and on logging steps the loss of all candidates, which an ``EarlyStopping`` or
-        a plateau schedule should watch instead of the loss of the kept rows.
+        Also records the length ratio, and on logging steps the loss of all candidates.
+
+        Returns:
+            ``[B, T, V]`` with int64 ``[B, T]``, or ``[B, C]`` with ``[B]``; target -100 is not scored.
+
+        Raises:
+            TypeError: If the module gives no per-sample outputs; the message names the method to add.
         """
         if self._route is None:
             self._route = find_route(pl_module, batch)
-        with self.scoring(trainer, pl_module), head_as_identity(head):
-            outputs, targets = self._route.forward(batch)
-        if len(outputs) != batch_size(batch):
-            raise ValueError(f"The scored outputs have {len(outputs)} rows for a batch of {batch_size(batch)}.")
-        self._lengths = targets.ne(IGNORED).sum(1).float() if targets.dim() == 2 else None
-        if _logs_now(trainer):
-            with torch.no_grad():
+            self._route_name = self._route.name
+        with self.scoring(trainer, pl_module):
+            with head_as_identity(head):
+                outputs, targets = self._route(batch)
+            if _logs_now(trainer):
                 loss = (
                     per_sample_loss(outputs, targets)
                     if head is None
                     else per_sample_loss_from_hidden(outputs, targets, head)
                 )
-            self._candidate_loss = loss.nanmean()
+                self._candidate_loss = loss.nanmean()
+        if len(outputs) != batch_size(batch):
+            raise ValueError(f"The scored outputs have {len(outputs)} rows for a batch of {batch_size(batch)}.")
+        self._lengths = targets.ne(IGNORED).sum(1).float() if targets.dim() == 2 else None
         return outputs, targets
 
     @contextmanager
     def scoring(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
         """Run the module without side effects, in the precision of the fit; ``self.log`` in it is ignored."""
-        with side_effect_free(pl_module), trainer.precision_plugin.forward_context():
-            pl_module.log = pl_module.log_dict = lambda *_, **__: None  # type: ignore[method-assign,assignment]
-            try:
+        undo = [replace_attribute(pl_module, name, lambda *_, **__: None) for name in ("log", "log_dict")]
+        try:
+            with side_effect_free(pl_module), trainer.precision_plugin.forward_context():
                 yield
-            finally:
-                del pl_module.log, pl_module.log_dict
-
-    def _rows_to_keep(self, trainer: Trainer, size: int) -> int:
-        if self._probing:
-            return keep_count(self.keep, size)
-        if self.k is None:
-            k = torch.tensor(keep_count(self.keep, size), device=trainer.strategy.root_device)
-            self.k = int(trainer.strategy.reduce(k.float(), reduce_op="max")) if trainer.world_size > 1 else int(k)
-        return self.k
-
-    def _count(self, trainer: Trainer, candidates: int, scored: int, trained: int) -> None:
-        if self._probing:
-            return
-        self.batches += 1
-        self.samples_scored += scored * trainer.world_size
-        self.samples_trained += trained * trainer.world_size
-        self._stats = {"kept_fraction": trained / candidates}
-        self._scores = None
-
-    def _record(self, trainer: Trainer, scores: Tensor, rows: Tensor, sample_ids: Tensor | None) -> None:
-        if self._probing or not self.has_scores:
-            return
-        scores = scores.detach()
-        self._scores = scores
-        self._stats["score_gap"] = scores[rows].mean() - scores.mean()
-        if self._lengths is not None:
-            self._stats["kept_length_ratio"] = self._lengths[rows].mean() / self._lengths.mean()
-        if self._candidate_loss is not None:
-            self._stats["candidate_loss"] = self._candidate_loss
-            self._candidate_loss = None
-        if _logs_now(trainer) and trainer.is_global_zero and trainer.loggers:
-            kept = torch.zeros_like(scores, dtype=torch.bool)
-            kept[rows] = True
-            ids = [-1] * len(scores) if sample_ids is None else sample_ids.tolist()
-            for one in zip(ids, scores.tolist(), kept.tolist(), strict=True):
-                self._table.append([trainer.global_step, *one])
+        finally:
+            for one in undo:
+                one()
 
     # ------------------------------------------------------------------ Lightning's hooks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Install the seam, after refusing what cannot work."""
-        if stage == "fit":
+        """Install the seam, after refusing what cannot work; an earlier fit is forgotten."""
+        self._fitting = stage == "fit"
+        if self._fitting:
             self._check(trainer, pl_module)
-            self._told = False
-            self._route = self.k = None
-            self._table.clear()
-        self._seam = BatchSeam.attach(trainer, self)
+            self._reset()
+        BatchSeam.attach(trainer, self)
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_training_step(pl_module)
@@ -209,42 +237,88 @@ class OnlineSelection(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the seam."""
-        self._detach()
+        BatchSeam.detach(trainer, self)
+        self._route = None  # it holds the module
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save the table and remove the seam: Lightning calls neither ``on_fit_end`` nor ``teardown`` then."""
+        """Remove the seam and save the table: Lightning calls neither ``teardown`` nor ``on_fit_end`` then."""
+        self.teardown(trainer, pl_module, "")
         self._log_table(trainer)
-        self._detach()
-
-    def _detach(self) -> None:
-        if self._seam is not None:
-            self._seam.detach(self)
-            self._seam = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Check that the batch to train on is the one that was selected."""
-        if self._seam is not None and self._seam.clients[0] is self:
-            self._seam.check(batch)
+        BatchSeam.check(trainer, batch)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the statistics of the selection."""
+        """Count and remember what was trained on; log the statistics of the selection."""
         now = time.perf_counter()
         self.train_seconds += now - self._clock
         self._clock = now
-        stats = {
-            **self._stats,
+        choice, self._choice = self._choice, None
+        if choice is None:
+            return
+        self.batches += 1
+        self.samples_trained += min(choice.k, choice.size)
+        if choice.rows is not None and choice.scores is not None:
+            self.samples_scored += choice.size if self.has_scores else 0
+            self.on_kept(trainer, choice.rows, choice.k)
+            broken = (~choice.scores.isfinite()).sum()
+            self._not_finite = broken if self._not_finite is None else self._not_finite + broken
+        if _logs_now(trainer):
+            for name, value in self._statistics(choice).items():
+                pl_module.log(
+                    f"curation/{name}",
+                    value,
+                    prog_bar=name in IN_PROGRESS_BAR,
+                    on_step=True,
+                    on_epoch=False,
+                    batch_size=1,
+                    sync_dist=name in (*PER_PROCESS, "candidate_loss"),
+                    reduce_fx="sum" if name in PER_PROCESS else "mean",
+                )
+            self._warn_of_broken_scores()
+            if self.has_scores and choice.scores is not None and trainer.is_global_zero:
+                self._log_scores(trainer, choice)
+
+    def _statistics(self, choice: Choice) -> dict[str, Tensor | float]:
+        stats: dict[str, Tensor | float] = {
+            "kept_fraction": min(choice.k, choice.size) / choice.size,
             "samples_scored": float(self.samples_scored),
             "samples_trained": float(self.samples_trained),
             "train_seconds": self.train_seconds,
         }
-        if _logs_now(trainer):
-            for name, value in stats.items():
-                in_bar = name in IN_PROGRESS_BAR
-                pl_module.log(f"curation/{name}", value, prog_bar=in_bar, on_step=True, on_epoch=False, batch_size=1)
-            if self._scores is not None:
-                self._log_histogram(trainer, self._scores)
+        if self.has_scores and choice.scores is not None and choice.rows is not None:
+            scores = choice.scores.masked_fill(~choice.scores.isfinite(), torch.nan)
+            stats["score_gap"] = scores[choice.rows].nanmean() - scores.nanmean()
+            if choice.lengths is not None:
+                stats["kept_length_ratio"] = choice.lengths[choice.rows].mean() / choice.lengths.mean()
+            if choice.candidate_loss is not None:
+                stats["candidate_loss"] = choice.candidate_loss
+        return stats
+
+    def _log_scores(self, trainer: Trainer, choice: Choice) -> None:
+        """A histogram of the scores, and rows for the closing table."""
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, (WandbLogger, TensorBoardLogger))]
+        if not loggers or trainer.fit_loop._should_accumulate():
+            return
+        assert choice.scores is not None
+        assert choice.rows is not None
+        scores = choice.scores.tolist()
+        kept = set(choice.rows.tolist())
+        ids = [-1] * len(scores) if choice.sample_ids is None else choice.sample_ids.tolist()
+        for row, (sample_id, score) in enumerate(zip(ids, scores, strict=True)):
+            self._table.append([trainer.global_step, sample_id, score, row in kept])
+        values = [s for s in scores if abs(s) < float("inf")]
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the axis of every other metric
+        for logger in loggers if values else []:
+            if isinstance(logger, WandbLogger):
+                import wandb
+
+                logger.log_metrics({"curation/scores": wandb.Histogram(values)}, step=step)  # type: ignore[dict-item]
+            else:
+                logger.experiment.add_histogram("curation/scores", torch.tensor(values), step)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
@@ -256,7 +330,14 @@ class OnlineSelection(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log a table of candidates with their scores and whether they were kept."""
+        self._warn_of_broken_scores()
         self._log_table(trainer)
+
+    def _warn_of_broken_scores(self) -> None:
+        if self._not_finite is not None and not self._warned and int(self._not_finite):
+            self._warned = True
+            broken = f"{int(self._not_finite)} of {self.samples_scored} scores"
+            rank_zero_warn(f"{broken} so far are not finite; such rows are kept last.")
 
     def _log_table(self, trainer: Trainer) -> None:
         columns = ["step", "sample_id", "score", "kept"]
@@ -264,27 +345,13 @@ class OnlineSelection(Callback):
             if isinstance(logger, WandbLogger) and self._table:
                 logger.log_table("curation/samples", columns=columns, data=list(self._table))
 
-    @staticmethod
-    def _log_histogram(trainer: Trainer, scores: Tensor) -> None:
-        if not trainer.is_global_zero:
-            return
-        values = scores[scores.isfinite()].float().cpu()
-        if len(values) < len(scores):
-            rank_zero_warn(f"{len(scores) - len(values)} of {len(scores)} scores are not finite; they rank last.")
-        for logger in trainer.loggers if len(values) else []:
-            if isinstance(logger, WandbLogger):
-                import wandb
-
-                logger.log_metrics({"curation/scores": wandb.Histogram(values.tolist())}, step=trainer.global_step)  # type: ignore[dict-item]
-            elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_histogram("curation/scores", values, trainer.global_step)
-
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """Counters of the selection; holds no collective, since not every rank may be saving."""
         return {
             "k": self.k,
+            "k_is_for": self._k_is_for,
             "batches": self.batches,
             "samples_scored": self.samples_scored,
             "samples_trained": self.samples_trained,
@@ -292,12 +359,23 @@ class OnlineSelection(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`."""
-        self.k = state_dict["k"]
-        self.batches = state_dict["batches"]
-        self.samples_scored = state_dict["samples_scored"]
-        self.samples_trained = state_dict["samples_trained"]
-        self.train_seconds = state_dict["train_seconds"]
+        """Restore :meth:`state_dict` in a fit; an evaluation of a checkpoint changes nothing."""
+        if self._fitting:
+            self.restore(state_dict)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`; a rule with state of its own extends both."""
+        self.k = state["k"]
+        self._k_is_for = state["k_is_for"]
+        self.batches = state["batches"]
+        self.samples_scored = state["samples_scored"]
+        self.samples_trained = state["samples_trained"]
+        self.train_seconds = state["train_seconds"]
+
+
+def is_number(value: Any) -> bool:
+    """Whether an argument is a real number, of Python or NumPy."""
+    return isinstance(value, Real)
 
 
 def _logs_now(trainer: Trainer) -> bool:

@@ -22,7 +22,7 @@ class UniformSelection(OnlineSelection):
         trim: Drop the padding columns that no kept row uses.
 
     Raises:
-        ValueError: If ``keep`` is outside (0, 1].
+        ValueError: If ``keep`` is outside (0, 1], or ``seed`` is no integer in [0, 2^63).
     """
 
     has_scores = False

@@ -3,23 +3,14 @@
 from typing import Any, Literal
 
 import torch
-from curation.callbacks.online_selection import OnlineSelection
+from curation.callbacks.online_selection import OnlineSelection, is_number
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from curation.batch import take_rows
-from curation.online.sketch import SketchMemory, cosine_projection, sign_projection, sketch
-from curation.online.utility_diversity import (
-    LengthTrend,
-    compact,
-    gram_of_head,
-    nuclear_norm_of_hidden_rows,
-    nuclear_norm_of_rows,
-    utility_diversity,
-)
+from curation.online.utility_diversity import UtilityDiversityScorer
 from curation.scoring import IGNORED, find_output_head
 
-TOKEN_ROWS, VOCAB_ROWS, CAPACITY = 8, 128, 1024
 REFRESH_EVERY = 100
 HEAD_TOLERANCE = 0.02  # bf16 logits differ by 1e-3, a soft cap or a logit scale by far more
 
@@ -42,7 +33,7 @@ class UtilityDiversitySelection(OnlineSelection):
         trim: Drop the padding columns that no kept row uses.
 
     Raises:
-        ValueError: If an argument is out of its range, or ``head`` names no linear layer.
+        ValueError: If an argument is out of its range, or ``head`` names no linear layer that makes the logits.
         TypeError: If the module gives no per-sample outputs; the message names the method to add.
     """
 
@@ -55,196 +46,123 @@ class UtilityDiversitySelection(OnlineSelection):
         seed: int = 0,
         trim: bool = True,
     ) -> None:
-        super().__init__(keep=keep, seed=seed, trim=trim)
-        if not (isinstance(alpha, (int, float)) and 0 <= alpha < float("inf")):
-            raise ValueError(f"Argument `alpha` must be a finite number >= 0, but got {alpha!r}.")
+        if not (is_number(alpha) and 0 <= alpha <= 1e6):
+            raise ValueError(f"Argument `alpha` must be in [0, 1e6], but got {alpha!r}.")
         if normalization not in ("length", "none", "paper"):
             raise ValueError(
                 f"Argument `normalization` must be 'length', 'none' or 'paper', but got {normalization!r}."
             )
-        self.alpha = alpha
+        if not isinstance(head, str):
+            raise ValueError(f"Argument `head` must be 'auto', 'none' or a module path, but got {head!r}.")
+        self.alpha = float(alpha)
         self.normalization = normalization
         self.head = head
-        self._head: nn.Linear | None = None
-        self._prepared = False
-        self._head_agrees: bool | None = None
-        self._gram: Tensor | None = None
-        self._vocab_projection: Tensor | None = None
-        self._token_projection: Tensor | None = None
-        self._refreshed: int | None = None
-        self._memory: SketchMemory | None = None
-        self._trend = LengthTrend()
-        self._moments: Tensor | None = None
-        self._sketches: Tensor | None = None
+        super().__init__(keep=keep, seed=seed, trim=trim)
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Install the seam; forget what an earlier fit remembered."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self._prepared = False
-            self._head = self._head_agrees = None
-            self._gram = self._vocab_projection = self._token_projection = None
-            self._refreshed = self._memory = self._moments = self._sketches = None
-            self._trend = LengthTrend()
+    def _reset(self) -> None:
+        super()._reset()
+        self.scorer = UtilityDiversityScorer(self.alpha, self.normalization, self.seed)
+        self._by_head: bool | None = None
+        self._why = ""
+        self._head: nn.Linear | None = None
+        self._refreshed: int | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the path of the head before anything is trained."""
         if self.head not in ("auto", "none"):
             find_output_head(pl_module, self.head, None)
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove the seam and let go of the module."""
+        super().teardown(trainer, pl_module, stage)
+        self._head = None
+
     def describe(self) -> str:
         """The route of the scores."""
-        assert self._route is not None
-        way = "without forming logits" if self._head is not None else "from logits"
-        return f"scores by {self._route.name}, {way}"
+        return f"{super().describe()}, {'without forming logits' if self._by_head else 'from logits'}{self._why}"
 
     def score(self, trainer: Trainer, pl_module: LightningModule, batch: Any, sample_ids: Tensor | None) -> Tensor:
         """Scores ``[B]``, fp32 or fp64."""
-        if not self._prepared:
-            self._prepare(trainer, pl_module, batch)
-        self._refresh()
-        outputs, targets = self.outputs(trainer, pl_module, batch, self._head)
+        if self._head is None and self._by_head is not False:
+            self._head = find_output_head(pl_module, self.head, batch)
+            self._by_head = False if self._head is None else self._by_head
+        if self._head is not None and self._by_head is None:
+            self._by_head = self._try_head(trainer, pl_module, batch, self._head)
+        head = self._head if self._by_head else None
+        if head is None:
+            self.scorer.use_logits()
+        else:
+            self._refresh(head)
+        outputs, targets = self.outputs(trainer, pl_module, batch, head)
         with torch.no_grad():
-            rows, counts = self._rows(outputs, targets)
-            utility = self._utility(rows, counts)
-            self._sketches = self._sketch(rows, tokens=outputs.dim() == 3)
-            if self._memory is None:
-                self._memory = SketchMemory(CAPACITY, self._sketches.size(1), self._sketches.device)
-            self._memory.to(self._sketches.device)
-            if self.normalization == "length":
-                self._moments = self._trend.moments_of(utility, counts)
-                utility = self._trend.remove(utility, counts)
-                self._sketches = self._sketches / counts.clamp(min=1).sqrt()[:, None]
-            diversity = self._memory.mean_distance(self._sketches)
-            return utility_diversity(utility, diversity, self.alpha, self.normalization)
+            return self.scorer.score(outputs, targets.ne(IGNORED))
+
+    def _try_head(self, trainer: Trainer, pl_module: LightningModule, batch: Any, head: nn.Linear) -> bool | None:
+        """Whether the head's input gives the norm of real logits, on the longest sample; None where that has none."""
+        try:
+            _, targets = self.outputs(trainer, pl_module, batch, head)
+            longest = take_rows(batch, targets.reshape(len(targets), -1).ne(IGNORED).sum(1).argmax()[None])
+            hidden, targets = self.outputs(trainer, pl_module, longest, head)
+            logits, _ = self.outputs(trainer, pl_module, longest)
+            with torch.no_grad():
+                self._refresh(head)
+                got = self.scorer.utility(hidden, targets.ne(IGNORED))
+                self.scorer.use_logits()
+                expected = self.scorer.utility(logits, targets.ne(IGNORED))
+        except (RuntimeError, IndexError) as error:  # the module does something to its logits that needs their size
+            reason = str(error).splitlines()[0]
+            if self.head != "auto":
+                raise ValueError(
+                    f"Argument `head` must name the layer whose output are the logits, or be 'none', but with "
+                    f"{self.head!r} the module fails: {reason}"
+                ) from error
+            self._why = f" (the head cannot be left out: {reason})"
+            return False
+        finally:
+            self._refreshed = None
+        known = expected.isfinite() & expected.gt(0)
+        off = torch.where(known, (got / expected - 1).abs().nan_to_num(nan=torch.inf), 0.0)
+        off, any_known = (
+            trainer.strategy.reduce(torch.stack([off, known]).float(), reduce_op="max").flatten().tolist()
+        )
+        if not any_known:
+            return None
+        if off >= HEAD_TOLERANCE:
+            self._why = f" (the head's input gives norms {off:.0%} off)"
+        return off < HEAD_TOLERANCE
+
+    def _refresh(self, head: nn.Linear) -> None:
+        """Bring the products with the head up to date: once, or every 100 batches while it is trained."""
+        trained = head.weight.requires_grad
+        if self._refreshed is None or (trained and self.batches - self._refreshed >= REFRESH_EVERY):
+            self.scorer.use_head(head.weight, head.bias)
+            self._refreshed = self.batches
 
     def on_kept(self, trainer: Trainer, rows: Tensor, k: int) -> None:
         """Remember the kept sketches of every rank, in rank order."""
-        assert self._sketches is not None
-        assert self._memory is not None
-        kept = self._sketches.new_full((k, self._sketches.size(1)), torch.nan)  # the memory skips NaN
-        kept[: len(rows)] = self._sketches[rows]
+        sketches, moments = self.scorer.sketches, self.scorer.moments
+        kept = sketches.new_full((k, sketches.size(1)), torch.nan)  # the memory skips NaN
+        kept[: len(rows)] = sketches[rows]
         if trainer.world_size > 1:
             kept = trainer.strategy.all_gather(kept).flatten(0, 1)
-        self._memory.push(kept)
-        if self._moments is not None:
-            total = (
-                self._moments if trainer.world_size == 1 else trainer.strategy.reduce(self._moments, reduce_op="sum")
-            )
-            self._trend.update(total)
-        self._moments = self._sketches = None
-
-    def _prepare(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        """Find the head, and compare the two routes on the longest sample."""
-        self._head = head = find_output_head(pl_module, self.head, batch)
-        self._prepared = True
-        if head is None or self._head_agrees:  # a resumed run keeps the route it was on
-            return
-        if self._head_agrees is False:
-            self._head = None
-            return
-        self._refresh()
-        _, targets = self.outputs(trainer, pl_module, batch, head)
-        lengths = targets.reshape(len(targets), -1).ne(IGNORED).sum(1)
-        longest = take_rows(batch, lengths.argmax()[None])
-        logits, one = self.outputs(trainer, pl_module, longest)
-        with torch.no_grad():
-            expected = nuclear_norm_of_rows(*self._rows(logits, one))
-            hidden_one, _ = self.outputs(trainer, pl_module, longest, head)
-            error = (self._utility(*self._rows(hidden_one, one)) / expected - 1).abs().max()
-            if trainer.world_size > 1:
-                error = trainer.strategy.reduce(error.float(), reduce_op="max")
-            self._head_agrees = bool(error < HEAD_TOLERANCE)
-            if not self._head_agrees:
-                self._head = self._gram = self._vocab_projection = self._refreshed = None
-
-    def _refresh(self) -> None:
-        """Bring the products with the head up to date: once, or every 100 batches while it is trained."""
-        head = self._head
-        due = self._refreshed is None or (
-            head is not None and head.weight.requires_grad and self.batches - self._refreshed >= REFRESH_EVERY
-        )
-        if head is None or not due:
-            return
-        with torch.no_grad():
-            weight, bias = head.weight.detach(), head.bias
-            dtype = torch.float64 if weight.device.type == "cpu" else torch.float32
-            self._gram = gram_of_head(weight, bias, dtype)
-            projection = self._projection_of(weight.size(0), weight.device)
-            self._vocab_projection = projection @ weight.float()
-            if bias is not None:
-                self._vocab_projection = torch.cat(
-                    [self._vocab_projection, (projection @ bias.float())[:, None]], dim=1
-                )
-        if not self._probing:
-            self._refreshed = self.batches
-
-    def _projection_of(self, vocabulary: int, device: torch.device) -> Tensor:
-        if self.normalization == "paper":
-            return cosine_projection(VOCAB_ROWS, vocabulary, self.seed).to(device)
-        if vocabulary <= VOCAB_ROWS:
-            return torch.eye(vocabulary, device=device)
-        return sign_projection(VOCAB_ROWS, vocabulary, self.seed).to(device)
-
-    def _rows(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Scored rows ``[B, n, D]`` in front, a 1 appended where the head has a bias, and their counts ``[B]``."""
-        mask = targets.ne(IGNORED)
-        if self.normalization == "paper":
-            mask = torch.ones_like(mask)
-        if outputs.dim() == 2:
-            outputs, mask = outputs[:, None], mask[:, None]
-        rows, counts = compact(outputs, mask)
-        if self._gram is not None and self._gram.size(0) == rows.size(-1) + 1:
-            ones = torch.arange(rows.size(1), device=rows.device) < counts[:, None]
-            rows = torch.cat([rows, ones[..., None].to(rows.dtype)], dim=-1)
-        return rows, counts
-
-    def _utility(self, rows: Tensor, counts: Tensor) -> Tensor:
-        if self._head is None:
-            return nuclear_norm_of_rows(rows, counts)
-        assert self._gram is not None
-        self._gram = self._gram.to(rows.device)
-        return nuclear_norm_of_hidden_rows(rows, counts, self._gram)
-
-    def _sketch(self, rows: Tensor, tokens: bool) -> Tensor:
-        if self._vocab_projection is None:
-            self._vocab_projection = self._projection_of(rows.size(-1), rows.device)
-        self._vocab_projection = self._vocab_projection.to(rows.device)
-        n, height = rows.size(1), TOKEN_ROWS if tokens else 1
-        known = self._token_projection
-        if self.normalization == "paper":
-            if known is None or known.size(1) != n:
-                known = cosine_projection(height, n, self.seed + 2)
-        elif known is None or known.size(1) < n:
-            known = sign_projection(height, max(n, 1024), self.seed + 2)
-        self._token_projection = known = known.to(rows.device)
-        return sketch(rows, known, self._vocab_projection)
+            moments = trainer.strategy.reduce(moments, reduce_op="sum")
+        self.scorer.remember(kept, moments)
 
     def state_dict(self) -> dict[str, Any]:
-        """The memory, and the products with a head that is trained; equal on every rank."""
-        state = super().state_dict()
-        state["head_agrees"] = self._head_agrees
-        state["length_moments"] = self._trend.moments.clone()
-        if self._memory is not None:
-            state["memory"] = self._memory.state_dict()
-        if self._head is not None and self._head.weight.requires_grad:
-            state["head"] = {
-                "gram": self._gram,
-                "vocab_projection": self._vocab_projection,
-                "refreshed": self._refreshed,
-            }
-        return state
+        """Counters and the state of the scorer, the same on every rank."""
+        return {
+            **super().state_dict(),
+            "scorer": self.scorer.state_dict(),
+            "head": self.head,
+            "by_head": self._by_head,
+            "refreshed": self._refreshed,
+        }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`."""
-        super().load_state_dict(state_dict)
-        self._head_agrees = state_dict["head_agrees"]
-        self._trend.moments = state_dict["length_moments"]
-        if "memory" in state_dict:
-            rows = state_dict["memory"]["rows"]
-            self._memory = SketchMemory(rows.size(0) - 1, rows.size(1), rows.device)
-            self._memory.load_state_dict(state_dict["memory"])
-        if "head" in state_dict:
-            self._gram = state_dict["head"]["gram"]
-            self._vocab_projection = state_dict["head"]["vocab_projection"]
-            self._refreshed = state_dict["head"]["refreshed"]
+    def restore(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`; another ``head`` is tried anew."""
+        super().restore(state)
+        self.scorer.load_state_dict(state["scorer"])
+        if state["head"] == self.head:
+            self._by_head = state["by_head"]
+            if self.scorer.head_gram is not None:  # else the head is frozen, and its products are made again
+                self._refreshed = state["refreshed"]

@@ -5,9 +5,10 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 SAMPLE_ID = "sample_id"
 
@@ -16,13 +17,16 @@ def _is_namedtuple(node: Any) -> bool:
     return isinstance(node, tuple) and hasattr(node, "_fields")
 
 
+def _holds_tensors(node: Any) -> bool:
+    if isinstance(node, Tensor):
+        return node.dim() > 0
+    children = _children(node)
+    return children is not None and any(_holds_tensors(child) for _, child in children)
+
+
 def _is_column(node: Any) -> bool:
-    """A list or tuple of plain values, one per row (strings, ids), rather than a container of fields."""
-    return (
-        isinstance(node, (list, tuple))
-        and not _is_namedtuple(node)
-        and all(isinstance(v, (str, bytes, int, float, bool)) or v is None for v in node)
-    )
+    """A list or tuple with one entry per row (strings, dicts of settings), rather than a container of fields."""
+    return isinstance(node, (list, tuple)) and not _is_namedtuple(node) and not any(map(_holds_tensors, node))
 
 
 def _children(node: Any) -> list[tuple[str, Any]] | None:
@@ -62,16 +66,18 @@ def _leaves(node: Any, path: str = "batch") -> list[tuple[str, Any]]:
     return [leaf for name, child in children for leaf in _leaves(child, f"{path}.{name}")]
 
 
-def _map_leaves(node: Any, fn: Callable[[Any], Any]) -> Any:
+def _map_leaves(node: Any, fn: Callable[[Any, str], Any], path: str = "batch") -> Any:
     children = _children(node)
-    return fn(node) if children is None else _rebuild(node, [_map_leaves(child, fn) for _, child in children])
+    if children is None:
+        return fn(node, path)
+    return _rebuild(node, [_map_leaves(child, fn, f"{path}.{name}") for name, child in children])
 
 
 def batch_size(batch: Any) -> int:
     """Number of rows of a nested batch.
 
     Every tensor with at least one dimension is taken to hold one row per sample in its first dimension.
-    Scalars, ``None`` and other objects belong to the batch as a whole.
+    Scalars, ``None`` and other objects without a length belong to the batch as a whole.
 
     Args:
         batch: Tensors in any nesting of mappings, lists, tuples, named tuples and dataclasses.
@@ -99,15 +105,15 @@ def batch_size(batch: Any) -> int:
 def take_rows(batch: Any, rows: Tensor) -> Any:
     """The rows of a nested batch at given indices, in the same nesting; the batch itself is left alone.
 
-    Tensors are indexed along their first dimension without a host synchronisation. Lists and tuples of plain
-    values (strings, numbers) as long as the batch are indexed too, which needs the rows on the host.
+    Tensors are indexed along their first dimension without a host synchronisation. NumPy arrays, and lists and tuples
+    without tensors, are indexed too where they are as long as the batch, which needs the rows on the host.
 
     Args:
         batch: As in :func:`batch_size`.
         rows: int64 ``[k]``, on the batch's device.
 
     Raises:
-        TypeError: As :func:`batch_size`.
+        TypeError: As :func:`batch_size`, and if another object is as long as the batch: it may hold one entry a row.
         ValueError: As :func:`batch_size`.
 
     Example:
@@ -116,37 +122,48 @@ def take_rows(batch: Any, rows: Tensor) -> Any:
     """
     size = batch_size(batch)
 
-    def take(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.dim() > 0:
-            return leaf.index_select(0, rows.to(leaf.device))
-        if _is_column(leaf) and len(leaf) == size:
+    def take(leaf: Any, path: str) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.index_select(0, rows.to(leaf.device)) if leaf.dim() > 0 else leaf
+        if isinstance(leaf, (str, bytes)) or not hasattr(leaf, "__len__") or len(leaf) != size:
+            return leaf
+        if isinstance(leaf, np.ndarray):
+            return leaf[rows.cpu().numpy()]
+        if _is_column(leaf):
             return type(leaf)(leaf[i] for i in rows.tolist())
-        return leaf
+        raise TypeError(
+            f"{path} is a {type(leaf).__name__} as long as the batch; make it a tensor, an array or a list, so that "
+            "its rows can be taken."
+        )
 
     return _map_leaves(batch, take)
 
 
 def trim_padding(batch: Any) -> Any:
-    """Drop the trailing columns that ``attention_mask`` marks as padding in every row of a text batch.
+    """Drop the trailing columns of a text batch that are padding in every row.
 
-    Applies to mappings with ``input_ids`` and ``attention_mask`` of shape ``[B, T]``; other batches are returned
-    as they are. Every ``[B, T, ...]`` tensor of the mapping is cut. Costs one host synchronisation.
+    Applies to mappings with ``input_ids`` and ``attention_mask`` of shape ``[B, T]`` and without inputs for a
+    decoder; other batches are returned as they are. A column is padding where ``attention_mask`` is 0 and ``labels``,
+    if they have that shape, are -100. Every ``[B, T, ...]`` tensor of the mapping is cut. Costs one host
+    synchronisation.
 
     Example:
         >>> trim_padding({"input_ids": torch.tensor([[5, 0, 0]]), "attention_mask": torch.tensor([[1, 0, 0]])})
         {'input_ids': tensor([[5]]), 'attention_mask': tensor([[1]])}
     """
-    if not isinstance(batch, Mapping) or "input_ids" not in batch or "attention_mask" not in batch:
+    if not isinstance(batch, Mapping) or any(str(key).startswith("decoder_") for key in batch):
         return batch
-    mask = batch["attention_mask"]
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape != batch["input_ids"].shape:
+    ids, mask, labels = (batch.get(key) for key in ("input_ids", "attention_mask", "labels"))
+    if not (isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape == ids.shape):
         return batch
-    used = mask.ne(0).any(dim=0)
-    width = int((used * torch.arange(1, mask.size(1) + 1, device=mask.device)).max())
+    used = mask.ne(0)
+    if isinstance(labels, Tensor) and labels.shape == mask.shape:
+        used = used | labels.ne(-100)
+    width = int((used.any(dim=0) * torch.arange(1, mask.size(1) + 1, device=mask.device)).max())
     if width in (0, mask.size(1)):
         return batch
     values = [
-        v[:, :width] if isinstance(v, Tensor) and v.dim() >= 2 and v.shape[:2] == mask.shape else v
+        v[:, :width].contiguous() if isinstance(v, Tensor) and v.dim() >= 2 and v.shape[:2] == mask.shape else v
         for v in batch.values()
     ]
     return _rebuild(batch, values)
@@ -156,14 +173,15 @@ class SampleIds(Dataset):
     """A map-style data set whose samples carry their index as a stable int64 ``sample_id``.
 
     A mapping gains the key ``sample_id``. A tuple gains a last element ``{"sample_id": index}``, which default
-    collation keeps recognisable. The curation callbacks strip the ids before the module sees the batch, in
-    every stage.
+    collation keeps recognisable. A selection callback strips the ids as the batch is transferred, in every stage: of
+    all hooks of the module, only ``on_before_batch_transfer`` sees them. Without one, use :func:`split_sample_ids`.
 
     Args:
-        dataset: Map-style data set of mappings or tuples.
+        dataset: Map-style data set of mappings or plain tuples.
 
     Raises:
-        TypeError: If the data set has no length, or its samples are neither mappings nor tuples.
+        TypeError: If the data set is not map-style, or its samples are neither mappings nor plain tuples.
+        ValueError: If a sample has a ``sample_id`` already.
 
     Example:
         >>> SampleIds([{"x": 1.0}, {"x": 2.0}])[1]
@@ -171,7 +189,8 @@ class SampleIds(Dataset):
     """
 
     def __init__(self, dataset: Any) -> None:
-        if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        sized = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+        if not sized or isinstance(dataset, IterableDataset):
             raise TypeError(f"Argument `dataset` must be a map-style data set, but got {type(dataset).__name__}.")
         self.dataset = dataset
 
@@ -189,10 +208,16 @@ class SampleIds(Dataset):
     @staticmethod
     def _with_id(sample: Any, index: int) -> Any:
         if isinstance(sample, Mapping):
+            if SAMPLE_ID in sample:
+                raise ValueError(
+                    f"Argument `dataset` must not hold ids already, but sample {index} has a {SAMPLE_ID!r}."
+                )
             return {**sample, SAMPLE_ID: int(index)}
-        if isinstance(sample, tuple):
+        if isinstance(sample, tuple) and not _is_namedtuple(sample):
             return (*sample, {SAMPLE_ID: int(index)})
-        raise TypeError(f"Argument `dataset` must hold mappings or tuples, but a sample is {type(sample).__name__}.")
+        raise TypeError(
+            f"Argument `dataset` must hold mappings or plain tuples, but sample {index} is {type(sample).__name__}."
+        )
 
 
 def split_sample_ids(batch: Any) -> tuple[Any, Tensor | None]:
@@ -205,7 +230,7 @@ def split_sample_ids(batch: Any) -> tuple[Any, Tensor | None]:
         The batch without ids, and the ids as int64 ``[B]`` (None where the batch carries none).
 
     Raises:
-        TypeError: If the ids are not integers (a float would round them).
+        TypeError: If the ids are not a tensor ``[B]`` or a list of integers (a float would round them).
 
     Example:
         >>> split_sample_ids([torch.zeros(2), {"sample_id": torch.tensor([7, 9])}])
@@ -227,7 +252,9 @@ def split_sample_ids(batch: Any) -> tuple[Any, Tensor | None]:
         rest = batch[:-1]
     else:
         return batch, None
-    ids = torch.as_tensor(ids)
-    if ids.is_floating_point() or ids.is_complex():
-        raise TypeError(f"Sample ids must be integers, but the batch holds {ids.dtype}.")
+    if isinstance(ids, (list, tuple)) and all(isinstance(i, int) for i in ids):
+        ids = torch.tensor(ids, dtype=torch.int64)
+    if not isinstance(ids, Tensor) or ids.dim() != 1 or ids.is_floating_point() or ids.is_complex():
+        found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else f"{type(ids).__name__} {ids!r}"
+        raise TypeError(f"`{SAMPLE_ID}` must hold one integer per row, but the batch has {found}.")
     return rest, ids.to(torch.int64)

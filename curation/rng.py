@@ -43,6 +43,25 @@ def restore(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
+def seed(*key: int) -> None:
+    """Set the global generators of Python, NumPy and torch (every device's) to streams that depend on ``key`` only.
+
+    Args:
+        key: Integers >= 0; different keys give independent streams.
+
+    Example:
+        >>> seed(7, 1)
+        >>> one = torch.rand(2)
+        >>> seed(7, 1)
+        >>> torch.equal(one, torch.rand(2))
+        True
+    """
+    words = np.random.SeedSequence(key).generate_state(4, np.uint64).tolist()
+    random.seed(words[0])
+    np.random.seed([word & 0xFFFFFFFF for word in words[1:3]])  # noqa: NPY002 - the global stream is the point
+    torch.manual_seed(words[3])
+
+
 @contextmanager
 def isolated() -> Iterator[None]:
     """Leave every global generator as it was found.

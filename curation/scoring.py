@@ -8,6 +8,7 @@ one of three routes:
 3. ``module(x)`` for classification batches ``(x, y)`` with integer ``y``.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curation import rng
+from curation.replace import replace_attribute
 
 IGNORED = -100
 _PACKED_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
@@ -30,12 +32,19 @@ class Route:
 
     Attributes:
         name: For the log line at the start of the fit.
-        forward: Maps a batch to outputs ``[B, T, V]`` or ``[B, C]`` and aligned integer targets ``[B, T]`` or
-            ``[B]``; positions with target -100 are not scored.
+        take: Maps a batch to outputs and targets, as they come.
     """
 
     name: str
-    forward: Callable[[Any], tuple[Tensor, Tensor]]
+    take: Callable[[Any], Any]
+
+    def __call__(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Outputs ``[B, T, V]`` or ``[B, C]`` and aligned int64 targets ``[B, T]`` or ``[B]``; -100 is not scored.
+
+        Raises:
+            TypeError: If the module gives something else.
+        """
+        return _checked(self.take(copy.copy(batch)))  # a step may take things out of its batch
 
 
 @contextmanager
@@ -69,21 +78,21 @@ def find_route(module: nn.Module, batch: Any) -> Route:
     """
     score_step: Any = getattr(module, "score_step", None)
     if callable(score_step):
-        return Route("score_step", lambda b: _checked(score_step(b)))
+        return Route("score_step", score_step)
     if isinstance(batch, Mapping) and ("input_ids" in batch or "pixel_values" in batch):
         model = _hugging_face_model(module)
         if model is not None:
             _refuse_packed(batch)
-            return Route(f"Hugging Face {type(model).__name__}", lambda b: _checked(_run_hugging_face(model, b)))
+            return Route(f"Hugging Face {type(model).__name__}", lambda b: _run_hugging_face(model, b))
     if _is_classification(batch):
 
-        def forward(b: Any) -> tuple[Tensor, Tensor]:
+        def take(b: Any) -> tuple[Any, Tensor]:
             try:
-                return _checked((_logits(module(b[0])), b[1]))
+                return _logits(module(b[0])), b[1]
             except NotImplementedError as error:
                 raise _no_route(module, b) from error
 
-        return Route("forward(x)", forward)
+        return Route("forward(x)", take)
     raise _no_route(module, batch)
 
 
@@ -102,13 +111,18 @@ def _is_classification(batch: Any) -> bool:
     return not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool) and y.dim() in (1, 2)
 
 
-def _hugging_face_model(module: nn.Module) -> Any:
-    """The only outermost submodule with the interface of a Hugging Face model."""
+def _hugging_face_models(module: nn.Module) -> list[str]:
+    """Names of the outermost submodules with the interface of a Hugging Face model."""
     found: list[str] = []
     for name, child in module.named_modules():
         nested = any(name.startswith(f"{outer}.") or outer == "" for outer in found)
         if not nested and hasattr(child, "get_output_embeddings") and hasattr(child, "config"):
             found.append(name)
+    return found
+
+
+def _hugging_face_model(module: nn.Module) -> Any:
+    found = _hugging_face_models(module)
     if len(found) > 1:
         raise TypeError(
             f"{type(module).__name__} holds several Hugging Face models ({', '.join(found)}); add a method "
@@ -148,6 +162,11 @@ def _run_hugging_face(model: Any, batch: Mapping) -> tuple[Any, Any]:
     if generates:
         inputs["use_cache"] = False
     if encoder_decoder and "decoder_input_ids" not in inputs and labels is not None:
+        if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+            raise TypeError(
+                f"{type(model).__name__} does not tell how its decoder's input follows from `labels`; put "
+                "`decoder_input_ids` into the batch, or add a method `score_step`."
+            )
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
     if labels is None:
         if not generates or encoder_decoder:
@@ -162,15 +181,25 @@ def _run_hugging_face(model: Any, batch: Mapping) -> tuple[Any, Any]:
 
 
 def _checked(scored: Any) -> tuple[Tensor, Tensor]:
-    hint = "must be (logits, targets): [B, T, V] with [B, T], or [B, C] with [B]"
-    if not (isinstance(scored, tuple) and len(scored) == 2 and all(isinstance(t, Tensor) for t in scored)):
+    hint = "must be (logits, targets): floating [B, T, V] with integer [B, T], or [B, C] with [B]"
+    if not isinstance(scored, tuple):
         raise TypeError(f"The outputs to score {hint}, but got {type(scored).__name__}.")
+    if len(scored) != 2 or not all(isinstance(t, Tensor) for t in scored):
+        found = ", ".join(type(t).__name__ for t in scored)
+        raise TypeError(f"The outputs to score {hint}, but got ({found}).")
     logits, targets = scored
-    if not logits.is_floating_point() or logits.dim() not in (2, 3) or logits.shape[:-1] != targets.shape:
+    integer = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
+    if (
+        not logits.is_floating_point()
+        or not integer
+        or logits.dim() not in (2, 3)
+        or logits.shape[:-1] != targets.shape
+    ):
         raise TypeError(
-            f"The outputs to score {hint}, but got {logits.dtype} {list(logits.shape)} with {list(targets.shape)}."
+            f"The outputs to score {hint}, but got {logits.dtype} {list(logits.shape)} with {targets.dtype} "
+            f"{list(targets.shape)}. A method `score_step` of the module can give them."
         )
-    return logits, targets
+    return logits, targets.long()
 
 
 def find_output_head(module: nn.Module, head: str, batch: Any) -> nn.Linear | None:
@@ -187,8 +216,9 @@ def find_output_head(module: nn.Module, head: str, batch: Any) -> nn.Linear | No
     if head == "none":
         return None
     if head == "auto":
-        model = _hugging_face_model(module) if isinstance(batch, Mapping) else None
-        layer = model.get_output_embeddings() if model is not None else None
+        models = _hugging_face_models(module) if isinstance(batch, Mapping) else []
+        model = module.get_submodule(models[0]) if len(models) == 1 else None
+        layer: Any = model.get_output_embeddings() if model is not None else None  # type: ignore[operator]
         # A head with no more outputs than inputs has logits as small as its input: nothing to gain. The weight of a
         # sharded head is a DTensor, which is not to be multiplied with what is not sharded.
         if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter:
@@ -220,49 +250,73 @@ def head_as_identity(head: nn.Module | None) -> Iterator[None]:
     if head is None:
         yield
         return
-    own = vars(head).get("forward")
-    head.forward = _identity
+    undo = replace_attribute(head, "forward", _identity)
     try:
         yield
     finally:
-        del head.forward
-        if own is not None:
-            head.forward = own
+        undo()
+
+
+def compact(outputs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Move the scored positions of each sample to the front and cut to the longest; the rest is zero.
+
+    Padding and prompts then cost nothing and change nothing. Costs one host synchronisation.
+
+    Args:
+        outputs: ``[B, T, D]``.
+        mask: bool ``[B, T]``, true where a position is scored.
+
+    Returns:
+        ``[B, n, D]`` and the numbers of scored positions, int64 ``[B]``; ``n`` is their maximum, at least 1.
+    """
+    counts = mask.sum(1)
+    n = max(1, int(counts.max()))
+    order = mask.int().argsort(dim=1, descending=True, stable=True)[:, :n]
+    front = outputs.gather(1, order[..., None].expand(-1, -1, outputs.size(-1)))
+    return front.masked_fill(~mask.gather(1, order)[..., None], 0), counts
 
 
 def per_sample_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of each sample, averaged over its scored positions.
 
     Args:
-        logits: ``[B, T, V]`` or ``[B, C]``, any floating dtype; computed in fp32.
+        logits: ``[B, T, V]`` or ``[B, C]``, any floating dtype; computed in fp32, one sample ``[T, V]`` at a time.
         targets: int64 ``[B, T]`` or ``[B]``; -100 is ignored.
 
     Returns:
         fp32 ``[B]``; NaN for a sample with no scored position.
+
+    Example:
+        >>> per_sample_loss(torch.zeros(2, 3, 8), torch.tensor([[-100, 1, 2], [0, 0, 0]]))
+        tensor([2.0794, 2.0794])
     """
-    losses = F.cross_entropy(
-        logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
-    ).view(targets.shape)
     if targets.dim() == 1:
-        return losses
-    return losses.sum(1) / targets.ne(IGNORED).sum(1)
+        return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none")
+    return torch.stack(
+        [F.cross_entropy(x.float(), t, ignore_index=IGNORED) for x, t in zip(logits, targets, strict=True)]
+    )
 
 
 def per_sample_loss_from_hidden(hidden: Tensor, targets: Tensor, head: nn.Linear) -> Tensor:
     """:func:`per_sample_loss` of ``head(hidden)``, with the logits of one sample's scored positions at a time.
 
+    Costs one host synchronisation.
+
     Args:
-        hidden: ``[B, T, d]``, the head's input.
-        targets: int64 ``[B, T]``.
+        hidden: ``[B, T, d]`` or ``[B, d]``, the head's input.
+        targets: int64 ``[B, T]`` or ``[B]``.
         head: The output layer.
 
     Returns:
-        fp32 ``[B]``.
+        fp32 ``[B]``; NaN for a sample with no scored position.
     """
-    weight = head.weight
-    losses = []
-    for h, t in zip(hidden, targets, strict=True):
-        scored = t.ne(IGNORED)
-        logits = F.linear(h[scored].to(weight.dtype), weight, head.bias)
-        losses.append(per_sample_loss(logits[None], t[scored][None]))
-    return torch.cat(losses)
+    if targets.dim() == 1:
+        return per_sample_loss(head(hidden.to(head.weight.dtype)), targets)
+    scored = targets.ne(IGNORED)
+    rows, counts = compact(hidden, scored)
+    labels, _ = compact(targets[..., None], scored)
+    padding = torch.arange(rows.size(1), device=rows.device) >= counts[:, None]
+    labels = labels[..., 0].masked_fill(padding, IGNORED)
+    return torch.cat(
+        [per_sample_loss(head(h)[None], t[None]) for h, t in zip(rows.to(head.weight.dtype), labels, strict=True)]
+    )

@@ -1,11 +1,13 @@
 """Rows of any nested batch."""
 
-from collections import OrderedDict, UserDict, namedtuple
+from collections import OrderedDict, UserDict, deque, namedtuple
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from curation.batch import SampleIds, batch_size, split_sample_ids, take_rows, trim_padding
 
@@ -73,6 +75,26 @@ def test_columns_of_plain_values_are_rows_and_the_rest_is_left_alone():
     assert frozen.scale == 3.0
 
 
+def test_columns_of_any_kind_are_rows():
+    batch = {
+        "x": X,
+        "array": np.arange(8).reshape(4, 2),
+        "boxes": [[1, 2], [3], [], [4]],
+        "meta": [{"i": i} for i in range(4)],
+        "paths": tuple(Path(c) for c in "abcd"),
+        "scalars": [torch.tensor(i) for i in range(4)],
+    }
+    kept = take_rows(batch, ROWS)
+    assert kept["array"].tolist() == [[6, 7], [2, 3]]
+    assert kept["boxes"] == [[4], [3]]
+    assert kept["meta"] == [{"i": 3}, {"i": 1}]
+    assert kept["paths"] == (Path("d"), Path("b"))
+    assert kept["scalars"] == [3, 1]
+    with pytest.raises(TypeError, match=r"batch\.queue is a deque as long as the batch"):
+        take_rows({"x": X, "queue": deque(range(4))}, ROWS)
+    assert take_rows({"x": X, "queue": deque(range(3))}, ROWS)["queue"] == deque(range(3))
+
+
 def test_bad_batches_are_named():
     with pytest.raises(TypeError, match="no tensor with a batch dimension, but is dict"):
         batch_size({"x": torch.tensor(1.0), "s": "text"})
@@ -106,6 +128,16 @@ def test_trimming_keeps_every_used_column():
     assert trim_padding(empty) is empty
 
 
+def test_trimming_never_drops_a_label():
+    mask = torch.tensor([[1, 1, 0, 0, 0], [1, 0, 0, 0, 0]])
+    labels = torch.tensor([[5, 6, 7, 8, -100], [5, -100, -100, -100, -100]])
+    out = trim_padding({"input_ids": mask * 7, "attention_mask": mask, "labels": labels})
+    assert torch.equal(out["labels"], labels[:, :4])
+    assert all(v.is_contiguous() for v in out.values())
+    for_decoder = {"input_ids": mask * 7, "attention_mask": mask, "decoder_input_ids": labels}
+    assert trim_padding(for_decoder) is for_decoder
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_ids_survive_default_collation(workers):
     pairs = SampleIds(TensorDataset(torch.randn(1000, 2), torch.arange(1000)))
@@ -128,12 +160,29 @@ def test_batches_without_ids_are_untouched():
 
 
 def test_bad_ids_and_data_sets_are_named():
-    with pytest.raises(TypeError, match=r"must be integers, but the batch holds torch\.bfloat16"):
-        split_sample_ids({"x": X, "sample_id": Y.bfloat16()})
+    for ids, found in ((Y.bfloat16(), r"torch\.bfloat16 \[4\]"), (X, r"int64 \[4, 3\]"), (["a"], r"list \['a'\]")):
+        with pytest.raises(
+            TypeError, match=rf"`sample_id` must hold one integer per row, but the batch has .*{found}"
+        ):
+            split_sample_ids({"x": X, "sample_id": ids})
+    assert split_sample_ids({"x": X, "sample_id": [3, 1, 2, 0]})[1].tolist() == [3, 1, 2, 0]
     with pytest.raises(TypeError, match=r"`dataset` must be a map-style data set, but got generator"):
         SampleIds(x for x in range(3))
-    with pytest.raises(TypeError, match="mappings or tuples, but a sample is int"):
-        SampleIds([1, 2])[0]
+
+    class Stream(IterableDataset):
+        def __len__(self):
+            return 3
+
+        def __iter__(self):
+            return iter(range(3))
+
+    with pytest.raises(TypeError, match=r"`dataset` must be a map-style data set, but got Stream"):
+        SampleIds(Stream())
+    for sample, found in ((1, "int"), (Pair(1, 2), "Pair")):
+        with pytest.raises(TypeError, match=f"mappings or plain tuples, but sample 0 is {found}"):
+            SampleIds([sample])[0]
+    with pytest.raises(ValueError, match="must not hold ids already, but sample 0 has a 'sample_id'"):
+        SampleIds([{"x": 1, "sample_id": 7}])[0]
 
 
 def test_batched_fetch_of_the_data_set_is_used():

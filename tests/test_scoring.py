@@ -77,7 +77,7 @@ def test_modes_are_restored_after_an_exception():
 def test_causal_models_score_the_token_that_is_predicted(build):
     model = build().eval()
     batch = text_batch()
-    logits, targets = find_route(Holder(model), batch).forward(batch)
+    logits, targets = find_route(Holder(model), batch)(batch)
     assert targets.shape == (3, 8)
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     torch.testing.assert_close(loss, model(**batch).loss)
@@ -86,7 +86,7 @@ def test_causal_models_score_the_token_that_is_predicted(build):
 def test_text_without_labels_scores_every_token_that_is_attended():
     batch = text_batch()
     del batch["labels"]
-    _, targets = find_route(Holder(llama()), batch).forward(batch)
+    _, targets = find_route(Holder(llama()), batch)(batch)
     assert targets.ne(-100).sum(1).tolist() == [8, 5, 8]
 
 
@@ -95,14 +95,14 @@ def test_encoder_decoders_and_classifiers_are_not_shifted():
         T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
     )
     batch = text_batch()
-    logits, targets = find_route(Holder(t5.eval()), batch).forward(batch)
+    logits, targets = find_route(Holder(t5.eval()), batch)(batch)
     torch.testing.assert_close(F.cross_entropy(logits.flatten(0, 1), targets.flatten()), t5(**batch).loss)
     bert = BertForSequenceClassification(BertConfig(vocab_size=50, num_labels=3, **SMALL))
     batch = {**text_batch(), "labels": torch.tensor([0, 2, 1])}
-    logits, targets = find_route(Holder(bert), batch).forward(batch)
+    logits, targets = find_route(Holder(bert), batch)(batch)
     assert logits.shape == (3, 3)
     with pytest.raises(TypeError, match="no `labels`"):
-        find_route(Holder(bert), batch).forward({k: v for k, v in batch.items() if k != "labels"})
+        find_route(Holder(bert), batch)({k: v for k, v in batch.items() if k != "labels"})
 
 
 def test_a_head_as_identity_gives_its_input_in_the_place_of_the_logits():
@@ -111,9 +111,9 @@ def test_a_head_as_identity_gives_its_input_in_the_place_of_the_logits():
     route = find_route(Holder(model), batch)
     head = find_output_head(Holder(model), "auto", batch)
     assert head is model.lm_head
-    logits, targets = route.forward(batch)
+    logits, targets = route(batch)
     with head_as_identity(head):
-        hidden, same = route.forward(batch)
+        hidden, same = route(batch)
     assert hidden.shape == (3, 8, 16)
     assert torch.equal(targets, same)
     torch.testing.assert_close(head(hidden), logits)
@@ -146,22 +146,50 @@ def test_per_sample_loss_equals_one_sample_at_a_time():
     torch.testing.assert_close(flat, F.cross_entropy(logits[:, 0], targets[:, 0].clamp(min=0), reduction="none"))
 
 
+def test_the_loss_of_samples_without_scored_positions_is_nan_on_both_routes():
+    head = nn.Linear(5, 9)
+    hidden, targets = torch.randn(3, 4, 5), torch.randint(0, 9, (3, 4))
+    targets[1] = -100
+    targets[2, :2] = -100
+    expected = per_sample_loss(head(hidden), targets)
+    assert expected.isnan().tolist() == [False, True, False]
+    torch.testing.assert_close(per_sample_loss_from_hidden(hidden, targets, head), expected, equal_nan=True)
+    flat = per_sample_loss_from_hidden(hidden[:, 0], targets[:, 0].clamp(min=0), head)
+    torch.testing.assert_close(flat, per_sample_loss(head(hidden[:, 0]), targets[:, 0].clamp(min=0)))
+
+
 def test_score_step_goes_first_and_is_checked():
     class Own(Classifier):
-        answer = (torch.zeros(2, 3), torch.zeros(2))
+        answer = (torch.zeros(2, 3), torch.zeros(2, dtype=torch.int32))
 
         def score_step(self, batch):
             return self.answer
 
     route = find_route(Own(), object())
     assert route.name == "score_step"
-    assert route.forward(None) is Own.answer or route.forward(None) == Own.answer
-    Own.answer = (torch.zeros(2, 3), torch.zeros(4))
-    with pytest.raises(TypeError, match=r"torch\.float32 \[2, 3\] with \[4\]"):
-        route.forward(None)
-    Own.answer = torch.zeros(2, 3)
-    with pytest.raises(TypeError, match=r"must be \(logits, targets\).* got Tensor"):
-        route.forward(None)
+    logits, targets = route(None)
+    assert logits is Own.answer[0]
+    assert targets.dtype == torch.int64
+    for answer, message in (
+        ((torch.zeros(2, 3), torch.zeros(4).long()), r"torch\.float32 \[2, 3\] with torch\.int64 \[4\]"),
+        ((torch.zeros(2, 1), torch.zeros(2)), r"with torch\.float32 \[2\]\. A method `score_step`"),
+        (torch.zeros(2, 3), r"must be \(logits, targets\).* got Tensor"),
+        ((torch.zeros(2, 3), [0, 1]), r"must be \(logits, targets\).* got \(Tensor, list\)"),
+    ):
+        Own.answer = answer
+        with pytest.raises(TypeError, match=message):
+            route(None)
+
+
+def test_a_score_step_that_takes_things_out_of_its_batch_leaves_the_batch_alone():
+    class Pops(Classifier):
+        def score_step(self, batch):
+            y = batch.pop("y")
+            return self(batch["x"]), y
+
+    batch = {"x": torch.zeros(2, FEATURES), "y": torch.tensor([0, 1])}
+    find_route(Pops().eval(), batch)(batch)
+    assert set(batch) == {"x", "y"}
 
 
 @pytest.mark.parametrize(
@@ -182,7 +210,7 @@ def test_a_module_without_forward_is_told_what_to_add():
     module = nn.Module()
     batch = (torch.zeros(2, FEATURES), torch.zeros(2, dtype=torch.long))
     with pytest.raises(TypeError, match="Add a method `score_step"):
-        find_route(module, batch).forward(batch)
+        find_route(module, batch)(batch)
 
 
 def test_two_models_and_packed_rows_are_refused():
@@ -193,6 +221,7 @@ def test_two_models_and_packed_rows_are_refused():
 
     with pytest.raises(TypeError, match=r"several Hugging Face models \(policy, reference\)"):
         find_route(Two(), text_batch())
+    assert find_output_head(Two(), "auto", text_batch()) is None  # a `score_step` is enough then
     packed = {**text_batch(), "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * 3)}
     with pytest.raises(ValueError, match="packs several sequences into one row \\(`position_ids`\\)"):
         find_route(Holder(llama()), packed)

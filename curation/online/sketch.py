@@ -37,8 +37,8 @@ def cosine_projection(rows: int, columns: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(columns, generator=generator)[:rows]
     angle = chosen[:, None] * torch.arange(columns) % columns  # exact integers, so that the cosine stays accurate
-    matrix = torch.zeros(rows, columns)
-    matrix[: len(chosen)] = torch.cos(2 * torch.pi / columns * angle) * (columns / rows) ** 0.5
+    matrix = torch.zeros(rows, columns, dtype=torch.float32)
+    matrix[: len(chosen)] = torch.cos(2 * torch.pi / columns * angle.float()) * (columns / rows) ** 0.5
     return matrix * _signs(columns, 1, seed + 1)[:, 0]
 
 
@@ -79,7 +79,7 @@ class SketchMemory:
     def __init__(self, capacity: int, size: int, device: torch.device | str = "cpu") -> None:
         self.capacity = capacity
         # The extra row takes what must not be remembered, so that a push has a fixed shape.
-        self.rows = torch.zeros(capacity + 1, size, device=device)
+        self.rows = torch.zeros(capacity + 1, size, dtype=torch.float32, device=device)
         self.pushed = torch.zeros((), dtype=torch.int64, device=device)
 
     def mean_distance(self, sketches: Tensor) -> Tensor:
@@ -95,16 +95,14 @@ class SketchMemory:
         filled = torch.arange(self.capacity, device=self.rows.device) < self.pushed
         return (distances * filled).sum(1) / filled.sum().clamp(min=1)
 
-    def push(self, sketches: Tensor, valid: Tensor | None = None) -> None:
-        """Remember sketches in order; those with a value that is not finite, or not ``valid``, are skipped.
+    def push(self, sketches: Tensor) -> None:
+        """Remember sketches in order; those whose squared norm is not finite are skipped.
 
         Args:
             sketches: fp32 ``[n, size]``.
-            valid: bool ``[n]``, all by default.
         """
-        keep = sketches.isfinite().all(1)
-        keep = (keep if valid is None else keep & valid)[-self.capacity :]
         sketches = sketches[-self.capacity :]
+        keep = sketches.square().sum(1).isfinite()
         slots = (self.pushed + keep.cumsum(0) - 1) % self.capacity
         self.rows.index_copy_(0, torch.where(keep, slots, self.capacity), sketches)
         self.rows[-1] = 0

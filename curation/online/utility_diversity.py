@@ -4,59 +4,61 @@ The singular values of ``L = H W^T`` are the square roots of the eigenvalues of 
 the scoring pass needs the head's input ``H`` and one ``[d, d]`` matrix, and never forms the ``[T, V]`` logits.
 """
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from curation.online.sketch import SketchMemory, cosine_projection, sign_projection, sketch
 from curation.online.top import standardize
+from curation.scoring import compact
 
 Normalization = Literal["length", "none", "paper"]
+TOKEN_ROWS, VOCAB_ROWS, CAPACITY = 8, 128, 1024
 
 
-def compact(outputs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Move the scored positions of each sample to the front and cut to the longest; the rest is zero.
-
-    Padding and prompts then cost nothing and change nothing. Costs one host synchronisation.
-
-    Args:
-        outputs: ``[B, T, D]``.
-        mask: bool ``[B, T]``, true where a position is scored.
-
-    Returns:
-        ``[B, n, D]`` and the numbers of scored positions, int64 ``[B]``; ``n`` is their maximum, at least 1.
-    """
-    counts = mask.sum(1)
-    n = max(1, int(counts.max()))
-    order = mask.int().argsort(dim=1, descending=True, stable=True)[:, :n]
-    front = outputs.gather(1, order[..., None].expand(-1, -1, outputs.size(-1)))
-    return front.masked_fill(~mask.gather(1, order)[..., None], 0), counts
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Products as precise as their dtype: TF32 would bias the norm of long samples by up to 6e-3."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
-def _scored(outputs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    if outputs.dim() != 3:
-        raise ValueError(f"Argument `logits` or `hidden` must be [B, T, D], but got {list(outputs.shape)}.")
+def _scored(name: str, outputs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    if outputs.dim() != 3 or len(outputs) == 0 or not outputs.is_floating_point():
+        found = f"{outputs.dtype} {list(outputs.shape)}"
+        raise ValueError(f"Argument `{name}` must be floating [B, T, D] with B >= 1, but got {found}.")
     if mask is None:
         counts = torch.full((outputs.size(0),), outputs.size(1), device=outputs.device)
         return outputs, counts
-    if mask.shape != outputs.shape[:2]:
-        raise ValueError(f"Argument `mask` must be {list(outputs.shape[:2])}, but got {list(mask.shape)}.")
-    return compact(outputs, mask.bool())
+    if mask.shape != outputs.shape[:2] or mask.is_floating_point():
+        raise ValueError(
+            f"Argument `mask` must be bool {list(outputs.shape[:2])}, but got {mask.dtype} {list(mask.shape)}."
+        )
+    return compact(outputs, mask.gt(0))
 
 
-def _by_parts(norm: Callable[[Tensor, Tensor], Tensor], rows: Tensor, counts: Tensor) -> Tensor:
-    """Apply ``norm`` to a few samples at a time: one of 512 tokens, several short ones.
+def _nuclear_norms(gram_of: Callable[[Tensor], Tensor], rows: Tensor, counts: Tensor, rank: int) -> Tensor:
+    """Nuclear norms ``[B]`` from the Gram matrices of a few samples at a time: one of 512 tokens, several short ones.
 
-    That bounds what is held beside the outputs, and lets the eigenproblems of short samples be small.
+    That bounds what is held beside the outputs. On a CPU it also lets the eigenproblems of short samples be small;
+    elsewhere the width of a part and every eigenproblem cost a synchronisation, so there is one for all.
     """
-    size = max(1, 2**19 // (rows.size(1) * max(rows.size(1), min(rows.size(2), 1024))))
-    parts = []
-    for part, count in zip(rows.split(size), counts.split(size), strict=True):
-        if part.device.type == "cpu":  # elsewhere the width would cost a synchronisation
-            part = part[:, : max(1, int(count.max()))]
-        parts.append(norm(part, count))
-    return torch.cat(parts)
+    cell = max(1, rows.size(1)) * max(1, rows.size(1), min(rows.size(2), 1024))
+    parts = list(zip(rows.split(max(1, 2**19 // cell)), counts.split(max(1, 2**19 // cell)), strict=True))
+    with _full_precision(rows.device):
+        if rows.device.type != "cpu":
+            return _sum_of_roots(torch.cat([gram_of(part) for part, _ in parts]), counts.clamp(max=rank))
+        return torch.cat(
+            [_sum_of_roots(gram_of(part[:, : max(1, int(n.max()))]), n.clamp(max=rank)) for part, n in parts]
+        )
 
 
 def _sum_of_roots(gram: Tensor, rank: Tensor) -> Tensor:
@@ -83,7 +85,7 @@ def nuclear_norm(logits: Tensor, mask: Tensor | None = None) -> Tensor:
         For T = 1 it is the Euclidean norm.
 
     Raises:
-        ValueError: If the shapes do not fit.
+        ValueError: If the shapes or dtypes do not fit.
 
     Source: arXiv 2510.16882, the utility term. Cost: ``T^2 V`` multiplications and one ``[T, T]`` eigenproblem.
 
@@ -91,22 +93,19 @@ def nuclear_norm(logits: Tensor, mask: Tensor | None = None) -> Tensor:
         >>> nuclear_norm(torch.diag(torch.tensor([3.0, 4.0]))[None])
         tensor([7.])
     """
-    return nuclear_norm_of_rows(*_scored(logits, mask))
+    return _norm_of_logits(*_scored("logits", logits, mask))
 
 
-def nuclear_norm_of_rows(rows: Tensor, counts: Tensor) -> Tensor:
-    """:func:`nuclear_norm` of what :func:`compact` returns."""
+def _norm_of_logits(rows: Tensor, counts: Tensor) -> Tensor:
     dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
 
-    def norm(part: Tensor, count: Tensor) -> Tensor:
+    def gram_of(part: Tensor) -> Tensor:
         part = part.to(dtype)
-        _, n, v = part.shape
-        gram = part @ part.mT if n <= v else part.mT @ part
-        if gram.device.type == "cpu":  # as fast there, and null eigenvalues are 1e-16 instead of 1e-7
-            gram = gram.double()
-        return _sum_of_roots(gram, count.clamp(max=v)).to(dtype)
+        gram = part @ part.mT if part.size(1) <= part.size(2) else part.mT @ part
+        # As fast there, and null eigenvalues are 1e-16 instead of 1e-7.
+        return gram.double() if gram.device.type == "cpu" else gram
 
-    return _by_parts(norm, rows, counts)
+    return _nuclear_norms(gram_of, rows, counts, rank=rows.size(2)).to(dtype)
 
 
 def nuclear_norm_from_hidden(hidden: Tensor, head_gram: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -114,14 +113,15 @@ def nuclear_norm_from_hidden(hidden: Tensor, head_gram: Tensor, mask: Tensor | N
 
     Args:
         hidden: ``[B, T, d]``, the input of the output head, any floating dtype.
-        head_gram: ``[d, d]``, ``weight.T @ weight`` from :func:`gram_of_head`; its dtype is the precision used.
+        head_gram: fp32 or fp64 ``[d, d]``, ``weight.T @ weight`` from :func:`gram_of_head`; its dtype is the
+            precision used.
         mask: bool ``[B, T]``, true where a position is scored; all by default.
 
     Returns:
         ``[B]`` in the dtype of ``head_gram``; NaN where the hidden states are not finite.
 
     Raises:
-        ValueError: If the shapes do not fit.
+        ValueError: If the shapes or dtypes do not fit.
 
     Source: arXiv 2510.16882, the utility term. Cost: ``T d^2`` multiplications and one eigenproblem of size
     ``min(T, d)``.
@@ -132,33 +132,30 @@ def nuclear_norm_from_hidden(hidden: Tensor, head_gram: Tensor, mask: Tensor | N
         >>> torch.allclose(fast, nuclear_norm(hidden @ weight.T), rtol=1e-3)
         True
     """
-    return nuclear_norm_of_hidden_rows(*_scored(hidden, mask), head_gram)
+    d = hidden.size(-1)
+    if head_gram.shape != (d, d) or head_gram.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"Argument `head_gram` must be fp32 or fp64 {[d, d]}, but got {head_gram.dtype} {list(head_gram.shape)}."
+        )
+    return _norm_of_hidden(*_scored("hidden", hidden, mask), head_gram)
 
 
-def nuclear_norm_of_hidden_rows(rows: Tensor, counts: Tensor, head_gram: Tensor) -> Tensor:
-    """:func:`nuclear_norm_from_hidden` of what :func:`compact` returns."""
+def _norm_of_hidden(rows: Tensor, counts: Tensor, head_gram: Tensor) -> Tensor:
     d = rows.size(-1)
-    if head_gram.shape != (d, d):
-        raise ValueError(f"Argument `head_gram` must be {[d, d]}, but got {list(head_gram.shape)}.")
-    factor = _cholesky(head_gram) if rows.size(1) > d else None
 
-    def norm(part: Tensor, count: Tensor) -> Tensor:
+    def gram_of(part: Tensor) -> Tensor:
         part = part.to(head_gram.dtype)
-        if part.size(1) <= d or factor is None:
-            gram = part @ head_gram @ part.mT
-        else:  # the smaller eigenproblem: for K = R R^T, H K H^T and R^T H^T H R share their non-zero eigenvalues
-            narrow = part @ factor
-            gram = narrow.mT @ narrow
-        return _sum_of_roots(gram, count.clamp(max=d))
+        if part.size(1) > d:  # with H = Q R, the smaller R K R^T has the same eigenvalues but for zeros
+            part = torch.linalg.qr(part, mode="r").R
+        return part @ head_gram @ part.mT
 
-    return _by_parts(norm, rows, counts)
+    return _nuclear_norms(gram_of, rows, counts, rank=d)
 
 
-def _cholesky(gram: Tensor) -> Tensor:
-    """``R`` with ``R R^T = gram``, taken in fp64, with a jitter that gives a gram of low rank a factor too."""
-    exact = gram if gram.device.type == "mps" else gram.double()
-    jitter = torch.finfo(exact.dtype).eps * 8 * exact.diagonal().mean()
-    return torch.linalg.cholesky_ex(exact + jitter * torch.eye(len(exact), device=exact.device)).L.to(gram.dtype)
+def _vocabulary_slices(weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    for start in range(0, weight.size(0), 8192):
+        cut = slice(start, start + 8192)
+        yield cut, weight[cut] if bias is None else torch.cat([weight[cut], bias[cut, None]], dim=1)
 
 
 def gram_of_head(weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -174,13 +171,29 @@ def gram_of_head(weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype 
     """
     size = weight.size(1) + (bias is not None)
     gram = torch.zeros(size, size, dtype=dtype, device=weight.device)
-    for start in range(0, weight.size(0), 8192):
-        part = weight[start : start + 8192]
-        if bias is not None:
-            part = torch.cat([part, bias[start : start + 8192, None]], dim=1)
-        part = part.to(dtype)
-        gram.addmm_(part.T, part)
+    with _full_precision(weight.device):
+        for _, part in _vocabulary_slices(weight, bias):
+            gram.addmm_(part.T.to(dtype), part.to(dtype))
     return gram
+
+
+def project_head(weight: Tensor, bias: Tensor | None, projection: Tensor) -> Tensor:
+    """A projection of the vocabulary, folded into an output head over slices of the vocabulary.
+
+    Args:
+        weight: ``[V, d]``.
+        bias: ``[V]``, or None.
+        projection: fp32 ``[r, V]``, on any device.
+
+    Returns:
+        fp32 ``[r, d]``, or ``[r, d + 1]`` with a bias: applied to the head's input it gives projected logits.
+    """
+    size = weight.size(1) + (bias is not None)
+    projected = torch.zeros(projection.size(0), size, dtype=torch.float32, device=weight.device)
+    with _full_precision(weight.device):
+        for cut, part in _vocabulary_slices(weight, bias):
+            projected.addmm_(projection[:, cut].to(weight.device), part.float())
+    return projected
 
 
 class LengthTrend:
@@ -196,7 +209,7 @@ class LengthTrend:
     PRIOR, DECAY = 2 / 3, 0.99
 
     def __init__(self) -> None:
-        self.moments = torch.zeros(2)
+        self.moments = torch.zeros(2, dtype=torch.float32)
 
     @staticmethod
     def moments_of(utility: Tensor, counts: Tensor) -> Tensor:
@@ -210,7 +223,7 @@ class LengthTrend:
             fp32 ``[2]``.
         """
         valid = utility.isfinite() & utility.gt(0)
-        x = counts.clamp(min=1).log()
+        x = counts.clamp(min=1).float().log()
         y = torch.where(valid, utility, torch.ones_like(utility)).log().float()
         x, y = ((v - (v * valid).sum() / valid.sum().clamp(min=1)) * valid for v in (x, y))
         return torch.stack([x @ x, x @ y])
@@ -245,3 +258,162 @@ def utility_diversity(
     if normalization == "paper":
         return utility + alpha * diversity
     return standardize(utility) + alpha * standardize(diversity)
+
+
+class UtilityDiversityScorer:
+    """Scores of candidate sets, and what they depend on: the head's products, the memory, the trend of lengths.
+
+    Works in any training loop: :meth:`score` a candidate set, train on the best rows, :meth:`remember` them.
+
+    Args:
+        alpha: Weight of the diversity.
+        normalization: As in :func:`utility_diversity`; ``"paper"`` scores every position.
+        seed: Of the random projections.
+
+    Example:
+        >>> scorer = UtilityDiversityScorer()
+        >>> scores = scorer.score(torch.randn(4, 6, 300), torch.ones(4, 6, dtype=torch.bool))
+        >>> scorer.remember(scorer.sketches[scores.topk(1).indices], scorer.moments)
+        >>> int(scorer.memory.pushed)
+        1
+    """
+
+    def __init__(self, alpha: float = 1.0, normalization: Normalization = "length", seed: int = 0) -> None:
+        self.alpha = alpha
+        self.normalization = normalization
+        self.seed = seed
+        self.memory: SketchMemory | None = None
+        self.trend = LengthTrend()
+        self.sketches = torch.zeros(0)
+        self.moments = torch.zeros(2, dtype=torch.float32)
+        self.head_gram: Tensor | None = None
+        self._head_is_trained = False
+        self._projected_head: Tensor | None = None
+        self._vocab_projection: Tensor | None = None
+        self._token_projection: Tensor | None = None
+
+    def use_head(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """From now on, outputs are the input of this head ``[V, d]`` as it is now, not logits."""
+        self._head_is_trained = weight.requires_grad
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+        self.head_gram = gram_of_head(weight, bias, torch.float64 if weight.device.type == "cpu" else torch.float32)
+        self._projected_head = project_head(weight, bias, self._projection_of(weight.size(0)))
+
+    def use_logits(self) -> None:
+        """From now on, outputs are logits."""
+        self.head_gram = self._projected_head = None
+
+    def utility(self, outputs: Tensor, mask: Tensor) -> Tensor:
+        """Nuclear norms ``[B]`` of outputs as in :meth:`score`."""
+        return self._utility(*self._rows(outputs, mask))
+
+    def score(self, outputs: Tensor, mask: Tensor) -> Tensor:
+        """Scores of a candidate set; :attr:`sketches` and :attr:`moments` then hold what :meth:`remember` takes.
+
+        Args:
+            outputs: ``[B, T, V]`` or ``[B, C]`` logits, or the head's input ``[B, T, d]`` after :meth:`use_head`.
+            mask: bool ``[B, T]`` or ``[B]``, true where a position is scored.
+
+        Returns:
+            ``[B]``, fp32 or fp64; NaN for a sample whose outputs are not finite.
+        """
+        rows, counts = self._rows(outputs, mask)
+        utility = self._utility(rows, counts)
+        self.sketches = self._sketch(rows, TOKEN_ROWS if outputs.dim() == 3 else 1)
+        self.moments = self.trend.moments_of(utility, counts)
+        if self.normalization == "length":
+            utility = self.trend.remove(utility, counts)
+            self.sketches = self.sketches / counts.clamp(min=1).float().sqrt()[:, None]
+        if self.memory is None:
+            self.memory = SketchMemory(CAPACITY, self.sketches.size(1), self.sketches.device)
+        self.memory.to(self.sketches.device)
+        diversity = self.memory.mean_distance(self.sketches)
+        return utility_diversity(utility, diversity, self.alpha, self.normalization)
+
+    def remember(self, sketches: Tensor, moments: Tensor) -> None:
+        """Remember what was kept.
+
+        Args:
+            sketches: fp32 ``[k, r]``, rows of :attr:`sketches` of all ranks; rows that are not finite are skipped.
+            moments: fp32 ``[2]``, the sum of :attr:`moments` over all ranks.
+        """
+        assert self.memory is not None
+        self.memory.push(sketches)
+        self.trend.update(moments)
+
+    def _rows(self, outputs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Scored rows ``[B, n, D]`` in front, a 1 appended where the head has a bias, and their counts ``[B]``."""
+        if self.normalization == "paper":
+            mask = torch.ones_like(mask)
+        if outputs.dim() == 2:
+            outputs, mask = outputs[:, None], mask[:, None]
+        rows, counts = compact(outputs, mask)
+        if self.head_gram is not None and self.head_gram.size(0) == rows.size(-1) + 1:
+            ones = torch.arange(rows.size(1), device=rows.device) < counts[:, None]
+            rows = torch.cat([rows, ones[..., None].to(rows.dtype)], dim=-1)
+        return rows, counts
+
+    def _utility(self, rows: Tensor, counts: Tensor) -> Tensor:
+        if self.head_gram is None:
+            return _norm_of_logits(rows, counts)
+        self.head_gram = self.head_gram.to(rows.device)
+        return _norm_of_hidden(rows, counts, self.head_gram)
+
+    def _sketch(self, rows: Tensor, height: int) -> Tensor:
+        n = rows.size(1)
+        tokens = self._token_projection
+        if self.normalization == "paper":
+            if tokens is None or tokens.size(1) != n:
+                tokens = cosine_projection(height, n, self.seed + 2)
+        elif tokens is None or tokens.size(1) < n:
+            tokens = sign_projection(height, max(n, 1024), self.seed + 2)
+        self._token_projection = tokens = tokens.to(rows.device)
+        if self.head_gram is None:
+            self._vocab_projection = vocabulary = self._projection_of(rows.size(-1)).to(rows.device)
+        else:
+            assert self._projected_head is not None
+            self._projected_head = vocabulary = self._projected_head.to(rows.device)
+        with _full_precision(rows.device):
+            return sketch(rows, tokens, vocabulary)
+
+    def _projection_of(self, vocabulary: int) -> Tensor:
+        known = self._vocab_projection
+        if known is None or known.size(1) != vocabulary:
+            if self.normalization == "paper":
+                known = cosine_projection(VOCAB_ROWS, vocabulary, self.seed)
+            elif vocabulary <= VOCAB_ROWS:
+                known = torch.eye(vocabulary, dtype=torch.float32)
+            else:
+                known = sign_projection(VOCAB_ROWS, vocabulary, self.seed)
+            self._vocab_projection = known
+        return known
+
+    def state_dict(self) -> dict[str, Any]:
+        """The memory, the trend, and the products of a head that is trained; all else follows from the arguments."""
+        return {
+            "seed": self.seed,
+            "normalization": self.normalization,
+            "memory": None if self.memory is None else self.memory.state_dict(),
+            "length_moments": self.trend.moments.clone(),
+            "head_gram": self.head_gram if self._head_is_trained else None,
+            "projected_head": self._projected_head if self._head_is_trained else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`.
+
+        Raises:
+            ValueError: If the remembered sketches were made with another seed or normalization.
+        """
+        for name in ("seed", "normalization"):
+            if state[name] != getattr(self, name):
+                raise ValueError(
+                    f"Argument `{name}` must be {state[name]!r}, as for the sketches in the checkpoint, but got "
+                    f"{getattr(self, name)!r}."
+                )
+        if state["memory"] is not None:
+            rows = state["memory"]["rows"]
+            self.memory = SketchMemory(rows.size(0) - 1, rows.size(1), rows.device)
+            self.memory.load_state_dict(state["memory"])
+        self.trend.moments = state["length_moments"]
+        self.head_gram, self._projected_head = state["head_gram"], state["projected_head"]

@@ -1,11 +1,16 @@
 """The base of the online rules: how many rows, which, and what is reported."""
 
+import pickle
+
+import numpy as np
 import pytest
 import torch
-from curation.callbacks import OnlineSelection, UniformSelection, UtilityDiversitySelection
-from helpers import AnyBatch, Classifier, ManualClassifier, Watch, loader, trainer
+from curation.callbacks import ExactResume, OnlineSelection, UniformSelection, UtilityDiversitySelection
+from helpers import AnyBatch, Classifier, ManualClassifier, Watch, data, loader, trainer
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from torch.utils.data import DataLoader, default_collate
 
 
 class HighestLabel(OnlineSelection):
@@ -58,13 +63,101 @@ def test_keep_out_of_range_is_named(rule, keep):
         rule(keep=keep)
 
 
-def test_scores_of_the_wrong_shape_are_named():
+@pytest.mark.parametrize(
+    ("scores", "found"),
+    [
+        (torch.zeros(3), r"torch\.float32 \[3\]"),
+        (torch.arange(8), r"torch\.int64 \[8\]"),
+        ([0.0] * 8, "list"),
+        (None, "NoneType"),
+    ],
+    ids=str,
+)
+def test_scores_that_are_not_a_number_per_row_are_named(scores, found):
     class Wrong(OnlineSelection):
         def score(self, *_):
-            return torch.zeros(3)
+            return scores
 
-    with pytest.raises(ValueError, match=r"one number per row, \[8\], but gave \[3\]"):
+    with pytest.raises(ValueError, match=rf"`score` must give one floating number per row, \[8\], but gave {found}"):
         trainer(Wrong(keep=0.5)).fit(Classifier(), loader())
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, None, "a", 2**63])
+def test_a_bad_seed_is_named(seed):
+    with pytest.raises(ValueError, match=rf"Argument `seed` must be an integer in \[0, 2\^63\), but got {seed!r}"):
+        UtilityDiversitySelection(keep=0.5, seed=seed)
+
+
+def test_numbers_of_numpy_are_numbers():
+    rule = UtilityDiversitySelection(keep=np.float32(0.25), alpha=np.float64(2), seed=np.int64(3))
+    assert [type(v) for v in (rule.keep, rule.alpha, rule.seed)] == [float, float, int]
+
+
+def test_a_rule_without_scores_cannot_be_made():
+    with pytest.raises(TypeError, match=r"abstract method .?score"):
+        OnlineSelection(keep=0.5)
+
+
+def test_a_batch_too_small_to_select_from_is_said():
+    with pytest.warns(UserWarning, match=r"`keep=0.8` of a candidate batch of 2 is every row"):
+        trainer(UniformSelection(keep=0.8), max_epochs=1).fit(Classifier(), loader(n=4, batch_size=2))
+
+
+def test_scores_that_are_not_finite_are_said_even_if_nothing_is_logged():
+    with pytest.warns(UserWarning, match="8 of 64 scores so far are not finite"):
+        trainer(Constant(keep=0.25), max_epochs=1, log_every_n_steps=0).fit(Classifier(), loader())
+
+
+def test_empty_batches_pass():
+    """Lightning skips them with a warning."""
+    module = Classifier()
+    batches = DataLoader(data(), 8, collate_fn=lambda s: default_collate(s) if s[0][0][0] > 0 else None)
+    trainer(UniformSelection(keep=0.25), ExactResume(), max_epochs=1).fit(module, batches)
+    assert 0 < len(module.seen) < 8
+
+
+def test_another_keep_or_batch_size_counts_after_a_resume(tmp_path):
+    save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=4)
+    trainer(UniformSelection(keep=0.25), save, enable_checkpointing=True, max_epochs=1).fit(Classifier(), loader())
+    for keep, size, k in ((0.25, 8, 2), (0.75, 8, 6), (0.25, 16, 4), (0.5, 4, 2)):
+        module = Classifier()
+        run = trainer(UniformSelection(keep=keep), max_epochs=2)
+        run.fit(module, loader(batch_size=size), ckpt_path=tmp_path / "step=8.ckpt")
+        assert set(module.seen) == {k}
+
+
+def test_a_short_first_batch_after_a_resume_does_not_change_k(tmp_path):
+    def run(resume=None):
+        module = Classifier()
+        save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
+        fitter = trainer(UniformSelection(keep=0.5), ExactResume(), save, enable_checkpointing=True)
+        fitter.fit(module, loader(n=8 + 8 + 6), ckpt_path=resume)
+        return module.seen
+
+    assert run() == [4, 4, 4] * 2
+    assert run(tmp_path / "step=2.ckpt") == [4] * 4
+
+
+def test_a_second_fit_begins_anew():
+    rule, seen = UniformSelection(keep=0.25), []
+    for _ in range(2):
+        watch = Watch()
+        trainer(rule, watch, max_epochs=1).fit(Classifier(), loader(shuffle=False))
+        seen.append(torch.stack([b[0] for b in watch.batches]))
+        assert rule.samples_trained == 16
+    assert torch.equal(*seen)
+    pickle.dumps(rule)
+
+
+def test_a_trainer_inside_a_trainer_leaves_no_seam():
+    class Nested(Callback):
+        def on_train_epoch_start(self, outer, *_):
+            trainer(rule, max_epochs=1, limit_train_batches=1).fit(Classifier(), loader())
+
+    rule = UniformSelection(keep=0.25)
+    outer = trainer(rule, Nested(), max_epochs=1)
+    outer.fit(Classifier(), loader())
+    assert "batch_to_device" not in vars(outer.strategy)
 
 
 def test_uniform_draws_every_row_equally_often_and_repeats_by_seed():
@@ -191,10 +284,20 @@ def test_the_progress_bar_shows_the_loss_of_all_candidates():
     assert run.progress_bar_metrics["curation/candidate_loss"] > 0
 
 
-def test_tensorboard_gets_a_histogram(tmp_path):
+@pytest.mark.parametrize("module", [Classifier, ManualClassifier])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_tensorboard_gets_histograms_at_the_steps_of_all_other_metrics(tmp_path, module, accumulate):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    if module is ManualClassifier and accumulate > 1:
+        pytest.skip("Lightning refuses accumulation in manual optimisation")
     logger = TensorBoardLogger(tmp_path)
-    trainer(UtilityDiversitySelection(keep=0.25), logger=logger, max_epochs=1).fit(Classifier(), loader())
-    assert any(b"curation/scores" in f.read_bytes() for f in tmp_path.rglob("events*"))
+    options = {"log_every_n_steps": 2, "accumulate_grad_batches": accumulate}
+    trainer(UtilityDiversitySelection(keep=0.25), logger=logger, **options).fit(module(), loader())
+    events = EventAccumulator(logger.log_dir, {"scalars": 0, "histograms": 0}).Reload()
+    steps = [e.step for e in events.Scalars("curation/score_gap")]
+    assert steps
+    assert [e.step for e in events.Histograms("curation/scores")] == steps
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)])

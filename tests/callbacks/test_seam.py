@@ -149,8 +149,9 @@ def test_a_step_that_fetches_its_own_batches_is_refused_before_training():
 def test_the_canary_stops_a_batch_that_went_around_the_seam():
     class GoesAround(Callback):
         def setup(self, trainer, pl_module, stage):
-            seam = trainer.strategy.batch_to_device
-            trainer.strategy.batch_to_device = lambda batch, **kw: seam._wrapped(batch[:2], **kw)
+            del trainer.strategy.batch_to_device
+            transfer = trainer.strategy.batch_to_device
+            trainer.strategy.batch_to_device = lambda batch, **kw: transfer(batch[:2], **kw)
 
     with pytest.raises(RuntimeError, match=r"did not pass through `strategy\.batch_to_device`"):
         trainer(UniformSelection(keep=0.5), GoesAround()).fit(Classifier(), loader())
@@ -207,7 +208,7 @@ def test_tuners_probe_selected_batches_and_leave_no_trace(tuner, tmp_path):
     batches = 64 // module.batch_size
     assert rule.batches == batches
     assert rule.samples_trained == 32
-    assert rule._memory.pushed == 32
+    assert rule.scorer.memory.pushed == 32
     assert module.seen[0] == module.batch_size // 2 or module.seen[0] == 2  # probed on selected rows
     assert module.seen[-batches:] == [module.batch_size // 2] * batches
 
@@ -233,9 +234,11 @@ def test_the_seam_is_shared_and_leaves_with_its_last_client():
     run = trainer()
     run.strategy.connect(Classifier())
     one, two = UniformSelection(keep=0.5), UniformSelection(keep=0.5)
-    seam = BatchSeam.attach(run, one)
-    assert BatchSeam.attach(run, two) is seam
-    seam.detach(one)
+    BatchSeam.attach(run, one)
+    seam = BatchSeam.of(run)
+    BatchSeam.attach(run, two)
+    assert BatchSeam.of(run) is seam
+    BatchSeam.detach(run, one)
     assert installed(run)
-    seam.detach(two)
+    BatchSeam.detach(run, two)
     assert not installed(run)

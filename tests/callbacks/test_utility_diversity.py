@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import BartConfig, BartForConditionalGeneration
 from twins import UtilityDiversityTwin
 
 from curation.batch import SampleIds
@@ -125,10 +126,11 @@ def test_the_products_with_a_trained_head_are_refreshed_on_schedule(monkeypatch)
     grams = []
 
     class Spy(UtilityDiversitySelection):
-        def on_kept(self, trainer, rows, k):
-            super().on_kept(trainer, rows, k)
-            weight = trainer.lightning_module.model.lm_head.weight.detach().double()
-            grams.append((self._gram - weight.T @ weight).abs().max().item() < 1e-5)
+        def score(self, trainer, pl_module, *args):
+            scores = super().score(trainer, pl_module, *args)
+            weight = pl_module.model.lm_head.weight.detach().double()
+            grams.append((self.scorer.head_gram - weight.T @ weight).abs().max().item() < 1e-5)
+            return scores
 
     fit(Spy(keep=0.25), LanguageModel(lr=0.5))
     assert grams == [True, False, True, False, True, False]
@@ -136,7 +138,7 @@ def test_the_products_with_a_trained_head_are_refreshed_on_schedule(monkeypatch)
     module.model.lm_head.weight.requires_grad_(False)
     fit(frozen, module)
     assert frozen._refreshed == 0
-    assert "head" not in frozen.state_dict()
+    assert frozen.state_dict()["scorer"]["head_gram"] is None
 
 
 def test_a_trained_head_resumes_bit_for_bit(tmp_path):
@@ -173,12 +175,92 @@ def test_a_broken_sample_is_neither_kept_nor_remembered():
     rule = Scores(keep=0.5, head="none")
     fit(rule, Breaks(), samples)
     assert all(3 not in rows for rows in rule.all_rows)
-    assert rule._memory.pushed == 16
-    assert rule._memory.rows.isfinite().all()
+    assert rule.scorer.memory.pushed == 16
+    assert rule.scorer.memory.rows.isfinite().all()
+
+
+class Encoder(LightningModule):
+    """BART adds a bias of the vocabulary's size to what its head gives."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.model = BartForConditionalGeneration(
+                BartConfig(
+                    vocab_size=VOCABULARY, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                    decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64,
+                )
+            )  # fmt: skip
+
+    def training_step(self, batch, batch_idx):
+        return self.model(**batch).loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def test_a_model_that_needs_the_size_of_its_logits_is_scored_from_them():
+    rule = Scores(keep=0.25)
+    fit(rule, Encoder())
+    assert "from logits (the head cannot be left out: The size of tensor" in rule.describe()
+    plain = Scores(keep=0.25, head="none")
+    fit(plain, Encoder())
+    assert rule.all_rows == plain.all_rows
+    with pytest.raises(ValueError, match=r"`head` must name the layer .* with 'model.lm_head' the module fails"):
+        fit(UtilityDiversitySelection(keep=0.25, head="model.lm_head"), Encoder())
+
+
+def test_a_first_batch_that_tells_nothing_leaves_the_route_open():
+    samples = texts()
+    for sample in samples[:8]:
+        sample["labels"] = torch.full_like(sample["labels"], -100)
+    rule = Scores(keep=0.25)
+    fit(rule, samples=samples)
+    assert "without forming logits" in rule.describe()
+    assert len(rule.all_rows) == 6
+
+
+def test_a_resumed_run_may_change_the_head_but_not_the_projections(tmp_path):
+    save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3)
+    run = trainer(Scores(keep=0.25), save, enable_checkpointing=True, max_epochs=1)
+    run.fit(LanguageModel(lr=0.1), DataLoader(texts(), 8))
+    file = tmp_path / "step=6.ckpt"
+    rule = Scores(keep=0.25, head="none")
+    trainer(rule, max_epochs=2).fit(LanguageModel(lr=0.1), DataLoader(texts(), 8), ckpt_path=file)
+    assert "from logits" in rule.describe()
+    assert rule.batches == 12
+    with pytest.raises(ValueError, match=r"Argument `seed` must be 0, .* but got 1"):
+        trainer(Scores(keep=0.25, seed=1)).fit(LanguageModel(lr=0.1), DataLoader(texts(), 8), ckpt_path=file)
+
+
+def test_rows_of_one_token_have_nothing_to_score_and_are_trained_on():
+    rule = Scores(keep=0.25)
+    batch = {"input_ids": torch.ones(32, 1, dtype=torch.long), "attention_mask": torch.ones(32, 1, dtype=torch.long)}
+
+    class Sums(LanguageModel):
+        def training_step(self, batch, batch_idx):
+            return self.model(**batch).logits.sum()
+
+    fit(rule, Sums(), [{k: v[i] for k, v in batch.items()} for i in range(32)])
+    assert all(scores.tolist() == [0] * 8 for scores in rule.all_scores)
+
+
+def test_a_default_of_double_precision_changes_nothing():
+    rule, double = Scores(keep=0.25), Scores(keep=0.25)
+    samples = [{"ids": torch.randint(0, VOCABULARY, (10,)), "tags": torch.randint(0, 90, (10,))} for _ in range(32)]
+    module = BiasedTagger()
+    fit(rule, module, samples)
+    torch.set_default_dtype(torch.float64)
+    try:
+        fit(double, module, samples)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert rule.all_rows == double.all_rows
 
 
 def test_bad_arguments_are_named_before_training():
-    with pytest.raises(ValueError, match=r"Argument `alpha` must be a finite number >= 0, but got inf"):
+    with pytest.raises(ValueError, match=r"Argument `alpha` must be in \[0, 1e6\], but got inf"):
         UtilityDiversitySelection(keep=0.5, alpha=float("inf"))
     with pytest.raises(ValueError, match=r"Argument `normalization` must be .* but got 'sum'"):
         UtilityDiversitySelection(keep=0.5, normalization="sum")

@@ -91,7 +91,7 @@ def test_state_loads_with_weights_only(entry):
     assert torch.load(file, weights_only=True).keys() == callback.state_dict().keys()
 
 
-@every
+@each_selection
 def test_keeping_everything_is_bit_identical_to_no_callback(entry):
     def run(*callbacks):
         seed_everything(5, verbose=False)
@@ -99,7 +99,7 @@ def test_keeping_everything_is_bit_identical_to_no_callback(entry):
         trainer(*callbacks).fit(module, loader(ids=False), loader(ids=False, shuffle=False))
         return weights(module), torch.get_rng_state()
 
-    (expected, stream), (got, after) = run(), run(entry.make(**({"keep": 1.0} if entry.selects else {})))
+    (expected, stream), (got, after) = run(), run(entry.make(keep=1.0))
     assert_same_weights(expected, got)
     assert torch.equal(stream, after)
 
@@ -238,8 +238,13 @@ def test_two_ranks_select_what_one_process_selects(two_ranks, name, strategy):
 
 
 @each_selection
-def test_selector_state_is_the_same_on_every_rank(two_ranks, entry):
-    one, other = (torch.load(two_ranks / f"{entry.cls.__name__}-ddp-{r}.pt")["callbacks"] for r in (0, 1))
+def test_ranks_agree_on_the_state_and_on_what_is_logged(two_ranks, entry):
     name = entry.cls.__name__
-    for key in set(one[name]) - {"samples_scored", "samples_trained"}:  # counted by each rank
-        assert repr(one[name][key]) == repr(other[name][key])
+    one, other = (torch.load(two_ranks / f"{name}-ddp-{r}.pt") for r in (0, 1))
+    for key in set(one["callbacks"][name]) - {"samples_scored", "samples_trained"}:  # each rank's own
+        assert repr(one["callbacks"][name][key]) == repr(other["callbacks"][name][key])
+    for key in {"curation/candidate_loss", "curation/samples_scored", "curation/samples_trained"} & set(
+        one["logged"]
+    ):
+        assert one["logged"][key] == other["logged"][key]
+    assert one["logged"]["curation/samples_trained"] == sum(len(b) for run in (one, other) for b in run["rows"])

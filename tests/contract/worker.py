@@ -112,7 +112,8 @@ def two_ranks(rank: int, port: int, folder: Path) -> None:
             if rank == 0:
                 torch.distributed.barrier()
             weights = {k: v.full_tensor() if strategy == "fsdp2" else v for k, v in module.state_dict().items()}
-            result = {"rows": kept.rows, "weights": weights, "callbacks": states}
+            logged = dict(run.callback_metrics)
+            result = {"rows": kept.rows, "weights": weights, "callbacks": states, "logged": logged}
             torch.save(result, folder / f"{name}-{strategy}-{rank}.pt")
 
 

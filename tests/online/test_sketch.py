@@ -76,9 +76,9 @@ def test_memory_equals_a_queue(capacity, pushes):
         torch.testing.assert_close(memory.mean_distance(probe), expected)
 
 
-def test_memory_skips_what_is_marked_invalid_and_restores_its_state():
+def test_memory_skips_what_would_break_its_distances_and_restores_its_state():
     memory = SketchMemory(4, 2)
-    memory.push(torch.arange(6.0).view(3, 2), valid=torch.tensor([True, False, True]))
+    memory.push(torch.tensor([[0.0, 1.0], [2.0, 1e30], [4.0, 5.0], [torch.inf, 0.0]]))
     twin = SketchMemory(4, 2)
     twin.load_state_dict(memory.state_dict())
     memory.push(torch.ones(1, 2))

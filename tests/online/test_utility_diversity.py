@@ -8,6 +8,7 @@ from twins import slow_length_trend
 
 from curation.online.utility_diversity import (
     LengthTrend,
+    UtilityDiversityScorer,
     gram_of_head,
     nuclear_norm,
     nuclear_norm_from_hidden,
@@ -117,13 +118,72 @@ def test_what_is_not_finite_gives_nan_for_its_sample_only():
     assert nuclear_norm(logits).isnan().tolist() == [False, True, True]
 
 
-def test_bad_shapes_are_named():
-    with pytest.raises(ValueError, match=r"must be \[B, T, D\], but got \[3, 4\]"):
-        nuclear_norm(torch.zeros(3, 4))
-    with pytest.raises(ValueError, match=r"`mask` must be \[2, 3\], but got \[2, 4\]"):
-        nuclear_norm(torch.zeros(2, 3, 4), torch.ones(2, 4))
-    with pytest.raises(ValueError, match=r"`head_gram` must be \[4, 4\], but got \[5, 5\]"):
+def test_bad_arguments_are_named():
+    for logits in (torch.zeros(3, 4), torch.zeros(2, 3, 4, dtype=torch.int64), torch.zeros(0, 3, 4)):
+        with pytest.raises(ValueError, match=r"`logits` must be floating \[B, T, D\] with B >= 1, but got torch"):
+            nuclear_norm(logits)
+    with pytest.raises(ValueError, match=r"`mask` must be bool \[2, 3\], but got torch.bool \[2, 4\]"):
+        nuclear_norm(torch.zeros(2, 3, 4), torch.ones(2, 4, dtype=torch.bool))
+    with pytest.raises(
+        ValueError, match=r"`head_gram` must be fp32 or fp64 \[4, 4\], but got torch.float32 \[5, 5\]"
+    ):
         nuclear_norm_from_hidden(torch.zeros(2, 3, 4), torch.eye(5))
+    with pytest.raises(ValueError, match=r"`head_gram` must be fp32 or fp64 \[4, 4\], but got torch.float16"):
+        nuclear_norm_from_hidden(torch.zeros(2, 3, 4), torch.eye(4).half())
+
+
+def test_no_positions_at_all_give_zero():
+    assert nuclear_norm(torch.zeros(2, 0, 5)).tolist() == [0, 0]
+    assert nuclear_norm_from_hidden(torch.zeros(2, 0, 5), torch.eye(5)).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("V", [8, 200])
+def test_a_head_of_low_rank_needs_no_double_precision(V):
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 100, 64, generator=g)
+    weight = torch.randn(V, 16, generator=g) @ torch.randn(16, 64, generator=g)
+    expected = slow_nuclear_norm(hidden.double() @ weight.double().T)
+    got = nuclear_norm_from_hidden(hidden, gram_of_head(weight))
+    torch.testing.assert_close(got.double(), expected, rtol=5e-3, atol=0)
+
+
+def test_neither_autocast_nor_reduced_precision_reach_the_products():
+    hidden, weight, mask = case(20, 16, 300)
+    gram = gram_of_head(weight)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(gram_of_head(weight), gram)
+            got = nuclear_norm_from_hidden(hidden, gram, mask)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(got, nuclear_norm_from_hidden(hidden, gram, mask))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 12), st.integers(1, 9), st.integers(1, 300), st.integers(0, 10**6), st.booleans())
+def test_the_parts_of_the_head_give_the_scores_of_its_logits(T, d, V, seed, biased):
+    hidden, weight, mask = case(T, d, V, seed)
+    bias = torch.randn(V, generator=torch.Generator().manual_seed(seed)) if biased else None
+    by_head, by_logits = UtilityDiversityScorer(), UtilityDiversityScorer()
+    by_head.use_head(weight, bias)
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    expected = by_logits.utility(logits.double(), mask)
+    torch.testing.assert_close(by_head.utility(hidden.double(), mask), expected, rtol=1e-4, atol=1e-4)
+    by_head.score(hidden, mask), by_logits.score(logits, mask)
+    torch.testing.assert_close(by_head.sketches, by_logits.sketches, rtol=1e-3, atol=1e-3)
+
+
+def test_sketches_of_other_projections_are_refused():
+    state = UtilityDiversityScorer(seed=1).state_dict()
+    with pytest.raises(
+        ValueError, match=r"Argument `seed` must be 1, as for the sketches in the checkpoint, .* got 2"
+    ):
+        UtilityDiversityScorer(seed=2).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"Argument `normalization` must be 'length', .* got 'paper'"):
+        UtilityDiversityScorer(normalization="paper", seed=1).load_state_dict(state)
 
 
 def test_the_paper_rule_adds_raw_terms_and_ours_standardised_ones():
