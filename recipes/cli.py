@@ -64,9 +64,18 @@ def run(args: list[str], execute: bool = True) -> Any:
         ValueError: If a recipe's name is unknown.
     """
     require_extra()
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+    class SaveConfig(SaveConfigCallback):
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            if trainer.loggers:  # else it would go into the current folder, where the user's own may be
+                super().setup(trainer, pl_module, stage)
 
     class CLI(LightningCLI):
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            return {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
+
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             # Lightning's own method warns of `args` beside sys.argv, even where they are the same.
             self.config = parser.parse_args(args)
@@ -74,6 +83,7 @@ def run(args: list[str], execute: bool = True) -> Any:
     return CLI(
         args=with_recipe_files(args),
         run=execute,
+        save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
         auto_configure_optimizers=False,
         parser_kwargs={"prog": "curation", "description": "See also `curation recipes --help`."},
@@ -85,7 +95,7 @@ def recipes(args: list[str]) -> None:
 
     Raises:
         ValueError: If the name is unknown.
-        FileExistsError: If the copy would overwrite a file.
+        OSError: If the copy would overwrite a file, or cannot be written.
     """
     parser = argparse.ArgumentParser("curation recipes", description="List the recipes, print one, or copy one.")
     parser.add_argument("name", nargs="?", help="print this recipe")
@@ -112,14 +122,24 @@ def recipes(args: list[str]) -> None:
 def main(args: list[str] | None = None) -> None:
     """The console command."""
     args = sys.argv[1:] if args is None else args
+    sys.path.insert(0, "")  # a rule of the user's own is found by its class path, as with `python -m`
     try:
         if args[:1] == ["recipes"]:
             recipes(args[1:])
             return
         args = with_recipe_files(args)
-    except (ValueError, FileExistsError) as error:
+        require_extra()
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"curation: {error}")
-    run(args)
+    try:
+        run(args)
+    except ValueError as error:
+        if not str(error).startswith("Does not validate"):
+            raise
+        cause: BaseException = error  # the parser wraps what a constructor says in all that it tried
+        while inner := cause.__cause__ or cause.__context__:
+            cause = inner
+        sys.exit(f"curation: {cause}")
 
 
 if __name__ == "__main__":

@@ -83,6 +83,13 @@ class SupervisedFineTuning(LightningModule):
             model.config.num_hidden_layers = n
         self.model = model.train()  # `from_pretrained` gives evaluation mode
 
+    def on_fit_start(self) -> None:
+        """Check that the data were made with a tokenizer of this model."""
+        known = self.model.get_input_embeddings().num_embeddings
+        used = getattr(self.trainer.datamodule, "vocabulary", 0)  # type: ignore[attr-defined]
+        if used > known:
+            raise ValueError(f"Argument `tokenizer` must be of the model, but has {used} tokens, the model {known}.")
+
     def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy of the answer tokens, and their number.
 
@@ -138,8 +145,8 @@ class Conversations(LightningDataModule):
             task family of that package), a ``.jsonl`` file, or a hub name. Rows of the last two have the column
             ``messages``, or ``prompt`` and ``answer``, or ``question`` and ``answer``.
         subset: Configuration of a hub data set that has several.
-        tokenizer: Folder, hub name, or ``package:NAME``; it must have a chat template.
-        gguf_file: File in that folder, where the tokenizer is in GGUF format.
+        tokenizer: Folder, hub name, or ``package:NAME``, with a chat template; None takes that of the model.
+        gguf_file: File in that folder, where the tokenizer is in GGUF format; with ``tokenizer`` only.
         batch_size: Candidates per training batch and device, and samples per validation batch.
         max_length: Tokens of the longest sample that is used.
         context_turns: Turns before the answer at most, in ``"chitchat"``.
@@ -149,15 +156,16 @@ class Conversations(LightningDataModule):
         seed: Of the split.
 
     Raises:
-        ValueError: If ``batch_size``, ``val_samples`` or ``context_turns`` is below 1, or no sample is left.
+        ValueError: If a number is below 1, ``seed`` below 0, a row cannot be read, or no sample is left.
+        FileNotFoundError: If ``data`` is a file that is not there.
     """
 
     def __init__(
         self,
         data: str = "chitchat",
         subset: str | None = None,
-        tokenizer: str = SMOLLM2,
-        gguf_file: str | None = SMOLLM2_GGUF,
+        tokenizer: str | None = None,
+        gguf_file: str | None = None,
         batch_size: int = 32,
         max_length: int = 128,
         context_turns: int = 3,
@@ -167,10 +175,11 @@ class Conversations(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        counts = {"batch_size": batch_size, "val_samples": val_samples, "context_turns": context_turns}
-        for name, value in counts.items():
-            if value < 1:
-                raise ValueError(f"Argument `{name}` must be >= 1, but got {value!r}.")
+        least = {"batch_size": 1, "max_length": 1, "context_turns": 1, "max_samples": 1, "val_samples": 1, "seed": 0}
+        given = {name: value for name, value in locals().items() if name in least}
+        for name, value in given.items():
+            if value is not None and value < least[name]:
+                raise ValueError(f"Argument `{name}` must be >= {least[name]}, but got {value!r}.")
         self.data = data
         self.subset = subset
         self.tokenizer = tokenizer
@@ -185,6 +194,7 @@ class Conversations(LightningDataModule):
         self.train: SampleIds | None = None
         self.val: Any = None
         self.test: Any = None
+        self.vocabulary = 0
 
     def setup(self, stage: str) -> None:
         """Split and tokenise, once."""
@@ -193,7 +203,14 @@ class Conversations(LightningDataModule):
         require_extra()
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(resolve(self.tokenizer), gguf_file=self.gguf_file)
+        name, gguf_file = self.tokenizer, self.gguf_file
+        if name is None:
+            model = self.trainer.lightning_module.hparams if self.trainer is not None else {}
+            name, gguf_file = model.get("model", SMOLLM2), model.get("gguf_file", SMOLLM2_GGUF)
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name), gguf_file=gguf_file)
+        if tokenizer.chat_template is None:
+            raise ValueError(f"Argument `tokenizer` must have a chat template, but {name!r} has none.")
+        self.vocabulary = len(tokenizer)
         parts = self.split()
         encoded = [encode(part, tokenizer, self.max_length) for part in parts]
         found = ", ".join(
@@ -251,49 +268,80 @@ class Conversations(LightningDataModule):
 
 
 def load(data: str, subset: str | None = None, context_turns: int = 3) -> Any:
-    """A ``Dataset`` of ``{"conversation": int, "messages": [...]}``; the last message is the assistant's."""
+    """A ``Dataset`` of ``{"conversation": int, "messages": [...]}``; the last message is the assistant's.
+
+    Args:
+        data: As in :class:`Conversations`.
+        subset: Configuration of a hub data set that has several.
+        context_turns: Turns before the answer at most, in ``"chitchat"``.
+
+    Raises:
+        ValueError: If a row cannot be read (the message has its number), or an argument does not fit.
+        FileNotFoundError: If ``data`` is a file that is not there.
+    """
     import datasets
 
-    if data == "chitchat":
-        file = Path(resolve("package:chitchat_dataset")) / "dataset.json"
-        return datasets.Dataset.from_list(list(_chitchat(file, context_turns)))
+    file = Path(data)
+    is_file = file.suffix in (".json", ".jsonl")
     source, _, family = data.partition(":")
+    if subset is not None and (is_file or data == "chitchat" or family):
+        raise ValueError(f"Argument `subset` must be None for {data!r}, but got {subset!r}.")
+    if data == "chitchat":
+        package = Path(resolve("package:chitchat_dataset"))
+        return datasets.Dataset.from_list(list(_chitchat(package / "dataset.json", context_turns)))
     if source == "reasoning_gym":
-        resolve(f"package:{source}")
-        from reasoning_gym import create_dataset
-
-        pairs = ([sample["question"], sample["answer"]] for sample in create_dataset(family, size=8192, seed=0))
-        return datasets.Dataset.from_list(
-            [{"conversation": i, "messages": _alternate(pair)} for i, pair in enumerate(pairs)]
-        )
-    if data.endswith((".jsonl", ".json")):
+        return datasets.Dataset.from_list(list(_reasoning_gym(family)))
+    if is_file:
+        if not file.is_file() or file.stat().st_size == 0:
+            raise FileNotFoundError(f"Argument `data` must name a file with rows, but {data!r} is missing or empty.")
         rows = datasets.load_dataset("json", data_files=data, split="train")
+    elif file.is_file():
+        raise ValueError(f"Argument `data` must be a .jsonl or .json file or a hub name, but got {data!r}.")
     else:
         rows = datasets.load_dataset(data, subset, split="train")
     return rows.map(
-        lambda row, i: {"conversation": i, "messages": _messages(row)},
+        lambda row, i: {"conversation": i, "messages": _messages(row, i)},
         with_indices=True,
         remove_columns=rows.column_names,
     )
 
 
-def _messages(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    if "messages" in row:
-        messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
+def _messages(row: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
+    """The messages of a row up to the assistant's last."""
+    if row.get("messages") is not None:
+        try:
+            messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"Row {number}: `messages` must hold `role` and `content`.") from error
         while messages and messages[-1]["role"] != "assistant":
             messages.pop()
-        if messages:
-            return messages
-        raise ValueError("A row of the data has `messages` but none of the assistant's.")
-    for question in ("prompt", "question"):
-        if question in row and "answer" in row:
-            return _alternate([row[question], row["answer"]])
-    raise ValueError(
-        f"Rows must have `messages`, or `prompt` and `answer`, or `question` and `answer`, but have {sorted(row)}."
-    )
+    else:
+        question = next((row[name] for name in ("prompt", "question") if row.get(name) is not None), None)
+        messages = _alternate([question, row.get("answer")])
+    for message in messages:
+        if isinstance(message["content"], (int, float)):
+            message["content"] = str(message["content"])
+        if not isinstance(message["content"], str):
+            raise ValueError(
+                f"Row {number} must have `messages`, or `prompt` and `answer`, or `question` and `answer`, but has "
+                f"{sorted(name for name, value in row.items() if value is not None)}."
+            )
+    if not messages or not messages[-1]["content"].strip():
+        raise ValueError(f"Row {number} has no answer of the assistant's.")
+    return messages
 
 
-def _alternate(turns: list[str]) -> list[dict[str, str]]:
+def _reasoning_gym(family: str) -> Iterable[dict[str, Any]]:
+    resolve("package:reasoning_gym")
+    from reasoning_gym.factory import DATASETS, create_dataset
+
+    if family not in DATASETS:
+        raise ValueError(f"Argument `data` must name one of the families {sorted(DATASETS)}, but got {family!r}.")
+    for i, sample in enumerate(create_dataset(family, size=8192, seed=0)):
+        yield {"conversation": i, "messages": _alternate([sample["question"], sample["answer"]])}
+
+
+def _alternate(turns: list[Any]) -> list[dict[str, Any]]:
     return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
 
 

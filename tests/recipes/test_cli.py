@@ -1,5 +1,7 @@
 """The `curation` command: recipes by name, overrides, and errors that say what to do."""
 
+import sys
+
 import pytest
 import yaml
 from curation.recipes import cli, sources
@@ -34,6 +36,8 @@ def test_a_copy_never_overwrites(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match=r"Argument `--copy` must name a new file, but 'mine.yaml' exists"):
         cli.main(["recipes", RECIPE, "--copy", "mine.yaml"])
     assert (tmp_path / "mine.yaml").read_text() == "edited"
+    with pytest.raises(SystemExit, match=r"curation: .*No such file or directory: 'nowhere/mine.yaml'"):
+        cli.main(["recipes", RECIPE, "--copy", "nowhere/mine.yaml"])
 
 
 @pytest.mark.parametrize(
@@ -65,10 +69,55 @@ def test_overrides_survive_print_config(name, tmp_path, capsys):
 
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setattr(sources, "find_spec", lambda name: None if name == "datasets" else object())
-    with pytest.raises(
-        ImportError, match=r"Recipes need datasets\. Run `pip install 'lightning-curation\[recipes\]'`"
-    ):
+    message = r"Recipes need datasets\. Run `pip install 'lightning-curation\[recipes\]'`"
+    with pytest.raises(SystemExit, match=message):
         cli.main(["fit", "--config", RECIPE])
+    with pytest.raises(ImportError, match=message):
+        cli.run(["fit", "--config", RECIPE])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--trainer.callbacks.keep=2", r"Argument `keep` must be in \(0, 1\], but got 2.0\."),
+        ("--model.lr=-1", r"Argument `lr` must be > 0, but got -1.0\."),
+        ("--data.batch_size=0", r"Argument `batch_size` must be >= 1, but got 0\."),
+    ],
+)
+def test_what_a_constructor_refuses_is_said_in_one_line(option, message):
+    with pytest.raises(SystemExit, match=f"^curation: {message}$"):
+        cli.main(["fit", "--config", RECIPE, option])
+
+
+def test_only_what_a_recipe_can_do_is_offered(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    out = capsys.readouterr().out
+    assert "{fit,validate,test}" in out
+
+
+RULE = """
+from curation.callbacks import OnlineSelection
+from curation.scoring import per_sample_loss
+
+
+class HighLoss(OnlineSelection):
+    def score(self, trainer, pl_module, batch, sample_ids):
+        return per_sample_loss(*self.outputs(trainer, pl_module, batch))
+"""
+
+
+def test_a_rule_of_the_current_folder_takes_the_place_of_the_recipes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [p for p in sys.path if p])
+    (tmp_path / "my_rule.py").write_text(RULE)
+    option = "--trainer.callbacks.class_path=my_rule.HighLoss"
+    with pytest.raises(SystemExit) as done:
+        cli.main(["fit", "--config", RECIPE, option, "--print_config"])
+    assert done.value.code == 0
+    callbacks = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
+    assert [c["class_path"].split(".")[-1] for c in callbacks] == ["ExactResume", "ModelCheckpoint", "HighLoss"]
+    assert callbacks[-1]["init_args"]["keep"] == 0.25
 
 
 def test_a_package_is_found_without_importing_it(monkeypatch):

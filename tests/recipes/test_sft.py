@@ -15,6 +15,10 @@ class CharacterTokenizer:
     """One token per character, with the template of SmolLM2's tokenizer in one-character marks."""
 
     end = "|"
+    chat_template = "its own"
+
+    def __len__(self):
+        return 128
 
     def apply_chat_template(self, messages, tokenize, add_generation_prompt=False):
         text = "".join(f"<{m['role'][0]}>{m['content']}{self.end}\n" for m in messages)
@@ -113,10 +117,12 @@ def test_bad_arguments_of_the_module_are_named(name, value):
         sft.SupervisedFineTuning(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["batch_size", "val_samples", "context_turns"])
+@pytest.mark.parametrize("name", ["batch_size", "max_length", "context_turns", "max_samples", "val_samples"])
 def test_bad_arguments_of_the_data_are_named(name):
     with pytest.raises(ValueError, match=f"Argument `{name}` must be >= 1, but got 0"):
         sft.Conversations(**{name: 0})
+    with pytest.raises(ValueError, match="Argument `seed` must be >= 0, but got -1"):
+        sft.Conversations(seed=-1)
 
 
 def test_a_model_that_reshapes_its_logits_is_refused(tiny, monkeypatch):
@@ -173,13 +179,48 @@ def test_question_and_answer_become_two_messages(write_rows, question):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "x", "answer": "y"}, r"Rows must have `messages`, .* but have \['answer', 'text'\]"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "none of the assistant's"),
+        ({"text": "x", "answer": "y"}, r"must have `messages`, .* but has \['answer', 'text'\]"),
+        ({"question": "x", "answer": None}, r"must have .* but has \['question'\]"),
+        ({"question": "x", "answer": " \n"}, "has no answer of the assistant's"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "has no answer of the assistant's"),
+        ({"messages": [{"from": "human", "value": "x"}]}, "`messages` must hold `role` and `content`"),
     ],
 )
-def test_rows_that_cannot_be_read_are_refused(write_rows, row, message):
-    with pytest.raises(ValueError, match=message):
-        sft.load(write_rows([row]))
+def test_rows_that_cannot_be_read_are_named(write_rows, row, message):
+    good = {key: [{"role": "assistant", "content": "y"}] if key == "messages" else "y" for key in row}
+    if "question" in row:
+        with pytest.raises(ValueError, match=f"Row 1 {message}"):
+            sft.load(write_rows([good, row]))
+    else:
+        with pytest.raises(ValueError, match=f"Row 0:? {message}"):
+            sft.load(write_rows([row]))
+
+
+def test_rows_of_several_shapes_and_numbers_are_read(write_rows):
+    rows = [{"prompt": "p", "answer": "a"}, {"question": "q", "answer": "b"}]
+    assert [m[0]["content"] for m in sft.load(write_rows(rows))["messages"]] == ["p", "q"]
+    (sample,) = sft.load(write_rows([{"question": "2 + 2?", "answer": 4}]))["messages"]
+    assert sample[1]["content"] == "4"
+
+
+def test_data_that_is_not_there_is_named(tmp_path):
+    (tmp_path / "rows.csv").write_text("a,b")
+    (tmp_path / "empty.jsonl").touch()
+    for name in (str(tmp_path / "no.jsonl"), str(tmp_path / "empty.jsonl")):
+        with pytest.raises(
+            FileNotFoundError, match=r"Argument `data` must name a file with rows, but .* is missing or empty"
+        ):
+            sft.load(name)
+    with pytest.raises(ValueError, match=r"Argument `data` must be a .jsonl or .json file or a hub name"):
+        sft.load(str(tmp_path / "rows.csv"))
+    with pytest.raises(ValueError, match="Argument `subset` must be None for 'chitchat', but got 'main'"):
+        sft.load("chitchat", "main")
+
+
+def test_a_task_that_reasoning_gym_does_not_have_is_named():
+    pytest.importorskip("reasoning_gym", reason="needs reasoning-gym, from the [demo] extra")
+    with pytest.raises(ValueError, match=r"one of the families \[.*'chain_sum'.*\], but got 'nope'"):
+        sft.load("reasoning_gym:nope")
 
 
 def test_reasoning_gym_gives_questions_with_verifiable_answers():
@@ -218,10 +259,40 @@ def test_no_conversation_is_on_both_sides_and_the_split_depends_on_the_seed(chit
     assert fewer.to_list() == train.select(range(10)).to_list()
 
 
-def made_data(write_rows, monkeypatch, n=40, **kwargs):
+def test_a_tokenizer_of_another_model_is_refused(tiny, write_rows, monkeypatch):
+    from lightning.pytorch import Trainer
+
+    monkeypatch.setattr(CharacterTokenizer, "__len__", lambda self: 51, raising=False)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    with pytest.raises(
+        ValueError, match="Argument `tokenizer` must be of the model, but has 51 tokens, the model 50"
+    ):
+        trainer.fit(sft.SupervisedFineTuning(tiny, gguf_file=None), made_data(write_rows, monkeypatch))
+
+
+def test_the_tokenizer_is_that_of_the_model_unless_named(tiny, write_rows, monkeypatch):
+    from lightning.pytorch import Trainer
+
+    asked = []
+    data = made_data(write_rows, monkeypatch, asked=asked)
+    data.train, data.trainer = None, Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    data.trainer.strategy.connect(sft.SupervisedFineTuning(tiny, gguf_file=None))
+    data.setup("fit")
+    data.train, data.tokenizer = None, "other"
+    data.setup("fit")
+    assert asked[1:] == [(tiny, None), ("other", None)]
+
+
+def made_data(write_rows, monkeypatch, n=40, asked=None, **kwargs):
     rows = [{"question": "q" * (i % 5 + 1), "answer": f"a{i}"} for i in range(n)]
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: CharacterTokenizer())
-    data = sft.Conversations(write_rows(rows), gguf_file=None, val_samples=8, batch_size=4, **kwargs)
+
+    def from_pretrained(name, gguf_file):
+        if asked is not None:
+            asked.append((name, gguf_file))
+        return CharacterTokenizer()
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
+    data = sft.Conversations(write_rows(rows), val_samples=8, batch_size=4, **kwargs)
     data.setup("fit")
     return data
 
@@ -263,24 +334,26 @@ def test_the_packaged_recipe_runs_on_the_real_model(tmp_path, monkeypatch, capsy
     except ImportError as error:
         pytest.skip(str(error))
     monkeypatch.chdir(tmp_path)
-    made = cli.run(
-        [
-            "fit",
-            "--config=sft_utility_diversity",
-            "--trainer.fast_dev_run=2",
-            "--trainer.accelerator=cpu",
-            "--trainer.logger=false",
-            "--trainer.enable_progress_bar=false",
-            "--model.num_layers=2",
-            "--data.batch_size=8",
-            "--data.max_samples=64",
-            "--data.val_samples=16",
-        ]
-    )
+    (tmp_path / "config.yaml").write_text("the user's own")
+    options = [
+        "--config=sft_utility_diversity",
+        "--trainer.fast_dev_run=2",
+        "--trainer.accelerator=cpu",
+        "--trainer.logger=false",
+        "--trainer.enable_progress_bar=false",
+        "--model.num_layers=2",
+        "--data.batch_size=8",
+        "--data.max_samples=64",
+        "--data.val_samples=16",
+    ]
+    tested = cli.run(["test", *options])
+    assert math.isfinite(tested.trainer.callback_metrics["test_loss"])
+    made = cli.run(["fit", *options])
     (selection,) = (c for c in made.trainer.callbacks if type(c).__name__ == "UtilityDiversitySelection")
     assert (selection.samples_scored, selection.samples_trained) == (16, 4)
     assert math.isfinite(made.trainer.callback_metrics["val_loss"])
     assert not list(tmp_path.rglob("*.ckpt"))
+    assert (tmp_path / "config.yaml").read_text() == "the user's own"
     tokenizer = transformers.AutoTokenizer.from_pretrained(sft.resolve(sft.SMOLLM2), gguf_file=sft.SMOLLM2_GGUF)
     sample = made.datamodule.train[0]
     answer = tokenizer.decode([t for t in sample["labels"] if t != -100])
