@@ -8,6 +8,7 @@ at every keep ratio with a seed that is not used afterwards. Results go to
 
 import argparse
 import copy
+import gc
 import itertools
 import json
 import logging
@@ -24,6 +25,7 @@ from curation.callbacks import OnlineSelection, UniformSelection, UtilityDiversi
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor
 
+from curation.online.utility_diversity import UtilityDiversityScorer
 from curation.scoring import IGNORED
 
 OUT = Path(__file__).parent.parent / "docs" / "results" / "utility_diversity_ablation.json"
@@ -34,18 +36,30 @@ NORMALIZATION_KEEP = 0.25
 T_975 = {3: 4.303, 4: 3.182, 5: 2.776}
 
 
-class DiversityOnly(UtilityDiversitySelection):
+class DiversityOnly(UtilityDiversityScorer):
     """The rule without its utility."""
 
     def _utility(self, rows: Tensor, counts: Tensor) -> Tensor:
         return torch.zeros(len(rows), device=rows.device)
 
 
-class PerToken(UtilityDiversitySelection):
+class PerToken(UtilityDiversityScorer):
     """The nuclear norm divided by the number of tokens, instead of by its trend."""
 
     def _utility(self, rows: Tensor, counts: Tensor) -> Tensor:
         return super()._utility(rows, counts) / counts.clamp(min=1)
+
+
+class Variant(UtilityDiversitySelection):
+    """The rule with another scorer."""
+
+    def __init__(self, scorer: type[UtilityDiversityScorer], **arguments: Any) -> None:
+        self.scorer_type = scorer
+        super().__init__(head="none", **arguments)
+
+    def _reset(self) -> None:
+        super()._reset()
+        self.scorer = self.scorer_type(self.alpha, self.normalization, self.seed)
 
 
 class Tokens(Callback):
@@ -62,11 +76,11 @@ Rule = Callable[[float, int], OnlineSelection]
 ARMS: dict[str, Rule] = {
     "uniform": lambda keep, seed: UniformSelection(keep=keep, seed=seed),
     "nuclear norm": lambda keep, seed: UtilityDiversitySelection(keep=keep, seed=seed, alpha=0.0),
-    "diversity": lambda keep, seed: DiversityOnly(keep=keep, seed=seed),
+    "diversity": lambda keep, seed: Variant(DiversityOnly, keep=keep, seed=seed),
     "both": lambda keep, seed: UtilityDiversitySelection(keep=keep, seed=seed),
 }
 NORMALIZATIONS: dict[str, Rule] = {
-    "both, per token": lambda keep, seed: PerToken(keep=keep, seed=seed, normalization="none"),
+    "both, per token": lambda keep, seed: Variant(PerToken, keep=keep, seed=seed, normalization="none"),
     "both, raw": lambda keep, seed: UtilityDiversitySelection(keep=keep, seed=seed, normalization="none"),
     "both, paper": lambda keep, seed: UtilityDiversitySelection(keep=keep, seed=seed, normalization="paper"),
 }
@@ -107,6 +121,8 @@ def run(job: tuple[str, float, float, int]) -> dict[str, Any]:
     trainer.fit(module, datamodule=_data)
     trainer.limit_val_batches = 1.0
     (result,) = trainer.validate(module, datamodule=_data, verbose=False)
+    del trainer, module
+    gc.collect()  # trainer and module hold each other, and gigabytes
     return {
         "arm": arm,
         "keep": keep,

@@ -1,10 +1,11 @@
 """What utility-diversity selection costs: the nuclear norm, its memory, a whole step, and the seam.
 
 Run on an idle machine: ``python benchmarks/utility_diversity.py`` (all parts), or name some of
-``norm memory step seam``. Times are medians; ratios are taken within one run.
+``norm memory step cheaper seam``. Times are medians; ratios are taken within one run.
 """
 
 import copy
+import itertools
 import multiprocessing
 import os
 import statistics
@@ -13,12 +14,18 @@ import time
 from collections.abc import Callable
 
 import torch
-from curation.callbacks import UniformSelection, UtilityDiversitySelection
+from curation.callbacks import ExactResume, UniformSelection, UtilityDiversitySelection
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from curation.online.utility_diversity import gram_of_head, nuclear_norm, nuclear_norm_from_hidden
+from curation.online.utility_diversity import (
+    UtilityDiversityScorer,
+    gram_of_head,
+    nuclear_norm,
+    nuclear_norm_from_hidden,
+)
+from curation.scoring import IGNORED
 
 HIDDEN = 576
 SIZES = ((512, 32_000), (512, 152_064))
@@ -180,6 +187,51 @@ def step() -> None:
         )
 
 
+def cheaper() -> None:
+    """Cheaper scoring passes: how much time they take, and whether they rank candidates as the full one does."""
+    from curation.recipes.sft import Conversations, SupervisedFineTuning
+
+    module = SupervisedFineTuning()
+    module.configure_model()
+    trunk, head = module.model.eval().base_model, module.model.get_output_embeddings()
+    data = Conversations(max_samples=1000, val_samples=8)
+    data.setup("fit")
+    batches = list(itertools.islice(data.train_dataloader(), 12))
+    layers = trunk.layers
+    scorer = UtilityDiversityScorer(alpha=0.0)
+    scorer.use_head(head.weight)
+
+    def scores(batch: dict[str, Tensor], depth: int, bf16: bool) -> Tensor:
+        trunk.layers = layers[:depth]
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            hidden = trunk(batch["input_ids"], batch["attention_mask"], use_cache=False).last_hidden_state
+        return scorer.score(hidden[:, :-1].float(), batch["labels"][:, 1:].ne(IGNORED))
+
+    def rank(x: Tensor) -> Tensor:
+        return x.argsort().argsort().double()
+
+    variants = {
+        "all 30 layers": (30, False),
+        "all, bf16": (30, True),
+        "20 layers": (20, False),
+        "10 layers": (10, False),
+    }
+    print("| scoring pass | time | rank correlation with the full one | kept alike at 25 % |\n|---|---|---|---|")
+    base = None
+    for name, (depth, bf16) in variants.items():
+        seconds = median_seconds(lambda d=depth, b=bf16: scores(batches[0], d, b))
+        base = base or seconds
+        correlations, alike = [], []
+        for batch in batches:
+            full, cheap = scores(batch, 30, False), scores(batch, depth, bf16)
+            correlations.append(float(torch.corrcoef(torch.stack([rank(full), rank(cheap)]))[0, 1]))
+            k = len(full) // 4
+            kept = [set(s.topk(k).indices.tolist()) for s in (full, cheap)]
+            alike.append(len(kept[0] & kept[1]) / k)
+        mean = statistics.mean
+        print(f"| {name} | {seconds / base:.0%} | {mean(correlations):.2f} | {mean(alike):.0%} |", flush=True)
+
+
 class Tiny(LightningModule):
     """A step that costs next to nothing, so that the overhead shows."""
 
@@ -197,20 +249,23 @@ class Tiny(LightningModule):
 
 
 def seam() -> None:
-    """Overhead of a selection with ``keep=1.0`` on each step."""
+    """What callbacks add to each step where nothing is scored."""
     data = torch.utils.data.TensorDataset(torch.randn(4096, 8), torch.randint(0, 4, (4096,)))
-    print("| callback | added to a step | share of a 100 ms step |\n|---|---|---|")
-    pairs = []
+    callbacks = {"UniformSelection(keep=1.0)": lambda: UniformSelection(keep=1.0), "ExactResume()": ExactResume}
+    added: dict[str, list[float]] = {name: [] for name in callbacks}
     for _ in range(3):
         base = fit_seconds(Tiny(), DataLoader(data, 8), 1500)
-        pairs.append((base, fit_seconds(Tiny(), DataLoader(data, 8), 1500, UniformSelection(keep=1.0))))
-    added = statistics.median(after - before for before, after in pairs)
-    print(f"| `UniformSelection(keep=1.0)` | {added * 1e6:.0f} us | {added / 0.1:.2%} |")
+        for name, make in callbacks.items():
+            added[name].append(fit_seconds(Tiny(), DataLoader(data, 8), 1500, make()) - base)
+    print("| callback | added to a step | share of a 100 ms step |\n|---|---|---|")
+    for name, seconds in added.items():
+        median = statistics.median(seconds)
+        print(f"| `{name}` | {median * 1e6:.0f} us | {median / 0.1:.2%} |")
 
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    parts = {"norm": norm, "memory": memory, "step": step, "seam": seam}
+    parts = {"norm": norm, "memory": memory, "step": step, "cheaper": cheaper, "seam": seam}
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     for part in sys.argv[1:] or parts:
         print(f"\n## {part}\n")
