@@ -172,16 +172,17 @@ def step() -> None:
     measured_b = both / forward - 1
     full = seconds()
     print(f"forward {forward:.3f} s, with backward {both:.3f} s, b = {measured_b:.2f}; full step {full:.3f} s\n")
-    columns = ("keep", "seconds", "speed-up", "ideal, b = 2", "reached", "ideal, measured b", "reached", "two passes")
-    print("| " + " | ".join(columns) + " | reached |\n" + "|---" * 9 + "|")
-    for keep in (0.25, 0.125):
-        ours = seconds(UtilityDiversitySelection(keep=keep))
+    columns = ("keep", "scoring", "seconds", "speed-up", "ideal, b = 2", "reached", "ideal, measured b", "reached")
+    print("| " + " | ".join(columns) + " | two passes | reached |\n" + "|---" * 10 + "|")
+    for keep, precision in itertools.product((0.25, 0.125), ("fit", "bf16")):
+        ours = seconds(UtilityDiversitySelection(keep=keep, precision=precision))
         # The same two passes without any selection: a forward of all rows, then a step on the kept number of rows.
         two_passes = forward + seconds(batch_size=int(32 * keep))
         ideals = [(1 + b) / (1 + (1 + b) * keep) for b in (2.0, measured_b)]
         reached = [f"{i:.2f} | {full / ours / i:.0%}" for i in ideals]
+        scoring = "fp32" if precision == "fit" else precision
         print(
-            f"| {keep} | {ours:.3f} | {full / ours:.2f} | {reached[0]} | {reached[1]} "
+            f"| {keep} | {scoring} | {ours:.3f} | {full / ours:.2f} | {reached[0]} | {reached[1]} "
             f"| {full / two_passes:.2f} | {two_passes / ours:.0%} |",
             flush=True,
         )
@@ -253,7 +254,7 @@ def seam() -> None:
     data = torch.utils.data.TensorDataset(torch.randn(4096, 8), torch.randint(0, 4, (4096,)))
     callbacks = {"UniformSelection(keep=1.0)": lambda: UniformSelection(keep=1.0), "ExactResume()": ExactResume}
     added: dict[str, list[float]] = {name: [] for name in callbacks}
-    for _ in range(3):
+    for _ in range(7):
         base = fit_seconds(Tiny(), DataLoader(data, 8), 1500)
         for name, make in callbacks.items():
             added[name].append(fit_seconds(Tiny(), DataLoader(data, 8), 1500, make()) - base)

@@ -1,5 +1,7 @@
 """Utility-diversity selection (UDS, arXiv 2510.16882) on the seam."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -29,6 +31,8 @@ class UtilityDiversitySelection(OnlineSelection):
             does not; both standardise them over the candidate set. ``"paper"`` is the published formula: raw terms,
             every position.
         head: ``"auto"``, ``"none"`` (form the logits), or the path of the ``torch.nn.Linear`` that makes them.
+        precision: Of the scoring pass: ``"fit"`` is that of the fit, ``"bf16"`` autocasts it to bf16, which kept the
+            same rows in about half the time on a CPU with bf16 instructions.
         seed: Of the random projections; equal on all ranks.
         trim: Drop the padding columns that no kept row uses.
 
@@ -43,6 +47,7 @@ class UtilityDiversitySelection(OnlineSelection):
         alpha: float = 1.0,
         normalization: Literal["length", "none", "paper"] = "length",
         head: str = "auto",
+        precision: Literal["fit", "bf16"] = "fit",
         seed: int = 0,
         trim: bool = True,
     ) -> None:
@@ -54,9 +59,12 @@ class UtilityDiversitySelection(OnlineSelection):
             )
         if not isinstance(head, str):
             raise ValueError(f"Argument `head` must be 'auto', 'none' or a module path, but got {head!r}.")
+        if precision not in ("fit", "bf16"):
+            raise ValueError(f"Argument `precision` must be 'fit' or 'bf16', but got {precision!r}.")
         self.alpha = float(alpha)
         self.normalization = normalization
         self.head = head
+        self.precision = precision
         super().__init__(keep=keep, seed=seed, trim=trim)
 
     def _reset(self) -> None:
@@ -96,6 +104,13 @@ class UtilityDiversitySelection(OnlineSelection):
         outputs, targets = self.outputs(trainer, pl_module, batch, head)
         with torch.no_grad():
             return self.scorer.score(outputs, targets.ne(IGNORED))
+
+    @contextmanager
+    def scoring(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+        """As in the base, in the precision asked for."""
+        cast = torch.autocast(pl_module.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+        with super().scoring(trainer, pl_module), cast:
+            yield
 
     def _try_head(self, trainer: Trainer, pl_module: LightningModule, batch: Any, head: nn.Linear) -> bool | None:
         """Whether the head's input gives the norm of real logits, on the longest sample; None where that has none."""

@@ -44,7 +44,7 @@ def restore(state: dict[str, Any]) -> None:
 
 
 def seed(*key: int) -> None:
-    """Set the global generators of Python, NumPy and torch (every device's) to streams that depend on ``key`` only.
+    """Set the global generators that :func:`capture` saves to streams that depend on ``key`` only.
 
     Args:
         key: Integers >= 0; different keys give independent streams.
@@ -59,7 +59,9 @@ def seed(*key: int) -> None:
     words = np.random.SeedSequence(key).generate_state(4, np.uint64).tolist()
     random.seed(words[0])
     np.random.seed([word & 0xFFFFFFFF for word in words[1:3]])  # noqa: NPY002 - the global stream is the point
-    torch.manual_seed(words[3])
+    torch.default_generator.manual_seed(words[3])  # `torch.manual_seed` formats a stack trace for CUDA's sake
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.manual_seed(words[3])
 
 
 @contextmanager

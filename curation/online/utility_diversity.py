@@ -61,10 +61,21 @@ def _nuclear_norms(gram_of: Callable[[Tensor], Tensor], rows: Tensor, counts: Te
         )
 
 
+def _gram(rows: Tensor) -> Tensor:
+    """``rows @ rows.mT`` in blocks up to the diagonal; above it is zero, which saves a third of the time."""
+    n = rows.size(1)
+    gram = rows.new_zeros(len(rows), n, n)
+    for start in range(0, n, 128):
+        stop = min(n, start + 128)
+        gram[:, start:stop, :stop] = rows[:, start:stop] @ rows[:, :stop].mT
+    return gram
+
+
 def _sum_of_roots(gram: Tensor, rank: Tensor) -> Tensor:
     """Sum of the square roots of the ``rank`` largest eigenvalues of each matrix; NaN where it is not finite.
 
-    The other eigenvalues are zero in exact arithmetic, but the root of a rounding error is far larger than the error.
+    Only the lower triangle counts. The other eigenvalues are zero in exact arithmetic, but the root of a rounding
+    error is far larger than the error.
     """
     n = gram.size(-1)
     finite = gram.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
@@ -101,7 +112,8 @@ def _norm_of_logits(rows: Tensor, counts: Tensor) -> Tensor:
 
     def gram_of(part: Tensor) -> Tensor:
         part = part.to(dtype)
-        gram = part @ part.mT if part.size(1) <= part.size(2) else part.mT @ part
+        part = part if part.size(1) <= part.size(2) else part.mT
+        gram = _gram(part)
         # As fast there, and null eigenvalues are 1e-16 instead of 1e-7.
         return gram.double() if gram.device.type == "cpu" else gram
 

@@ -300,8 +300,16 @@ def test_tensorboard_gets_histograms_at_the_steps_of_all_other_metrics(tmp_path,
     assert [e.step for e in events.Histograms("curation/scores")] == steps
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)])
-def test_scoring_runs_in_the_precision_of_the_fit(precision, dtype):
+@pytest.mark.parametrize(
+    ("precision", "asked", "dtype"),
+    [
+        ("32-true", "fit", torch.float32),
+        ("bf16-mixed", "fit", torch.bfloat16),
+        ("32-true", "bf16", torch.bfloat16),
+        ("64-true", "fit", torch.float64),
+    ],
+)
+def test_scoring_runs_in_the_precision_of_the_fit_or_the_one_asked_for(precision, asked, dtype):
     dtypes = set()
 
     class Spy(UtilityDiversitySelection):
@@ -310,7 +318,7 @@ def test_scoring_runs_in_the_precision_of_the_fit(precision, dtype):
             dtypes.add(logits.dtype)
             return logits, targets
 
-    trainer(Spy(keep=0.25), precision=precision, max_epochs=1).fit(Classifier(), loader())
+    trainer(Spy(keep=0.25, precision=asked), precision=precision, max_epochs=1).fit(Classifier(), loader())
     assert dtypes == {dtype}
 
 
