@@ -1,7 +1,7 @@
 """What utility-diversity selection costs: the nuclear norm, its memory, a whole step, and the seam.
 
 Run on an idle machine: ``python benchmarks/utility_diversity.py`` (all parts), or name some of
-``norm memory step cheaper seam``. Times are medians; ratios are taken within one run.
+``norm memory step length cheaper seam``. Times are medians; ratios are taken within one run.
 """
 
 import copy
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from curation.online.utility_diversity import (
+    LengthTrend,
     UtilityDiversityScorer,
     gram_of_head,
     nuclear_norm,
@@ -188,16 +189,61 @@ def step() -> None:
         )
 
 
-def cheaper() -> None:
-    """Cheaper scoring passes: how much time they take, and whether they rank candidates as the full one does."""
+def real_model() -> tuple[LightningModule, list[dict[str, Tensor]]]:
+    """SmolLM2-135M and twelve batches of 32 conversations."""
     from curation.recipes.sft import Conversations, SupervisedFineTuning
 
     module = SupervisedFineTuning()
     module.configure_model()
-    trunk, head = module.model.eval().base_model, module.model.get_output_embeddings()
+    module.model.eval()
     data = Conversations(max_samples=1000, val_samples=8)
     data.setup("fit")
-    batches = list(itertools.islice(data.train_dataloader(), 12))
+    return module, list(itertools.islice(data.train_dataloader(), 12))
+
+
+def correlation(one: Tensor, other: Tensor) -> float:
+    """Spearman's rank correlation."""
+    ranks = [x.argsort().argsort().double() for x in (one, other)]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+
+
+def length() -> None:
+    """How far each normalisation still ranks samples by their number of answer tokens."""
+    module, batches = real_model()
+    scorer, trend = UtilityDiversityScorer(), LengthTrend()
+    columns: dict[str, list[Tensor]] = {}
+    for batch in batches:
+        mask = batch["labels"][:, 1:].ne(IGNORED)
+        with torch.no_grad():
+            logits = module.model(batch["input_ids"], batch["attention_mask"]).logits[:, :-1]
+            utility, n = scorer.utility(logits, mask), mask.sum(1)
+            scorer.score(logits, mask)
+        row = {
+            "tokens": n,
+            "`u`": utility,
+            "`u / n`": utility / n,
+            "`u / n^g`": trend.remove(utility, n),
+            "sketch / sqrt(n)": scorer.sketches,
+            "sketch": scorer.sketches * n.sqrt()[:, None],
+        }
+        trend.update(trend.moments_of(utility, n))
+        for name, values in row.items():
+            columns.setdefault(name, []).append(values)
+    table = {name: torch.cat(values) for name, values in columns.items()}
+    half = len(table["tokens"]) // 2
+    print(f"g = {float(trend.moments[1] / trend.moments[0]):.2f}\n")
+    print("| term | rank correlation with the number of tokens |\n|---|---|")
+    for name in ("`u`", "`u / n`", "`u / n^g`"):
+        print(f"| {name} | {correlation(table[name], table['tokens']):+.2f} |")
+    for name in ("sketch", "sketch / sqrt(n)"):
+        distance = torch.cdist(table[name][half:], table[name][:half]).mean(1)
+        print(f"| mean distance of {name} | {correlation(distance, table['tokens'][half:]):+.2f} |")
+
+
+def cheaper() -> None:
+    """Cheaper scoring passes: how much time they take, and whether they rank candidates as the full one does."""
+    module, batches = real_model()
+    trunk, head = module.model.base_model, module.model.get_output_embeddings()
     layers = trunk.layers
     scorer = UtilityDiversityScorer(alpha=0.0)
     scorer.use_head(head.weight)
@@ -207,9 +253,6 @@ def cheaper() -> None:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             hidden = trunk(batch["input_ids"], batch["attention_mask"], use_cache=False).last_hidden_state
         return scorer.score(hidden[:, :-1].float(), batch["labels"][:, 1:].ne(IGNORED))
-
-    def rank(x: Tensor) -> Tensor:
-        return x.argsort().argsort().double()
 
     variants = {
         "all 30 layers": (30, False),
@@ -225,7 +268,7 @@ def cheaper() -> None:
         correlations, alike = [], []
         for batch in batches:
             full, cheap = scores(batch, 30, False), scores(batch, depth, bf16)
-            correlations.append(float(torch.corrcoef(torch.stack([rank(full), rank(cheap)]))[0, 1]))
+            correlations.append(correlation(full, cheap))
             k = len(full) // 4
             kept = [set(s.topk(k).indices.tolist()) for s in (full, cheap)]
             alike.append(len(kept[0] & kept[1]) / k)
@@ -266,7 +309,7 @@ def seam() -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    parts = {"norm": norm, "memory": memory, "step": step, "cheaper": cheaper, "seam": seam}
+    parts = {"norm": norm, "memory": memory, "step": step, "length": length, "cheaper": cheaper, "seam": seam}
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     for part in sys.argv[1:] or parts:
         print(f"\n## {part}\n")

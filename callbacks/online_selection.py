@@ -308,10 +308,10 @@ class OnlineSelection(Callback, SeamClient, ABC):
         scores = choice.scores.tolist()
         kept = set(choice.rows.tolist())
         ids = [-1] * len(scores) if choice.sample_ids is None else choice.sample_ids.tolist()
-        for row, (sample_id, score) in enumerate(zip(ids, scores, strict=True)):
-            self._table.append([trainer.global_step, sample_id, score, row in kept])
-        values = [s for s in scores if abs(s) < float("inf")]
         step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the axis of every other metric
+        for row, (sample_id, score) in enumerate(zip(ids, scores, strict=True)):
+            self._table.append([step, sample_id, score, row in kept])
+        values = [s for s in scores if abs(s) < float("inf")]
         for logger in loggers if values else []:
             if isinstance(logger, WandbLogger):
                 import wandb
