@@ -11,7 +11,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
 from curation import rng
-from curation.replace import replace_attribute
 
 _ORDER, _LOAD, _STEP = 0, 1, 2
 
@@ -58,17 +57,9 @@ class ExactResume(Callback, SeamClient):
         self.epoch = trainer.current_epoch
         self.batches = self.batches_in_epoch = self._skip = 0
         self._length = None
-        prepare = trainer.strategy.process_dataloader
 
-        def process_dataloader(dataloader: object) -> object:
-            dataloader = prepare(dataloader)
-            if trainer.training:
-                self._watch(dataloader)
-            return dataloader
-
-        self._undo.append(replace_attribute(trainer.strategy, "process_dataloader", process_dataloader))
-
-    def _watch(self, loader: Any) -> None:
+    def watch(self, loader: Any) -> None:
+        """Let the order of the training data loader depend on the epoch, and begin after what was trained on."""
         if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
             return
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
@@ -92,6 +83,8 @@ class ExactResume(Callback, SeamClient):
                 f"loader now has {length}: other data or another batch size. Remove ExactResume to resume anyway."
             )
         self._length = length
+        if any(hasattr(drawer, "load_state_dict") for drawer in self._samplers):
+            self._skip = 0  # the sampler knows where it was
         self.begin_epoch()
 
     def begin_epoch(self) -> None:

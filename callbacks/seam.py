@@ -24,6 +24,9 @@ class SeamClient:
     def before_transfer(self) -> None:
         """Called before a batch that is to be trained on is transferred."""
 
+    def watch(self, dataloader: Any) -> None:
+        """Called with the training data loader before it is iterated, as often as Lightning prepares one."""
+
     def curate(self, trainer: Trainer, pl_module: LightningModule, batch: Any, sample_ids: Tensor | None) -> Any:
         """The batch to train on, given the candidate batch on the device and its sample ids."""
         return batch
@@ -41,7 +44,11 @@ class BatchSeam:
         self.clients: list[SeamClient] = []
         self._batch: Any = None
         self._transfer = trainer.strategy.batch_to_device
-        self._remove = replace_attribute(trainer.strategy, "batch_to_device", self)
+        self._prepare = trainer.strategy.process_dataloader
+        self._undo = [
+            replace_attribute(trainer.strategy, "batch_to_device", self),
+            replace_attribute(trainer.strategy, "process_dataloader", self._process_dataloader),
+        ]
 
     @staticmethod
     def of(trainer: Trainer) -> "BatchSeam | None":
@@ -65,7 +72,15 @@ class BatchSeam:
         seam.clients.remove(client)
         seam._batch = None
         if not seam.clients:
-            seam._remove()
+            for undo in seam._undo:
+                undo()
+
+    def _process_dataloader(self, dataloader: object) -> object:
+        dataloader = self._prepare(dataloader)
+        if self.trainer.training:
+            for client in self.clients:
+                client.watch(dataloader)
+        return dataloader
 
     def __call__(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """Move the batch as the strategy does, without its ids, and let the clients curate it."""

@@ -1,0 +1,1 @@
+"""Which indices form a batch, before anything is loaded."""
