@@ -1,8 +1,20 @@
 """Lightning callbacks: when curation happens."""
 
 from curation.callbacks.exact_resume import ExactResume
+from curation.callbacks.hard_batches import HardBatchTraining
+from curation.callbacks.hard_samples import HardSampleSelection
 from curation.callbacks.online_selection import OnlineSelection
+from curation.callbacks.records import SampleRecord, SelectionLedger
 from curation.callbacks.uniform import UniformSelection
 from curation.callbacks.utility_diversity import UtilityDiversitySelection
 
-__all__ = ["ExactResume", "OnlineSelection", "UniformSelection", "UtilityDiversitySelection"]
+__all__ = [
+    "ExactResume",
+    "HardBatchTraining",
+    "HardSampleSelection",
+    "OnlineSelection",
+    "SampleRecord",
+    "SelectionLedger",
+    "UniformSelection",
+    "UtilityDiversitySelection",
+]

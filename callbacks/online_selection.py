@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from curation.callbacks.seam import BatchSeam, SeamClient, check_training_step, warn_of_mixing
@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from curation.batch import batch_size, take_rows, trim_padding
+from curation.online.break_even import BreakEven
 from curation.online.top import keep_count, top_rows
 from curation.replace import replace_attribute
 from curation.scoring import (
@@ -25,8 +26,8 @@ from curation.scoring import (
     Route,
     find_route,
     head_as_identity,
+    per_sample_from_hidden,
     per_sample_loss,
-    per_sample_loss_from_hidden,
     side_effect_free,
 )
 
@@ -37,47 +38,84 @@ PER_PROCESS = ("samples_scored", "samples_trained")
 
 @dataclass
 class Choice:
-    """What was chosen of a candidate batch that is not trained on yet."""
+    """What was chosen of a candidate batch.
+
+    Attributes:
+        size: Number of candidates, ``B``.
+        most: The largest such number over all ranks in the first batch of the fit.
+        k: Rows to keep; fewer where ``B < k``.
+        rows: int64 ``[min(k, B)]``, the kept rows; None where all are kept.
+        weights: fp32 ``[min(k, B)]``, where they do not weigh the same.
+        scores: floating ``[B]``; None where nothing is scored.
+        sample_ids: int64 ``[B]``, where the samples have ids.
+        lengths: fp32 ``[B]``, scored positions, of sequences.
+        candidate_loss: Mean loss of the candidates, on logging steps.
+    """
 
     size: int
+    most: int
     k: int
     rows: Tensor | None = None
+    weights: Tensor | None = None
     scores: Tensor | None = None
     sample_ids: Tensor | None = None
     lengths: Tensor | None = None
     candidate_loss: Tensor | None = None
 
 
+class SelectionListener:
+    """A callback that is told of every choice once it is trained on, on every rank; may hold a collective."""
+
+    def on_selection(self, trainer: Trainer, pl_module: LightningModule, step: int, choice: Choice) -> None:
+        """Take note of a choice.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module that is trained.
+            step: Candidate batches of this rank that were trained on before.
+            choice: Of this rank.
+        """
+
+
 class OnlineSelection(Callback, SeamClient, ABC):
     """Trains on ``k = round(keep * B)`` rows of every candidate batch of ``B`` rows.
 
-    A rule overrides :meth:`score`, and :meth:`on_kept` where it remembers what was kept. ``k`` is fixed by the
-    first batch of the fit, so that every rank and every micro-batch of an accumulation window weighs the same; a
-    batch with fewer rows keeps all. Scores that are not finite rank last. Validation is never curated.
+    A rule overrides :meth:`score`, :meth:`choose` where it does not keep the highest scores, and :meth:`on_kept`
+    where it remembers what was seen or kept. ``k`` is fixed by the first batch of the fit, so that every rank and
+    every micro-batch of an accumulation window weighs the same; a batch with fewer rows keeps all. Scores that are
+    not finite rank last. Validation is never curated.
 
     Args:
         keep: Fraction of each candidate batch that is trained on, in (0, 1]. The effective batch shrinks by it.
+        when: ``"pays"`` selects only where a step that does takes less time than one that trains on every candidate,
+            measured on the first steps and every 500; ``"always"`` measures nothing.
         seed: Of everything random in the rule; equal on all ranks.
         trim: Drop the padding columns that no kept row uses, in batches with ``input_ids`` and ``attention_mask``.
 
     Raises:
-        ValueError: If ``keep`` is outside (0, 1], or ``seed`` is no integer in [0, 2^63).
+        ValueError: If ``keep`` is outside (0, 1], ``when`` is something else, or ``seed`` is no integer in [0, 2^63).
     """
 
     has_scores = True
 
-    def __init__(self, keep: float, seed: int = 0, trim: bool = True) -> None:
+    def __init__(
+        self, keep: float, when: Literal["always", "pays"] = "always", seed: int = 0, trim: bool = True
+    ) -> None:
         if not (is_number(keep) and 0 < keep <= 1):
             raise ValueError(f"Argument `keep` must be in (0, 1], but got {keep!r}.")
         if not (hasattr(seed, "__index__") and 0 <= seed < 2**63):
             raise ValueError(f"Argument `seed` must be an integer in [0, 2^63), but got {seed!r}.")
+        if when not in ("always", "pays"):
+            raise ValueError(f"Argument `when` must be 'always' or 'pays', but got {when!r}.")
         self.keep = float(keep)
+        self.when = when
         self.seed = int(seed)
         self.trim = trim
         self._fitting = False
         self._reset()
 
     def _reset(self) -> None:
+        self.candidates: int | None = None
         self.k: int | None = None
         self.batches = 0
         self.samples_scored = 0
@@ -87,6 +125,8 @@ class OnlineSelection(Callback, SeamClient, ABC):
         self._probing = False
         self._told = self._warned = False
         self._clock = 0.0
+        self._break_even = BreakEven() if self.when == "pays" and self.keep < 1 else None
+        self._window_seconds = 0.0
         self._choice: Choice | None = None
         self._lengths: Tensor | None = None
         self._candidate_loss: Tensor | None = None
@@ -111,6 +151,16 @@ class OnlineSelection(Callback, SeamClient, ABC):
             sample_ids: int64 ``[B]``, where the data set is wrapped in ``SampleIds``.
         """
 
+    def choose(self, trainer: Trainer, scores: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
+        """The rows to train on: int64 ``[min(k, B)]``, ascending, and where they do not weigh the same their weights.
+
+        Args:
+            trainer: The trainer.
+            scores: What :meth:`score` gave, ``[B]``.
+            k: Rows to keep.
+        """
+        return top_rows(scores, k), None
+
     def on_kept(self, trainer: Trainer, rows: Tensor, k: int) -> None:
         """Called on every rank once the kept rows ``[<= k]`` are trained on; may hold a collective."""
 
@@ -127,9 +177,12 @@ class OnlineSelection(Callback, SeamClient, ABC):
         # The tuners run the training loop with other callbacks; what they probe must leave no trace.
         self._probing = self not in trainer.callbacks  # type: ignore[attr-defined]
         size = batch_size(batch)
-        choice = Choice(size, self._rows_to_keep(trainer, size), sample_ids=sample_ids)
+        k = self._rows_to_keep(trainer, size)
+        choice = Choice(size, self.candidates or size, k, sample_ids=sample_ids)
         kept = batch
-        if self.keep < 1:
+        if self._break_even is not None and not self._break_even.selects and not self._probing:
+            choice.k = size
+        elif self.keep < 1:
             with trainer.profiler.profile(f"[Callback]{type(self).__name__}.score"):  # type: ignore[attr-defined]
                 scores = self.score(trainer, pl_module, batch, sample_ids)
             if not (isinstance(scores, Tensor) and scores.is_floating_point() and scores.shape == (size,)):
@@ -138,7 +191,7 @@ class OnlineSelection(Callback, SeamClient, ABC):
                 )
                 raise ValueError(f"`score` must give one floating number per row, [{size}], but gave {found}.")
             choice.scores = scores.detach()
-            choice.rows = top_rows(choice.scores, choice.k)
+            choice.rows, choice.weights = self.choose(trainer, choice.scores, choice.k)
             choice.lengths, self._lengths = self._lengths, None
             choice.candidate_loss, self._candidate_loss = self._candidate_loss, None
             if choice.k < size:
@@ -154,8 +207,9 @@ class OnlineSelection(Callback, SeamClient, ABC):
         # A checkpoint may be resumed with another `keep` or batch size.
         is_for = [self.keep, getattr(trainer.train_dataloader, "batch_size", None)]
         if self.k is None or self._k_is_for != is_for:
-            k = torch.tensor(float(keep_count(self.keep, size)), device=trainer.strategy.root_device)
-            self.k = int(trainer.strategy.reduce(k, reduce_op="max"))
+            most = torch.tensor(float(size), device=trainer.strategy.root_device)
+            self.candidates = int(trainer.strategy.reduce(most, reduce_op="max"))
+            self.k = keep_count(self.keep, self.candidates)
             self._k_is_for = is_for
         return self.k
 
@@ -196,7 +250,7 @@ class OnlineSelection(Callback, SeamClient, ABC):
                 loss = (
                     per_sample_loss(outputs, targets)
                     if head is None
-                    else per_sample_loss_from_hidden(outputs, targets, head)
+                    else per_sample_from_hidden(per_sample_loss, outputs, targets, head)
                 )
                 self._candidate_loss = loss.nanmean()
         if len(outputs) != batch_size(batch):
@@ -253,12 +307,19 @@ class OnlineSelection(Callback, SeamClient, ABC):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count and remember what was trained on; log the statistics of the selection."""
+        if self._break_even is not None and self._break_even.compares:
+            _wait_for(pl_module.device)
         now = time.perf_counter()
-        self.train_seconds += now - self._clock
+        seconds = now - self._clock
+        self.train_seconds += seconds
         self._clock = now
         choice, self._choice = self._choice, None
         if choice is None:
             return
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SelectionListener):
+                callback.on_selection(trainer, pl_module, self.batches, choice)
+        self._compare(trainer, seconds)
         self.batches += 1
         self.samples_trained += min(choice.k, choice.size)
         if choice.rows is not None and choice.scores is not None:
@@ -282,6 +343,20 @@ class OnlineSelection(Callback, SeamClient, ABC):
             if self.has_scores and choice.scores is not None and trainer.is_global_zero:
                 self._log_scores(trainer, choice)
 
+    def _compare(self, trainer: Trainer, seconds: float) -> None:
+        """Enter the time of an optimizer step, whose micro-batches are all selected or all full."""
+        if self._break_even is None:
+            return
+        self._window_seconds += seconds
+        if trainer.fit_loop._should_accumulate():
+            return
+        window, self._window_seconds = self._window_seconds, 0.0
+        if self._break_even.add(window):
+            speedup = float(trainer.strategy.broadcast(self._break_even.predicted_speedup))  # type: ignore[arg-type]
+            self._break_even.predicted_speedup = speedup
+            decided = "selecting" if speedup > 1 else "training on every candidate until it pays"
+            rank_zero_info(f"{type(self).__name__}: a step that selects is {speedup:.2f} times as fast; {decided}.")
+
     def _statistics(self, choice: Choice) -> dict[str, Tensor | float]:
         stats: dict[str, Tensor | float] = {
             "kept_fraction": min(choice.k, choice.size) / choice.size,
@@ -289,6 +364,10 @@ class OnlineSelection(Callback, SeamClient, ABC):
             "samples_trained": float(self.samples_trained),
             "train_seconds": self.train_seconds,
         }
+        for name in ("predicted_speedup", "realised_speedup"):
+            speedup = getattr(self._break_even, name, None)
+            if speedup is not None:
+                stats[name] = speedup
         if self.has_scores and choice.scores is not None and choice.rows is not None:
             scores = choice.scores.masked_fill(~choice.scores.isfinite(), torch.nan)
             stats["score_gap"] = scores[choice.rows].nanmean() - scores.nanmean()
@@ -350,12 +429,14 @@ class OnlineSelection(Callback, SeamClient, ABC):
     def state_dict(self) -> dict[str, Any]:
         """Counters of the selection; holds no collective, since not every rank may be saving."""
         return {
+            "candidates": self.candidates,
             "k": self.k,
             "k_is_for": self._k_is_for,
             "batches": self.batches,
             "samples_scored": self.samples_scored,
             "samples_trained": self.samples_trained,
             "train_seconds": self.train_seconds,
+            "break_even": None if self._break_even is None else self._break_even.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -365,17 +446,25 @@ class OnlineSelection(Callback, SeamClient, ABC):
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`; a rule with state of its own extends both."""
+        self.candidates = state["candidates"]
         self.k = state["k"]
         self._k_is_for = state["k_is_for"]
         self.batches = state["batches"]
         self.samples_scored = state["samples_scored"]
         self.samples_trained = state["samples_trained"]
         self.train_seconds = state["train_seconds"]
+        if self._break_even is not None and state["break_even"] is not None:
+            self._break_even.load_state_dict(state["break_even"])
 
 
 def is_number(value: Any) -> bool:
     """Whether an argument is a real number, of Python or NumPy."""
     return isinstance(value, Real)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _logs_now(trainer: Trainer) -> bool:

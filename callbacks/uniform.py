@@ -18,6 +18,7 @@ class UniformSelection(OnlineSelection):
 
     Args:
         keep: Fraction of each candidate batch that is trained on, in (0, 1].
+        when: ``"pays"`` trains on every candidate wherever that is measured to be faster.
         seed: Of the draws.
         trim: Drop the padding columns that no kept row uses.
 

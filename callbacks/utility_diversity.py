@@ -5,16 +5,15 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
+from curation.callbacks.head_route import HeadRoute
 from curation.callbacks.online_selection import OnlineSelection, is_number
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from curation.batch import take_rows
 from curation.online.utility_diversity import UtilityDiversityScorer
 from curation.scoring import IGNORED, find_output_head
 
 REFRESH_EVERY = 100
-HEAD_TOLERANCE = 0.02  # bf16 logits differ by 1e-3, a soft cap or a logit scale by far more
 
 
 class UtilityDiversitySelection(OnlineSelection):
@@ -33,6 +32,7 @@ class UtilityDiversitySelection(OnlineSelection):
         head: ``"auto"``, ``"none"`` (form the logits), or the path of the ``torch.nn.Linear`` that makes them.
         precision: Of the scoring pass: ``"fit"`` is that of the fit, ``"bf16"`` autocasts it to bf16, which kept the
             same rows in about half the time on a CPU with bf16 instructions.
+        when: ``"pays"`` trains on every candidate wherever that is measured to be faster.
         seed: Of the random projections; equal on all ranks.
         trim: Drop the padding columns that no kept row uses.
 
@@ -48,6 +48,7 @@ class UtilityDiversitySelection(OnlineSelection):
         normalization: Literal["length", "none", "paper"] = "length",
         head: str = "auto",
         precision: Literal["fit", "bf16"] = "fit",
+        when: Literal["always", "pays"] = "always",
         seed: int = 0,
         trim: bool = True,
     ) -> None:
@@ -65,14 +66,12 @@ class UtilityDiversitySelection(OnlineSelection):
         self.normalization = normalization
         self.head = head
         self.precision = precision
-        super().__init__(keep=keep, seed=seed, trim=trim)
+        super().__init__(keep=keep, when=when, seed=seed, trim=trim)
 
     def _reset(self) -> None:
         super()._reset()
         self.scorer = UtilityDiversityScorer(self.alpha, self.normalization, self.seed)
-        self._by_head: bool | None = None
-        self._why = ""
-        self._head: nn.Linear | None = None
+        self._route_of_head = HeadRoute(self.head)
         self._refreshed: int | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -83,20 +82,16 @@ class UtilityDiversitySelection(OnlineSelection):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the seam and let go of the module."""
         super().teardown(trainer, pl_module, stage)
-        self._head = None
+        self._route_of_head.forget()
 
     def describe(self) -> str:
         """The route of the scores."""
-        return f"{super().describe()}, {'without forming logits' if self._by_head else 'from logits'}{self._why}"
+        how = "without forming logits" if self._route_of_head.used else "from logits"
+        return f"{super().describe()}, {how}{self._route_of_head.why}"
 
     def score(self, trainer: Trainer, pl_module: LightningModule, batch: Any, sample_ids: Tensor | None) -> Tensor:
         """Scores ``[B]``, fp32 or fp64."""
-        if self._head is None and self._by_head is not False:
-            self._head = find_output_head(pl_module, self.head, batch)
-            self._by_head = False if self._head is None else self._by_head
-        if self._head is not None and self._by_head is None:
-            self._by_head = self._try_head(trainer, pl_module, batch, self._head)
-        head = self._head if self._by_head else None
+        head = self._route_of_head.find(self, trainer, pl_module, batch)
         if head is None:
             self.scorer.use_logits()
         else:
@@ -111,40 +106,6 @@ class UtilityDiversitySelection(OnlineSelection):
         cast = torch.autocast(pl_module.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
         with super().scoring(trainer, pl_module), cast:
             yield
-
-    def _try_head(self, trainer: Trainer, pl_module: LightningModule, batch: Any, head: nn.Linear) -> bool | None:
-        """Whether the head's input gives the norm of real logits, on the longest sample; None where that has none."""
-        try:
-            _, targets = self.outputs(trainer, pl_module, batch, head)
-            longest = take_rows(batch, targets.reshape(len(targets), -1).ne(IGNORED).sum(1).argmax()[None])
-            hidden, targets = self.outputs(trainer, pl_module, longest, head)
-            logits, _ = self.outputs(trainer, pl_module, longest)
-            with torch.no_grad():
-                self._refresh(head)
-                got = self.scorer.utility(hidden, targets.ne(IGNORED))
-                self.scorer.use_logits()
-                expected = self.scorer.utility(logits, targets.ne(IGNORED))
-        except (RuntimeError, IndexError) as error:  # the module does something to its logits that needs their size
-            reason = str(error).splitlines()[0]
-            if self.head != "auto":
-                raise ValueError(
-                    f"Argument `head` must name the layer whose output are the logits, or be 'none', but with "
-                    f"{self.head!r} the module fails: {reason}"
-                ) from error
-            self._why = f" (the head cannot be left out: {reason})"
-            return False
-        finally:
-            self._refreshed = None
-        known = expected.isfinite() & expected.gt(0)
-        off = torch.where(known, (got / expected - 1).abs().nan_to_num(nan=torch.inf), 0.0)
-        off, any_known = (
-            trainer.strategy.reduce(torch.stack([off, known]).float(), reduce_op="max").flatten().tolist()
-        )
-        if not any_known:
-            return None
-        if off >= HEAD_TOLERANCE:
-            self._why = f" (the head's input gives norms {off:.0%} off)"
-        return off < HEAD_TOLERANCE
 
     def _refresh(self, head: nn.Linear) -> None:
         """Bring the products with the head up to date: once, or every 100 batches while it is trained."""
@@ -169,7 +130,7 @@ class UtilityDiversitySelection(OnlineSelection):
             **super().state_dict(),
             "scorer": self.scorer.state_dict(),
             "head": self.head,
-            "by_head": self._by_head,
+            "by_head": self._route_of_head.used,
             "refreshed": self._refreshed,
         }
 
@@ -178,6 +139,6 @@ class UtilityDiversitySelection(OnlineSelection):
         super().restore(state)
         self.scorer.load_state_dict(state["scorer"])
         if state["head"] == self.head:
-            self._by_head = state["by_head"]
+            self._route_of_head.used = state["by_head"]
             if self.scorer.head_gram is not None:  # else the head is frozen, and its products are made again
                 self._refreshed = state["refreshed"]

@@ -240,6 +240,17 @@ def _identity(hidden: Tensor) -> Tensor:
     return hidden
 
 
+def find_logits_maker(module: nn.Module, batch: Any) -> nn.Module | None:
+    """The module whose output are the logits that the loss is computed from, or None if that is not known."""
+    if isinstance(batch, Mapping):
+        models = _hugging_face_models(module)
+        if len(models) != 1:
+            return None
+        model: Any = module.get_submodule(models[0])
+        return model.get_output_embeddings() or model
+    return module if _is_classification(batch) else None
+
+
 @contextmanager
 def head_as_identity(head: nn.Module | None) -> Iterator[None]:
     """Let a head return its input, so that a route yields ``[B, T, d]`` hidden states where logits would stand.
@@ -297,12 +308,45 @@ def per_sample_loss(logits: Tensor, targets: Tensor) -> Tensor:
     )
 
 
-def per_sample_loss_from_hidden(hidden: Tensor, targets: Tensor, head: nn.Linear) -> Tensor:
-    """:func:`per_sample_loss` of ``head(hidden)``, with the logits of one sample's scored positions at a time.
+def per_sample_grad_norm(logits: Tensor, targets: Tensor) -> Tensor:
+    """Norm of the gradient of each sample's loss with respect to its logits, ``||softmax - onehot|| / n``.
+
+    Up to a constant an upper bound of the norm with respect to all parameters (arXiv 1803.00942, sec. 3.2).
+
+    Args:
+        logits: ``[B, T, V]`` or ``[B, C]``, any floating dtype; computed in fp32, one sample ``[T, V]`` at a time.
+        targets: int64 ``[B, T]`` or ``[B]``; -100 is ignored.
+
+    Returns:
+        fp32 ``[B]``; NaN for a sample with no scored position.
+
+    Example:
+        >>> per_sample_grad_norm(torch.zeros(1, 2), torch.tensor([0]))
+        tensor([0.7071])
+    """
+
+    def squares(x: Tensor, t: Tensor) -> Tensor:
+        p = x.float().softmax(-1)
+        scored = t.ne(IGNORED)
+        of_target = p.gather(-1, t.masked_fill(~scored, 0)[..., None])[..., 0]
+        return (p.square().sum(-1) - 2 * of_target + 1).clamp(min=0) * scored
+
+    scored = targets.ne(IGNORED)
+    if targets.dim() == 1:
+        return squares(logits, targets).sqrt().masked_fill(~scored, torch.nan)
+    total = torch.stack([squares(x, t).sum() for x, t in zip(logits, targets, strict=True)])
+    return total.sqrt() / scored.sum(1).float().masked_fill(~scored.any(1), torch.nan)
+
+
+def per_sample_from_hidden(
+    value: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, targets: Tensor, head: nn.Linear
+) -> Tensor:
+    """A value of ``head(hidden)``, with the logits of one sample's scored positions at a time.
 
     Costs one host synchronisation.
 
     Args:
+        value: :func:`per_sample_loss` or :func:`per_sample_grad_norm`.
         hidden: ``[B, T, d]`` or ``[B, d]``, the head's input.
         targets: int64 ``[B, T]`` or ``[B]``.
         head: The output layer.
@@ -311,12 +355,10 @@ def per_sample_loss_from_hidden(hidden: Tensor, targets: Tensor, head: nn.Linear
         fp32 ``[B]``; NaN for a sample with no scored position.
     """
     if targets.dim() == 1:
-        return per_sample_loss(head(hidden.to(head.weight.dtype)), targets)
+        return value(head(hidden.to(head.weight.dtype)), targets)
     scored = targets.ne(IGNORED)
     rows, counts = compact(hidden, scored)
     labels, _ = compact(targets[..., None], scored)
     padding = torch.arange(rows.size(1), device=rows.device) >= counts[:, None]
     labels = labels[..., 0].masked_fill(padding, IGNORED)
-    return torch.cat(
-        [per_sample_loss(head(h)[None], t[None]) for h, t in zip(rows.to(head.weight.dtype), labels, strict=True)]
-    )
+    return torch.cat([value(head(h)[None], t[None]) for h, t in zip(rows.to(head.weight.dtype), labels, strict=True)])

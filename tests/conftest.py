@@ -15,7 +15,7 @@ def no_environment_leak():
     before = dict(os.environ)
     yield
     changed = {k for k in before.keys() | os.environ.keys() if before.get(k) != os.environ.get(k)}
-    # Lightning, DDP and W&B keep these on purpose.
+    # Lightning, DDP, W&B and scikit-learn keep these on purpose.
     allowed = {"PL_GLOBAL_SEED", "PL_SEED_WORKERS", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK"}
     allowed |= {
         "WORLD_SIZE",
@@ -23,6 +23,8 @@ def no_environment_leak():
         "RANK",
         "PYTORCH_NVML_BASED_CUDA_CHECK",
         "TORCHINDUCTOR_CACHE_DIR",
+        "KMP_INIT_AT_FORK",
+        "KMP_DUPLICATE_LIB_OK",
     }
     leaked = {k for k in changed - allowed if not k.startswith("WANDB_")}
     assert not leaked, f"left in the environment: {leaked}"

@@ -21,8 +21,9 @@ from curation.scoring import (
     find_output_head,
     find_route,
     head_as_identity,
+    per_sample_from_hidden,
+    per_sample_grad_norm,
     per_sample_loss,
-    per_sample_loss_from_hidden,
     side_effect_free,
 )
 
@@ -118,7 +119,10 @@ def test_a_head_as_identity_gives_its_input_in_the_place_of_the_logits():
     assert torch.equal(targets, same)
     torch.testing.assert_close(head(hidden), logits)
     torch.testing.assert_close(
-        per_sample_loss_from_hidden(hidden, targets, head), per_sample_loss(logits, targets), rtol=1e-4, atol=1e-5
+        per_sample_from_hidden(per_sample_loss, hidden, targets, head),
+        per_sample_loss(logits, targets),
+        rtol=1e-4,
+        atol=1e-5,
     )
     assert "forward" not in vars(head)
 
@@ -153,8 +157,10 @@ def test_the_loss_of_samples_without_scored_positions_is_nan_on_both_routes():
     targets[2, :2] = -100
     expected = per_sample_loss(head(hidden), targets)
     assert expected.isnan().tolist() == [False, True, False]
-    torch.testing.assert_close(per_sample_loss_from_hidden(hidden, targets, head), expected, equal_nan=True)
-    flat = per_sample_loss_from_hidden(hidden[:, 0], targets[:, 0].clamp(min=0), head)
+    torch.testing.assert_close(
+        per_sample_from_hidden(per_sample_loss, hidden, targets, head), expected, equal_nan=True
+    )
+    flat = per_sample_from_hidden(per_sample_loss, hidden[:, 0], targets[:, 0].clamp(min=0), head)
     torch.testing.assert_close(flat, per_sample_loss(head(hidden[:, 0]), targets[:, 0].clamp(min=0)))
 
 
@@ -243,3 +249,20 @@ def test_the_head_is_named_or_refused():
     assert find_output_head(Classifier(), "auto", text_batch()) is None
     small = LlamaForCausalLM(LlamaConfig(vocab_size=10, num_key_value_heads=2, **SMALL))
     assert find_output_head(Holder(small), "auto", text_batch()) is None
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (5, 6, 7)])
+def test_grad_norm_equals_what_autograd_gives(shape):
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(shape, generator=g).requires_grad_()
+    targets = torch.randint(0, 7, shape[:-1], generator=g)
+    if len(shape) == 3:
+        targets[:, :2] = -100
+        targets[4] = -100
+    got = per_sample_grad_norm(logits, targets)
+    for i, (x, t) in enumerate(zip(logits, targets, strict=True)):
+        if not t.ne(-100).any():
+            assert got[i].isnan()
+            continue
+        (gradient,) = torch.autograd.grad(F.cross_entropy(x, t, ignore_index=-100), x)
+        torch.testing.assert_close(got[i], gradient.norm())

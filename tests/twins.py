@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from curation.online.sketch import cosine_projection, sign_projection
@@ -12,8 +13,17 @@ from curation.online.sketch import cosine_projection, sign_projection
 class UniformTwin:
     """What every twin answers: scores of one rank's candidates, what was kept of them, and the end of a step."""
 
-    def score(self, step: int, rank: int, logits: Tensor, scored: Tensor) -> Tensor:
-        return torch.from_numpy(np.random.default_rng((0, step, rank)).random(len(logits))).float()
+    def score(self, step: int, rank: int, logits: Tensor, targets: Tensor) -> Tensor:
+        return torch.from_numpy(self.draw(step, rank, len(logits))).float()
+
+    @staticmethod
+    def draw(step: int, rank: int, size: int) -> np.ndarray:
+        return np.random.default_rng((0, step, rank)).random(size)
+
+    def choose(self, step: int, rank: int, scores: Tensor, k: int) -> tuple[list[int], list[float]]:
+        """Rows, and what each weighs."""
+        best = sorted(scores.argsort(descending=True, stable=True)[:k].tolist())
+        return best, [1.0] * len(best)
 
     def keep(self, rows: list[int]) -> None:
         """Of the rank scored last."""
@@ -30,7 +40,8 @@ class UtilityDiversityTwin(UniformTwin):
         self.kept: list[Tensor] = []
         self.sets: list[tuple[list[float], list[int]]] = []
 
-    def score(self, step, rank, logits, scored):
+    def score(self, step, rank, logits, targets):
+        scored = targets != -100
         if self.normalization == "paper":
             scored = torch.ones_like(scored)
         n = scored.sum(1)
@@ -60,6 +71,74 @@ class UtilityDiversityTwin(UniformTwin):
         self.memory += self.kept
         self.steps.append(self.sets)
         self.kept, self.sets = [], []
+
+
+class HardSampleTwin(UniformTwin):
+    STEPS = 6  # of the fit in the contract suite, over which the selection pressure falls
+
+    def __init__(self, rule: str, score: str = "loss") -> None:
+        self.rule, self.score_name = rule, score
+        self.pool: list[float] = []
+        self.seen: list[float] = []
+
+    def score(self, step, rank, logits, targets):
+        scores = []
+        for x, t in zip(logits, targets, strict=True):
+            x = x[t != -100].detach().requires_grad_()
+            loss = F.cross_entropy(x, t[t != -100])
+            if self.score_name == "grad_norm":
+                (gradient,) = torch.autograd.grad(loss, x)
+                scores.append(gradient.norm())
+            else:
+                scores.append(loss.detach())
+        return torch.stack(scores)
+
+    def choose(self, step, rank, scores, k):
+        values, u = scores.tolist(), self.draw(step, rank, len(scores)).tolist()
+        pool = self.pool[-1024:] + values
+        self.seen += values + [math.nan] * (8 - len(values))
+        order = sorted(range(len(values)), key=lambda i: -values[i])
+        if self.rule == "top":
+            keys = values
+        elif self.rule == "rank":
+            pressure = 100 ** (1 - step / self.STEPS)
+            odds = [pressure ** (-order.index(i) / len(values)) for i in range(len(values))]
+            keys = [-math.log(1 / u[i]) / odds[i] for i in range(len(values))]  # an exponential clock for each row
+        elif self.rule == "cdf":
+            keys = []
+            for i, value in enumerate(values):
+                p = (sum(x <= value for x in pool) / sum(math.isfinite(x) for x in pool)) ** 3
+                keys.append(min(p / max(1 - p, 1e-12), 1e12) * (1 - u[i]) / u[i])
+        else:
+            keys = [values[i] / u[i] for i in range(len(values))]
+        best = sorted(sorted(range(len(values)), key=lambda i: -keys[i])[:k])
+        if self.rule != "importance" or len(values) <= k:
+            return best, [1.0] * len(best)
+        threshold = sorted(keys)[-k - 1]
+        return best, [k / len(values) * max(1, threshold / values[i]) for i in best]
+
+    def end_step(self):
+        self.pool += self.seen
+        self.seen = []
+
+
+def slow_hard_batches(count: int, delta: float, loss_of, steps: int, max_age: int | None = None) -> list[int]:
+    """The mini-batches that the delta rule trains on; ``loss_of(step, batch)`` is asked for each as it is trained."""
+    losses: dict[int, float] = {}
+    left_out = dict.fromkeys(range(count), 0)
+    visited: list[int] = []
+    chosen = list(range(count))
+    while True:
+        for batch in chosen:
+            if len(visited) == steps:
+                return visited
+            losses[batch] = loss_of(len(visited), batch)
+            visited.append(batch)
+        k = max(1, int(delta * count))
+        hardest = sorted(range(count), key=lambda b: (-losses[b] if math.isfinite(losses[b]) else math.inf, b))[:k]
+        old = [b for b in range(count) if max_age is not None and left_out[b] >= max_age]
+        chosen = sorted({*hardest, *old})
+        left_out = {b: 0 if b in chosen else left_out[b] + 1 for b in range(count)}
 
 
 def slow_length_trend(steps: list[list[tuple[list[float], list[int]]]]) -> float:

@@ -5,7 +5,14 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from curation.callbacks import ExactResume, OnlineSelection, UniformSelection, UtilityDiversitySelection
+from curation.callbacks import (
+    ExactResume,
+    HardSampleSelection,
+    OnlineSelection,
+    UniformSelection,
+    UtilityDiversitySelection,
+    online_selection,
+)
 from helpers import AnyBatch, Classifier, ManualClassifier, Watch, data, loader, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -326,3 +333,62 @@ def test_a_score_step_takes_any_batch():
     module = AnyBatch()
     trainer(UtilityDiversitySelection(keep=0.25), max_epochs=1).fit(module, loader())
     assert module.seen == [2] * 8
+
+
+class FakeTime:
+    """A clock that the module's passes move on: a forward row costs 1, a backward row ``b``."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+class Costs(Classifier):
+    def __init__(self, clock, b):
+        super().__init__()
+        self.clock, self.b = clock, b
+
+    def forward(self, x):
+        self.clock.now += len(x)
+        return super().forward(x)
+
+    def on_after_backward(self):
+        self.clock.now += self.b * self.seen[-1]
+
+
+@pytest.mark.parametrize(("b", "pays"), [(2.0, True), (0.2, False)])
+def test_selection_that_does_not_pay_is_left_out(monkeypatch, b, pays):
+    clock = FakeTime()
+    monkeypatch.setattr(online_selection, "time", clock)
+    selection = HardSampleSelection(keep=0.25, when="pays")
+    module = Costs(clock, b)
+    run = trainer(selection, max_epochs=4, log_every_n_steps=1)
+    run.fit(module, loader())
+    assert module.seen[:8] == [2, 8] * 4
+    assert set(module.seen[8:]) == {2 if pays else 8}
+    predicted = (1 + b) * 8 / (8 + (1 + b) * 2)
+    assert float(run.callback_metrics["curation/predicted_speedup"]) == pytest.approx(predicted)
+    assert float(run.callback_metrics["curation/realised_speedup"]) == pytest.approx(predicted if pays else 1.0)
+    assert selection.samples_trained == sum(module.seen)
+    assert selection.samples_scored == 8 * module.seen.count(2)
+
+
+def test_a_window_of_accumulation_is_all_selected_or_all_full(monkeypatch):
+    clock = FakeTime()
+    monkeypatch.setattr(online_selection, "time", clock)
+    module = Costs(clock, 0.2)
+    trainer(HardSampleSelection(keep=0.25, when="pays"), max_epochs=4, accumulate_grad_batches=3).fit(
+        module, loader()
+    )
+    for epoch in range(4):
+        of_epoch = module.seen[8 * epoch : 8 * epoch + 8]
+        for window in (of_epoch[:3], of_epoch[3:6], of_epoch[6:]):
+            assert len(set(window)) == 1
+    assert set(module.seen) == {2, 8}
+
+
+def test_when_is_checked():
+    with pytest.raises(ValueError, match="Argument `when` must be 'always' or 'pays', but got 'never'"):
+        UniformSelection(keep=0.5, when="never")

@@ -50,7 +50,7 @@ def test_selection_in_a_fit_equals_the_definition(head, normalization):
     for i, batch in enumerate(DataLoader(texts(), batch_size=8)):
         with torch.no_grad():
             logits = model(batch["input_ids"], batch["attention_mask"]).logits[:, :-1]
-        expected = twin.score(i, 0, logits, batch["labels"][:, 1:] != -100)
+        expected = twin.score(i, 0, logits, batch["labels"][:, 1:])
         torch.testing.assert_close(rule.all_scores[i].double(), expected, rtol=2e-3, atol=2e-3)
         rows = sorted(expected.argsort(descending=True)[:2].tolist())
         assert rule.all_rows[i] == rows

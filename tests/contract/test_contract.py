@@ -20,7 +20,12 @@ from contract.registry import CALLBACKS, NOT_CALLBACKS
 
 every = pytest.mark.parametrize("entry", CALLBACKS.values(), ids=CALLBACKS)
 selecting = [e for e in CALLBACKS.values() if e.selects]
-each_selection = pytest.mark.parametrize("entry", selecting, ids=[e.cls.__name__ for e in selecting])
+each_selection = pytest.mark.parametrize("entry", selecting, ids=[e.name for e in selecting])
+
+
+@pytest.fixture(autouse=True)
+def folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +48,7 @@ def join(process, code=0):
 
 
 def test_every_public_callback_is_registered():
-    assert set(curation.callbacks.__all__) == set(CALLBACKS) | NOT_CALLBACKS
+    assert set(curation.callbacks.__all__) == {e.cls.__name__ for e in CALLBACKS.values()} | NOT_CALLBACKS
 
 
 @every
@@ -83,8 +88,8 @@ def test_command_line_round_trip(entry, capsys, tmp_path):
 
 @every
 def test_state_loads_with_weights_only(entry):
-    callback = entry.make()
-    trainer(callback, max_epochs=1).fit(Classifier(), loader(ids=entry.selects))
+    callback, *others = entry.in_trainer()
+    trainer(callback, *others, max_epochs=1).fit(Classifier(), entry.loader())
     file = io.BytesIO()
     torch.save(callback.state_dict(), file)
     file.seek(0)
@@ -126,14 +131,14 @@ def test_nothing_is_left_behind(entry, fails):
             if fails:
                 raise RuntimeError("stop")
 
-    module, batches = Classifier(), loader()
+    module, batches = Classifier(), entry.loader()
     before = {**vars(module)}
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules()]
-    run = trainer(entry.make(), Watch(), Fails())
+    run = trainer(*entry.in_trainer(), Watch(), Fails())
     strategy = set(vars(run.strategy))
     samplers = batches.sampler, batches.batch_sampler
     try:
-        run.fit(module, batches if entry.selects else loader(ids=False))
+        run.fit(module, batches)
     except RuntimeError:
         assert fails
     assert set(vars(run.strategy)) == strategy
@@ -157,18 +162,23 @@ def test_nothing_is_left_behind(entry, fails):
     ids=lambda o: next(iter(o)),
 )
 def test_works_in_every_kind_of_run(entry, options):
-    options = dict(options)
+    kind, options = next(iter(options)), dict(options)
     module = (ManualClassifier if options.pop("manual", False) else Classifier)()
     if options.get("barebones"):
         options = {**options, "enable_progress_bar": None, "enable_model_summary": None}
-    trainer(entry.make(), **options).fit(module, loader(ids=entry.selects))
-    assert set(module.seen) == {2 if entry.selects else 8}
+    run = trainer(*entry.in_trainer(), **options)
+    if kind in entry.refuses:
+        with pytest.raises((TypeError, ValueError), match=f"{kind}|must return its loss"):
+            run.fit(module, entry.loader())
+        return
+    run.fit(module, entry.loader())
+    assert set(module.seen) == {2 if entry.curates else 8}
 
 
 @every
 def test_works_with_weights_and_biases_offline(entry, tmp_path):
     logger = WandbLogger(project="contract", save_dir=tmp_path, offline=True)
-    trainer(entry.make(), logger=logger, max_epochs=1).fit(Classifier(), loader(ids=entry.selects))
+    trainer(*entry.in_trainer(), logger=logger, max_epochs=1).fit(Classifier(), entry.loader())
     logger.experiment.finish()
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
@@ -210,6 +220,7 @@ def test_a_run_killed_mid_epoch_resumes_bit_for_bit(killed_and_whole, name, work
     for callback, state in whole["callbacks"].items():
         if callback != "ExactResume":
             assert repr(state) == repr(resumed["callbacks"][callback])
+    assert resumed["ledger"] == whole["ledger"]
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +251,7 @@ def test_two_ranks_select_what_one_process_selects(two_ranks, name, strategy):
 @each_selection
 def test_ranks_agree_on_the_state_and_on_what_is_logged(two_ranks, entry):
     name = entry.cls.__name__
-    one, other = (torch.load(two_ranks / f"{name}-ddp-{r}.pt") for r in (0, 1))
+    one, other = (torch.load(two_ranks / f"{entry.name}-ddp-{r}.pt") for r in (0, 1))
     for key in set(one["callbacks"][name]) - {"samples_scored", "samples_trained"}:  # each rank's own
         assert repr(one["callbacks"][name][key]) == repr(other["callbacks"][name][key])
     for key in {"curation/candidate_loss", "curation/samples_scored", "curation/samples_trained"} & set(

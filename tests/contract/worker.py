@@ -6,17 +6,18 @@ import signal
 from pathlib import Path
 
 import torch
-from curation.callbacks import ExactResume
+import torch.nn.functional as F
+from curation.callbacks import ExactResume, SelectionLedger
 from helpers import Classifier, LanguageModel, data, texts, trainer
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, default_collate
-from twins import UniformTwin
+from twins import UniformTwin, slow_hard_batches
 
 from contract.registry import CALLBACKS
-from curation.batch import SampleIds
+from curation.records.ledger import Ledger
 
 LR = 0.01  # the products with a trained head are 100 batches old at most; the twin's are new
 
@@ -54,23 +55,26 @@ def run_until(
     seed_everything(7, verbose=False)
     kept = KeptRows()
     entry = CALLBACKS[name]
-    callbacks = [entry.make(), *([] if entry.cls is ExactResume else [ExactResume()]), kept]
+    folder.mkdir(exist_ok=True)
+    os.chdir(folder)
+    callbacks = [*entry.in_trainer(), *([] if entry.cls is ExactResume else [ExactResume()]), kept]
     callbacks.append(ModelCheckpoint(folder, "{step}", every_n_train_steps=5, save_top_k=-1))
     if kill_at is not None:
         callbacks.append(Kill(kill_at))
     run = trainer(*callbacks, max_epochs=3, enable_checkpointing=True, default_root_dir=folder)
     module = Classifier()
-    wrap = SampleIds if entry.selects else lambda dataset: dataset
-    loader = DataLoader(wrap(data()), 8, shuffle=True, num_workers=workers)
-    val = DataLoader(wrap(data(16)), 8)
+    loader = entry.loader(num_workers=workers)
+    val = DataLoader(entry.dataset(data(16)), 8)
     run.fit(module, loader, val, ckpt_path=resume)
-    torch.save({"rows": kept.rows, "weights": module.state_dict(), "callbacks": _states(run)}, out)
+    rows = Ledger("ledger").rows().to_pylist() if entry.cls is SelectionLedger else []
+    result = {"rows": kept.rows, "weights": module.state_dict(), "callbacks": _states(run), "ledger": repr(rows)}
+    torch.save(result, out)
 
 
 def _states(run) -> dict:
     states = {}
     for callback in run.callbacks:
-        if type(callback).__name__ in CALLBACKS:
+        if type(callback) in {entry.cls for entry in CALLBACKS.values()}:
             state = dict(callback.state_dict())
             state.pop("train_seconds", None)  # a clock
             states[type(callback).__name__] = state
@@ -104,8 +108,11 @@ def two_ranks(rank: int, port: int, folder: Path) -> None:
             kept, module = KeptRows(), (LanguageModel if strategy == "ddp" else Sharded)(lr=LR)
             resumer = [] if entry.cls is ExactResume else [ExactResume()]
             how = strategy if strategy == "ddp" else ModelParallelStrategy(2, 1)
-            run = trainer(entry.make(), *resumer, kept, strategy=how, devices=2, max_epochs=2)
-            run.fit(module, DataLoader(texts(2 * 19), 8, collate_fn=short_on_rank_one))
+            here = folder / f"{name}-{strategy}"
+            here.mkdir(exist_ok=True)
+            os.chdir(here)
+            run = trainer(*entry.in_trainer(), *resumer, kept, strategy=how, devices=2, max_epochs=2)
+            run.fit(module, entry.loader(texts(2 * 19), processes=2, collate_fn=short_on_rank_one))
             if rank == 1:
                 torch.distributed.barrier()
             states = _states(run)  # one rank at a time: a collective in `state_dict` would meet the barrier
@@ -117,10 +124,42 @@ def two_ranks(rank: int, port: int, folder: Path) -> None:
             torch.save(result, folder / f"{name}-{strategy}-{rank}.pt")
 
 
+def weighted_loss(module: LanguageModel, batch: dict, weights: list[float]) -> torch.Tensor:
+    logits = module.model(batch["input_ids"], batch["attention_mask"]).logits[:, :-1]
+    targets = batch["labels"][:, 1:]
+    losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-100, reduction="none")
+    return (torch.tensor(weights)[:, None] * losses).sum() / (targets != -100).sum()
+
+
+def hard_batches_in_one_process() -> dict:
+    """The delta rule on 3 mini-batches of 16; each of two ranks has every second row."""
+    module, samples = LanguageModel(lr=LR), texts(2 * 19)
+    optimizer = module.configure_optimizers()
+    order = torch.randperm(38, generator=torch.Generator().manual_seed(0)).repeat(2)
+    rows: list[list] = [[], []]
+
+    def train(step: int, batch: int) -> float:
+        losses = []
+        for rank in (0, 1):
+            part = default_collate([samples[i] for i in order[16 * batch : 16 * batch + 16][rank::2]])
+            rows[rank].append(first_tokens(part))
+            losses.append(module.training_step(part, 0))
+        loss = sum(losses) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    slow_hard_batches(3, 0.5, train, 6)
+    return {"rows": rows, "weights": module.state_dict()}
+
+
 def one_process(name: str) -> dict:
     """What two ranks must give: k of each rank's candidates by the memory at the start of the step."""
+    if CALLBACKS[name].sampler is not None:
+        return hard_batches_in_one_process()
     twin = (CALLBACKS[name].twin or UniformTwin)()
-    keeps = 2 if CALLBACKS[name].selects else 8
+    keeps = 2 if CALLBACKS[name].curates else 8
     module, samples = LanguageModel(lr=LR), texts(2 * 19)
     optimizer = module.configure_optimizers()
     rows: list[list] = [[], []]
@@ -136,12 +175,12 @@ def one_process(name: str) -> dict:
                 batch = default_collate([samples[i] for i in chosen])
                 with torch.no_grad():
                     logits = module.eval().model(batch["input_ids"], batch["attention_mask"]).logits[:, :-1]
-                scores = twin.score(step, rank, logits, batch["labels"][:, 1:] != -100)
-                best = sorted(scores.argsort(descending=True, stable=True)[:keeps].tolist())
+                scores = twin.score(step, rank, logits, batch["labels"][:, 1:])
+                best, weights = twin.choose(step, rank, scores, keeps)
                 twin.keep(best)
                 kept = {key: value[best] for key, value in batch.items()}
                 rows[rank].append(first_tokens(kept))
-                losses.append(module.train().training_step(kept, 0))
+                losses.append(weighted_loss(module.train(), kept, weights))
             twin.end_step()
             optimizer.zero_grad()
             (sum(losses) / 2).backward()

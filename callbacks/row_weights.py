@@ -1,0 +1,61 @@
+"""How the weights of kept rows reach a loss that takes none."""
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+
+class RowWeights:
+    """Weighs each row's share of the gradient, in any module whose loss is a mean over rows or positions.
+
+    A module with an attribute ``sample_weights`` finds them there (fp32 ``[k]``, mean about 1) and multiplies its
+    per-sample losses by them. In any other the gradient with respect to the logits is multiplied row by row, which
+    has the same effect on every parameter: the gradient is linear in it. The loss that is logged is then unweighted.
+
+    Args:
+        module: The module that is trained.
+        maker: The submodule whose output are the logits, or None if it is not known.
+    """
+
+    def __init__(self, module: LightningModule, maker: nn.Module | None) -> None:
+        self.weights: Tensor | None = None
+        self._module = module
+        self._takes = hasattr(module, "sample_weights")
+        self._reached = self._takes
+        self._undo: Callable[[], None] = lambda: None
+        if self._takes:
+            self._undo = lambda: self.set(None)
+        elif maker is not None:
+            self._undo = maker.register_forward_hook(self._weigh).remove
+
+    def set(self, weights: Tensor | None) -> None:
+        """The weights of the batch that is trained on next."""
+        self.weights = weights
+        if self._takes:
+            self._module.sample_weights = weights  # type: ignore[assignment]
+        else:
+            self._reached = weights is None
+
+    def _weigh(self, maker: nn.Module, inputs: Any, output: Any) -> None:
+        logits = getattr(output, "logits", output)
+        weights = self.weights
+        if weights is None or not isinstance(logits, Tensor) or not logits.requires_grad:
+            return
+        if logits.dim() > 1 and len(logits) == len(weights):
+            shaped = weights.view(-1, *[1] * (logits.dim() - 1))
+            logits.register_hook(lambda gradient: gradient * shaped.to(gradient.dtype))
+            self._reached = True
+
+    def check(self) -> None:
+        """Raise, before the first gradient, if the weights have not reached the loss."""
+        if not self._reached:
+            raise TypeError(
+                f"The weights of the kept rows did not reach the loss of {type(self._module).__name__}. Add an "
+                "attribute `sample_weights` (None) to it, and multiply the per-sample losses by it where it is set."
+            )
+
+    def remove(self) -> None:
+        """Leave the module as it was."""
+        self._undo()

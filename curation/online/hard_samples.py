@@ -1,0 +1,129 @@
+"""Which candidates a rule of hard-sample training draws, and with what weights.
+
+Every draw takes its random numbers as an argument, ``uniform``: floating ``[B]`` in [0, 1), independent. A score that
+is not finite is drawn last. Nothing here synchronises with the host.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def rank_log_weights(scores: Tensor, pressure: float) -> Tensor:
+    """Logarithms of weights that fall exponentially with the rank (arXiv 1511.06343, sec. 3).
+
+    The hardest sample weighs ``pressure^((B - 1) / B)`` times as much as the easiest.
+
+    Args:
+        scores: ``[B]``; the highest has rank 0, equal ones are ranked in batch order.
+        pressure: At least 1, where all weigh the same.
+
+    Returns:
+        fp32 ``[B]``; -inf where the score is not finite.
+
+    Example:
+        >>> rank_log_weights(torch.tensor([0.1, 3.0]), 100.0).exp()
+        tensor([0.1000, 1.0000])
+    """
+    finite = scores.isfinite()
+    ranks = scores.masked_fill(~finite, -torch.inf).argsort(descending=True, stable=True).argsort()
+    log_weights = ranks.float() * (-math.log(pressure) / len(scores))
+    return log_weights.masked_fill(~finite, -torch.inf)
+
+
+def cdf_power(scores: Tensor, pool: Tensor, beta: float) -> Tensor:
+    """Selective backpropagation's probability of a sample, ``P(pool <= score)^beta`` (arXiv 1910.00762, sec. 3).
+
+    Args:
+        scores: ``[B]``.
+        pool: ``[N]``, the scores compared with; those not finite are left out.
+        beta: At least 0, where all are equally probable.
+
+    Returns:
+        fp32 ``[B]`` in [0, 1]; 0 where the score is not finite.
+
+    Example:
+        >>> cdf_power(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0, 2.0, 2.0]), 1.0)
+        tensor([0.5000, 1.0000])
+    """
+    finite = pool.isfinite()
+    ordered = pool.masked_fill(~finite, torch.inf).sort().values
+    below = torch.searchsorted(ordered, scores.to(ordered.dtype).contiguous(), right=True)
+    share = torch.minimum(below, finite.sum()) / finite.sum().clamp(min=1)
+    return share.pow(beta).masked_fill(~scores.isfinite(), 0)
+
+
+def successive_sample(log_weights: Tensor, k: int, uniform: Tensor) -> Tensor:
+    """Draw ``k`` rows one after another without replacement, each with odds proportional to its weight.
+
+    By the Gumbel-max trick: the ``k`` largest of ``log w + Gumbel noise`` (Efraimidis and Spirakis 2006).
+
+    Returns:
+        int64 ``[min(k, B)]``, ascending.
+    """
+    gumbel = -(-(uniform.double().clamp(min=1e-300).log())).log()
+    return _largest(log_weights + gumbel, k)
+
+
+def pareto_sample(probabilities: Tensor, k: int, uniform: Tensor) -> Tensor:
+    """Draw exactly ``k`` rows, each with about its own probability where these sum to ``k``.
+
+    Pareto sampling (Rosen 1997): the ``k`` largest ratios of the odds of ``p`` to the odds of ``uniform``. Where they
+    do not sum to ``k``, all odds are in effect multiplied by the factor that makes them.
+
+    Returns:
+        int64 ``[min(k, B)]``, ascending.
+    """
+    p, u = probabilities.double().clamp(max=1 - 1e-12), uniform.double().clamp(min=1e-300)  # certain rows tie
+    return _largest(torch.logit(p) - torch.logit(u), k)
+
+
+def priority_sample(scores: Tensor, k: int, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw ``k`` distinct rows with probabilities that grow with the score, and weights that remove the bias.
+
+    Priority sampling (Duffield, Lund and Thorup 2007): the ``k`` largest of ``q = score / uniform``; with ``t`` the
+    next largest, a row stands for ``max(1, t / score)`` rows. For any values ``x`` that are 0 where the score is 0,
+    ``mean(weights * x[rows])`` has the expectation ``mean(x)``. Drawing without replacement and weighting by
+    ``1 / (B p)`` would not.
+
+    Args:
+        scores: ``[B]``, at least 0.
+        k: Rows to draw; all where ``B <= k``, with weights 1.
+        uniform: ``[B]``.
+
+    Returns:
+        int64 ``[min(k, B)]``, ascending, and their weights, fp32.
+    """
+    size = len(scores)
+    w = scores.double().masked_fill(~scores.isfinite(), 0)
+    q = w / uniform.double().clamp(min=1e-300)
+    rows = _largest(q, k)
+    if k >= size:
+        return rows, torch.ones(size, device=scores.device)
+    threshold = q.topk(k + 1).values[-1]
+    stands_for = torch.where(w > 0, (threshold / w).clamp(min=1), 1.0)[rows]
+    return rows, (stands_for * (k / size)).float()
+
+
+def variance_reduction(scores: Tensor) -> Tensor:
+    """How many times larger a uniform batch has to be for the variance of one drawn by score.
+
+    ``tau = (1 - ||g - u||^2 / ||g||^2)^(-1/2)`` with ``g`` the normalised scores and ``u = 1 / B``
+    (arXiv 1803.00942, sec. 3.3).
+
+    Args:
+        scores: ``[B]``, bounds of the gradient norms, at least 0.
+
+    Returns:
+        fp32 scalar, at least 1; 1 where all scores are equal.
+    """
+    w = scores.double().masked_fill(~scores.isfinite(), 0)
+    g = w / w.sum().clamp(min=1e-300)
+    squares = g.square().sum()
+    lost = (g - 1 / len(g)).square().sum() / squares.clamp(min=1e-300)
+    return (1 - lost).clamp(min=1e-12).rsqrt().float()
+
+
+def _largest(keys: Tensor, k: int) -> Tensor:
+    return keys.argsort(descending=True, stable=True)[:k].sort().values

@@ -1,0 +1,184 @@
+"""The audit trail of a selection: one row per candidate, in Parquet files that survive a crash.
+
+A ledger is a folder with one folder per rank, ``rank=0``, ``rank=1``, ..., of files ``00000000.parquet`` and so on.
+Columns: ``step`` (int64, batches trained on before), ``sample_id`` (int64), ``score`` (float32), ``kept`` (int32, how
+often the row was trained on in that step) and ``weight`` (float32, 0 where it was not kept).
+``datasets.load_dataset("parquet", data_files="LEDGER/*/*.parquet")`` reads it too, and so does any Parquet reader.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+ROWS_PER_FILE = 1 << 18
+COLUMNS = ("step", "sample_id", "score", "kept", "weight")
+_FILES = "*.parquet"
+_CLOSED = "closed"
+
+
+class LedgerWriter:
+    """Appends the candidates of one rank.
+
+    Rows are gathered in memory, where they lie, and written a file at a time, each under its name only when it is
+    whole: a killed process loses the rows since the last :meth:`flush` or full file, never a file.
+
+    Args:
+        path: Of the ledger.
+        rank: Of this process.
+        rows_per_file: Rows that are gathered, 24 bytes each.
+    """
+
+    def __init__(self, path: str | Path, rank: int = 0, rows_per_file: int = ROWS_PER_FILE) -> None:
+        self.folder = Path(path) / f"rank={rank}"
+        self.rows_per_file = rows_per_file
+        self._open: list[tuple[Tensor, ...]] = []
+        self._rows = 0
+        self._written = 0
+        self._number = len(self._files())
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob(_FILES))
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether this rank has written before."""
+        return bool(self._files())
+
+    def append(self, step: int, sample_ids: Tensor, scores: Tensor, kept: Tensor, weights: Tensor) -> None:
+        """Enter a candidate batch, without a host synchronisation until a file is full.
+
+        Args:
+            step: Batches trained on before.
+            sample_ids: int64 ``[B]``.
+            scores: floating ``[B]``.
+            kept: integers ``[B]``.
+            weights: floating ``[B]``.
+        """
+        steps = torch.full_like(sample_ids, step)
+        self._open.append((steps, sample_ids, scores.float(), kept.int(), weights.float()))
+        self._rows += len(sample_ids)
+        if self._rows >= self.rows_per_file:
+            self.flush()
+            self._open, self._rows, self._written = [], 0, 0
+            self._number += 1
+
+    def flush(self) -> None:
+        """Write the rows that are gathered; the file is written again as more come."""
+        if self._rows == self._written:
+            return
+        columns = [torch.cat(column).cpu().numpy() for column in zip(*self._open, strict=True)]
+        self._open = [tuple(torch.from_numpy(column) for column in columns)]
+        self._write(self.folder / f"{self._number:08d}.parquet", dict(zip(COLUMNS, columns, strict=True)))
+        self._written = self._rows
+
+    def _write(self, file: Path, columns: dict[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / _CLOSED).unlink(missing_ok=True)
+        part = file.with_suffix(".part")
+        pq.write_table(pa.table(columns), part, compression="zstd")
+        with part.open("rb+") as written:
+            os.fsync(written.fileno())
+        part.replace(file)
+
+    def close(self) -> None:
+        """Write what is left, and that nothing is missing."""
+        self.flush()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / _CLOSED).touch()
+
+    def truncate(self, step: int) -> None:
+        """Forget the rows of ``step`` and later: they are of a run that was cut off and goes on from there."""
+        for part in self.folder.glob("*.part"):
+            part.unlink()
+        for file in reversed(self._files()):
+            steps = pq.read_table(file, columns=["step"])["step"].to_numpy()
+            if steps[-1] < step:
+                break
+            if steps[0] >= step:
+                file.unlink()
+            else:
+                table = pq.read_table(file).slice(0, int(np.searchsorted(steps, step)))
+                self._write(file, {name: table[name] for name in COLUMNS})
+        self._number = len(self._files())
+
+
+class Ledger:
+    """Reads a ledger, a batch of rows at a time.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        FileNotFoundError: If it holds no ledger.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.files = sorted(self.path.glob(f"rank=*/{_FILES}"))
+        if not self.files:
+            raise FileNotFoundError(f"Argument `path` must be the folder of a ledger, but got {str(path)!r}.")
+        self._data = ds.dataset(self.files, format="parquet")
+
+    def cut_off(self) -> dict[str, int]:
+        """Ranks whose fit is going on or was killed, with the last step written; later rows may be missing."""
+        last = {}
+        for folder in sorted(self.path.glob("rank=*")):
+            if not (folder / _CLOSED).exists():
+                file = max(folder.glob(_FILES))
+                last[folder.name] = int(pq.read_table(file, columns=["step"])["step"][-1].as_py())
+        return last
+
+    def rows(self) -> Any:
+        """All rows, as a ``pyarrow.Table``."""
+        return self._data.to_table(columns=list(COLUMNS))
+
+    def batches(self, *columns: str) -> Iterator[dict[str, np.ndarray]]:
+        """All rows, about 100,000 at a time, rank by rank and in the order of steps."""
+        for batch in self._data.to_batches(columns=list(columns or COLUMNS)):
+            if batch.num_rows:
+                yield {name: batch[name].to_numpy() for name in batch.schema.names}
+
+    def counts(self, size: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """How often each sample was a candidate, how often it was kept, and the step at which it was last kept.
+
+        Args:
+            size: Number of samples of the data set; None for the largest id and one.
+
+        Returns:
+            int64 ``[N]`` each; the last step is -1 for a sample that was never kept.
+        """
+        seen, kept, last = (np.zeros(0, np.int64) for _ in range(3))
+        for batch in self.batches("step", "sample_id", "kept"):
+            ids = batch["sample_id"]
+            n = max(len(seen), int(ids.max()) + 1, size or 0)
+            seen, kept = (np.pad(a, (0, n - len(a))) for a in (seen, kept))
+            last = np.pad(last, (0, n - len(last)), constant_values=-1)
+            seen += np.bincount(ids, minlength=n)
+            kept += np.bincount(ids, weights=batch["kept"], minlength=n).astype(np.int64)
+            chosen = batch["kept"] > 0
+            np.maximum.at(last, ids[chosen], batch["step"][chosen])
+        return seen, kept, last
+
+    def never_kept(self, size: int | None = None) -> np.ndarray:
+        """Ids of the samples that were never trained on, int64, ascending."""
+        return np.flatnonzero(self.counts(size)[1] == 0)
+
+    def most_kept(self, n: int = 10) -> list[tuple[int, int]]:
+        """The ``n`` samples trained on most often, with how often."""
+        _, kept, _ = self.counts()
+        order = np.argsort(-kept, kind="stable")[:n]
+        return [(int(i), int(kept[i])) for i in order]
+
+    def history(self, sample_id: int) -> dict[str, np.ndarray]:
+        """Every row of one sample, in the order of steps: a dictionary of columns."""
+        found = ds.field("sample_id") == sample_id
+        table = self._data.to_table(columns=list(COLUMNS), filter=found).sort_by("step")
+        return {name: table[name].to_numpy() for name in COLUMNS}

@@ -1,0 +1,77 @@
+"""The last score of every sample, and how often it was seen and kept."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class ScoreStore:
+    """A preallocated record of every sample, indexed by its id; 20 bytes a sample.
+
+    A score is as old as ``step - steps[id]``: it was made by the model of the step at which the sample was last a
+    candidate. Nothing here synchronises with the host, and equal updates on every rank give equal records.
+
+    Args:
+        size: Number of samples; ids are in [0, size).
+        device: Where the record lies.
+
+    Attributes:
+        scores: fp32 ``[N]``, the last score; NaN before the first.
+        steps: int64 ``[N]``, the step of the last score; -1 before the first.
+        seen: int32 ``[N]``, how often the sample was a candidate.
+        kept: int32 ``[N]``, how often it was trained on.
+
+    Raises:
+        ValueError: If ``size`` is not positive.
+
+    Example:
+        >>> store = ScoreStore(3)
+        >>> store.update(torch.tensor([0, 2]), torch.tensor([1.5, 0.5]), torch.tensor([1, 0]), step=7)
+        >>> store.scores, store.kept
+        (tensor([1.5000,    nan, 0.5000]), tensor([1, 0, 0], dtype=torch.int32))
+    """
+
+    def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
+        if not size > 0:
+            raise ValueError(f"Argument `size` must be > 0, but got {size!r}.")
+        # One row more than samples, for the ids that are none.
+        self._scores = torch.full((size + 1,), torch.nan, device=device)
+        self._steps = torch.full((size + 1,), -1, device=device)
+        self._seen = torch.zeros(size + 1, dtype=torch.int32, device=device)
+        self._kept = torch.zeros(size + 1, dtype=torch.int32, device=device)
+        self.scores, self.steps = self._scores[:-1], self._steps[:-1]
+        self.seen, self.kept = self._seen[:-1], self._kept[:-1]
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def update(self, ids: Tensor, scores: Tensor, kept: Tensor, step: int) -> None:
+        """Enter a candidate batch. Of an id that occurs twice the larger score stays.
+
+        Args:
+            ids: int64 ``[B]`` in [0, N); rows with the id -1 are left out.
+            scores: floating ``[B]``.
+            kept: ``[B]``, how often each was trained on in this step.
+            step: At which the scores were made.
+        """
+        ids = ids.where(ids >= 0, len(self))
+        self._scores.scatter_reduce_(0, ids, scores.to(self._scores), "amax", include_self=False)
+        self._steps.index_fill_(0, ids, step)
+        self._seen.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
+        self._kept.index_add_(0, ids, kept.to(torch.int32))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The record."""
+        return {name: getattr(self, name) for name in ("scores", "steps", "seen", "kept")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`.
+
+        Raises:
+            ValueError: If it is a record of another number of samples.
+        """
+        if len(state["scores"]) != len(self):
+            raise ValueError(f"The record in the checkpoint is of {len(state['scores'])} samples, not {len(self)}.")
+        for name, value in state.items():
+            getattr(self, name).copy_(value)

@@ -1,0 +1,117 @@
+"""The audit trail: what is written is read, a killed process loses no file."""
+
+import multiprocessing
+import os
+import signal
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from curation.records.ledger import Ledger, LedgerWriter
+
+
+def candidates(step, size=4, n=10):
+    g = torch.Generator().manual_seed(step)
+    kept = torch.zeros(size, dtype=torch.int64)
+    kept[torch.randperm(size, generator=g)[:2]] = 1
+    return torch.randperm(n, generator=g)[:size], torch.rand(size, generator=g), kept, kept * 0.5
+
+
+def write(path, steps, rank=0, close=True, rows_per_file=10):
+    writer = LedgerWriter(path, rank, rows_per_file)
+    for step in steps:
+        writer.append(step, *candidates(step))
+    if close:
+        writer.close()
+    return writer
+
+
+def test_what_is_written_is_read(tmp_path):
+    write(tmp_path, range(7))
+    got = Ledger(tmp_path).rows().to_pydict()
+    expected = [candidates(step) for step in range(7)]
+    assert got["step"] == [step for step in range(7) for _ in range(4)]
+    for i, name in enumerate(("sample_id", "score", "kept", "weight")):
+        assert got[name] == torch.cat([e[i] for e in expected]).tolist()
+    assert len(list(tmp_path.glob("rank=0/*.parquet"))) == 3
+
+
+def test_other_readers_read_it(tmp_path):
+    write(tmp_path, range(3), rank=0)
+    write(tmp_path, range(3), rank=1)
+    files = str(tmp_path / "*" / "*.parquet")
+    rows = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    assert rows.num_rows == 24
+
+
+def test_questions_are_answered_as_by_counting(tmp_path):
+    write(tmp_path, range(9), rank=0)
+    write(tmp_path, range(20, 25), rank=1)
+    seen, kept, last = np.zeros(12), np.zeros(12), np.full(12, -1)
+    for step in [*range(9), *range(20, 25)]:
+        ids, _, was_kept, _ = candidates(step)
+        for i, k in zip(ids.tolist(), was_kept.tolist(), strict=True):
+            seen[i] += 1
+            kept[i] += k
+            last[i] = max(last[i], step) if k else last[i]
+    ledger = Ledger(tmp_path)
+    got = ledger.counts(size=12)
+    np.testing.assert_array_equal(got, [seen, kept, last])
+    assert ledger.never_kept(12).tolist() == np.flatnonzero(kept == 0).tolist()
+    assert ledger.most_kept(3) == [(i, kept[i]) for i in sorted(range(12), key=lambda i: -kept[i])[:3]]
+
+
+def test_the_history_of_a_sample_is_in_order(tmp_path):
+    write(tmp_path, range(1, 20, 2), rank=0)
+    write(tmp_path, range(0, 20, 2), rank=1)
+    history = Ledger(tmp_path).history(3)
+    expected = [(s, float(candidates(s)[1][i])) for s in range(20) for i, j in enumerate(candidates(s)[0]) if j == 3]
+    assert list(zip(history["step"].tolist(), history["score"].tolist(), strict=True)) == expected
+
+
+def kill(path):
+    write(path, range(6), close=False)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_loses_the_open_file_only_and_the_reader_says_so(tmp_path):
+    process = multiprocessing.get_context("fork").Process(target=kill, args=(tmp_path,))
+    process.start()
+    process.join()
+    ledger = Ledger(tmp_path)
+    assert ledger.rows()["step"].to_pylist() == [s for s in range(6) for _ in range(4)][: 2 * 12]
+    assert ledger.cut_off() == {"rank=0": 5}
+    write(tmp_path, [6])
+    assert Ledger(tmp_path).cut_off() == {}
+
+
+@pytest.mark.parametrize("step", [0, 1, 4, 5, 6, 7])
+def test_a_resumed_run_leaves_the_rows_of_an_uninterrupted_one(tmp_path, step):
+    write(tmp_path / "whole", range(10))
+    write(tmp_path / "resumed", range(7), close=False).flush()
+    (tmp_path / "resumed/rank=0/00000099.part").touch()
+    writer = LedgerWriter(tmp_path / "resumed", 0, 10)
+    writer.truncate(step)
+    for s in range(step, 10):
+        writer.append(s, *candidates(s))
+    writer.close()
+    whole, resumed = (Ledger(tmp_path / run).rows() for run in ("whole", "resumed"))
+    assert whole.equals(resumed)
+
+
+def test_a_checkpoint_writes_the_open_file_and_goes_on_with_it(tmp_path):
+    writer = write(tmp_path, range(2), close=False)
+    assert not list(tmp_path.glob("rank=0/*"))
+    writer.flush()
+    assert Ledger(tmp_path).rows().num_rows == 8
+    writer.append(2, *candidates(2))
+    writer.close()
+    assert Ledger(tmp_path).rows().num_rows == 12
+    assert len(list(tmp_path.glob("rank=0/*.parquet"))) == 1
+
+
+def test_a_folder_without_a_ledger_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"Argument `path` must be the folder of a ledger, but got '.*none'"):
+        Ledger(tmp_path / "none")
