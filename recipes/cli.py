@@ -6,6 +6,7 @@
 
 import argparse
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,10 @@ def run(args: list[str], execute: bool = True) -> Any:
         save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
         auto_configure_optimizers=False,
-        parser_kwargs={"prog": "curation", "description": "See also `curation recipes --help`."},
+        parser_kwargs={
+            "prog": "curation",
+            "description": "See also `curation recipes|ledger|irreducible --help`.",
+        },
     )
 
 
@@ -129,6 +133,9 @@ def main(args: list[str] | None = None) -> None:
             return
         args = with_recipe_files(args)
         require_extra()
+        if args[:1] in (["irreducible"], ["ledger"]):
+            import_module(f"curation.recipes.{args[0]}").main(args[1:])
+            return
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"curation: {error}")
     try:

@@ -1,0 +1,263 @@
+"""Image classification, with label noise where asked, by a small convolutional network."""
+
+import gzip
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from curation.callbacks.online_selection import Choice, SelectionListener
+from curation.recipes.sources import require_extra
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import Accuracy
+
+from curation.batch import SampleIds
+from curation.samplers.hard_batches import HardBatchSampler
+
+FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
+
+
+class ImageClassifier(LightningModule):
+    """Two convolutions and two linear layers, trained with cross-entropy.
+
+    Args:
+        channels: Of the first convolution; the second has twice as many.
+        hidden: Width of the hidden linear layer.
+        classes: Number of classes.
+        lr: Learning rate of AdamW.
+        weight_decay: Of AdamW.
+
+    Raises:
+        ValueError: If ``lr`` is not positive.
+    """
+
+    def __init__(
+        self, channels: int = 16, hidden: int = 128, classes: int = 10, lr: float = 1e-3, weight_decay: float = 0.01
+    ) -> None:
+        super().__init__()
+        if not lr > 0:
+            raise ValueError(f"Argument `lr` must be > 0, but got {lr!r}.")
+        self.save_hyperparameters()
+        self.net = nn.Sequential(
+            nn.LazyConv2d(channels, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.LazyConv2d(2 * channels, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.LazyLinear(hidden), nn.ReLU(), nn.Linear(hidden, classes),
+        )  # fmt: skip
+        self.val_accuracy = Accuracy("multiclass", num_classes=classes)
+        self.test_accuracy = Accuracy("multiclass", num_classes=classes)
+
+    def setup(self, stage: str) -> None:
+        """Take the size of the images from the data."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if data is not None:
+            self.net(torch.zeros(1, *data.shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[B, classes]`` of images ``[B, C, H, W]``."""
+        return self.net(x)
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        """Mean cross-entropy."""
+        x, y = batch[:2]  # ids follow where no callback strips them
+        loss = F.cross_entropy(self(x), y)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        """Loss and accuracy."""
+        x, y = batch
+        logits = self(x)
+        self.val_accuracy(logits, y)
+        self.log("val_loss", F.cross_entropy(logits, y), prog_bar=True)
+        self.log("val_accuracy", self.val_accuracy, prog_bar=True)
+
+    def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        """Accuracy."""
+        x, y = batch
+        self.test_accuracy(self(x), y)
+        self.log("test_accuracy", self.test_accuracy)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW."""
+        return torch.optim.AdamW(self.parameters(), lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"])
+
+
+class Images(LightningDataModule):
+    """Labelled images in memory; the training labels may be corrupted.
+
+    Args:
+        data: ``"digits"`` (1,797 of scikit-learn), a folder with the four ``idx`` files of MNIST or Fashion-MNIST
+            (gzipped or not), or a hub name with the columns ``image`` and ``label``.
+        label_noise: Share of the training labels that are drawn anew from the other classes.
+        holdout: Share of the training images that are held out: validation, and what ``swap`` trains on.
+        swap: Train on the held-out images and validate on the others, for irreducible losses.
+        batch_size: Candidates per training batch and device.
+        delta: With it batches are drawn by ``HardBatchSampler``; None draws them uniformly.
+        num_workers: Of the data loaders.
+        seed: Of the split, the noise and the mini-batches of ``delta``.
+
+    Attributes:
+        corrupted: bool ``[N]`` by sample id, whether a training label is wrong.
+
+    Raises:
+        ValueError: If an argument is out of its range, or ``data`` holds no images.
+    """
+
+    def __init__(
+        self,
+        data: str = FASHION_MNIST,
+        label_noise: float = 0.0,
+        holdout: float = 0.1,
+        swap: bool = False,
+        batch_size: int = 128,
+        delta: float | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_noise < 1:
+            raise ValueError(f"Argument `label_noise` must be in [0, 1), but got {label_noise!r}.")
+        if not 0 < holdout < 1:
+            raise ValueError(f"Argument `holdout` must be in (0, 1), but got {holdout!r}.")
+        if batch_size < 1:
+            raise ValueError(f"Argument `batch_size` must be >= 1, but got {batch_size!r}.")
+        if seed < 0:
+            raise ValueError(f"Argument `seed` must be >= 0, but got {seed!r}.")
+        self.data = data
+        self.label_noise = label_noise
+        self.holdout = holdout
+        self.swap = swap
+        self.batch_size = batch_size
+        self.delta = delta
+        self.num_workers = num_workers
+        self.seed = seed
+        self.corrupted = torch.zeros(0, dtype=torch.bool)
+        self.train: SampleIds | None = None
+
+    def setup(self, stage: str) -> None:
+        """Load, split, corrupt; once."""
+        if self.train is not None:
+            return
+        images, labels, test_images, test_labels = load(self.data)
+        mean, deviation = images.mean(), images.std()
+        self.shape = images.shape[1:]
+        draw = np.random.default_rng(self.seed)
+        order = torch.from_numpy(draw.permutation(len(images)))
+        classes = int(labels.max()) + 1
+        corrupted = torch.from_numpy(draw.random(len(images)) < self.label_noise)
+        other = (labels + torch.from_numpy(draw.integers(1, classes, len(images)))) % classes
+        noisy = torch.where(corrupted, other, labels)
+        held = int(self.holdout * len(images))
+        rest, out = order[held:], order[:held]
+        if self.swap:
+            rest, out = out, rest
+        # Validation is on clean labels, except where it stands for the training set.
+        validation = noisy if self.swap else labels
+        images, test_images = (images - mean) / deviation, (test_images - mean) / deviation
+        self.corrupted = corrupted[rest]
+        self.train = SampleIds(TensorDataset(images[rest], noisy[rest]))
+        self.val = TensorDataset(images[out], validation[out])
+        self.test = TensorDataset(test_images, test_labels)
+
+    def train_dataloader(self) -> DataLoader:
+        """Candidate batches, reshuffled every epoch, or fixed ones with ``delta``."""
+        how: dict[str, Any] = {"shuffle": True}
+        if self.delta is not None:
+            processes = self.trainer.world_size if self.trainer is not None else 1
+            how = {"sampler": HardBatchSampler(self.train, self.batch_size * processes, self.delta, seed=self.seed)}
+        return DataLoader(self.train, self.batch_size, num_workers=self.num_workers, **how)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> DataLoader:
+        """The held-out images, in order."""
+        return DataLoader(self.val, 1000, num_workers=self.num_workers)
+
+    def test_dataloader(self) -> DataLoader:
+        """The test images, in order."""
+        return DataLoader(self.test, 1000, num_workers=self.num_workers)
+
+
+class CorruptedShare(Callback, SelectionListener):
+    """Logs the share of wrong labels so far, ``curation/kept_corrupted`` and ``curation/all_corrupted``."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget an earlier fit."""
+        self._sums = None
+
+    def on_selection(self, trainer: Trainer, pl_module: LightningModule, step: int, choice: Choice) -> None:
+        """Count."""
+        assert choice.sample_ids is not None
+        wrong = trainer.datamodule.corrupted.to(choice.sample_ids.device)[choice.sample_ids].double()  # type: ignore[attr-defined]
+        kept = wrong if choice.rows is None else wrong[choice.rows]
+        new = torch.stack(
+            [kept.sum(), torch.full_like(kept.sum(), len(kept)), wrong.sum(), kept.new_tensor(len(wrong))]
+        )
+        self._sums = new if self._sums is None else self._sums + new
+        if (step + 1) % max(1, trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
+            for i, name in enumerate(("kept", "all")):
+                share = self._sums[2 * i] / self._sums[2 * i + 1]
+                pl_module.log(f"curation/{name}_corrupted", share, on_step=True, on_epoch=False, batch_size=1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts of this rank."""
+        return {"sums": self._sums}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self._sums = state_dict["sums"]
+
+
+def load(data: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training images fp32 ``[N, C, H, W]`` in [0, 1] and int64 labels ``[N]``, and the same of the test set.
+
+    Args:
+        data: As in :class:`Images`.
+
+    Raises:
+        ValueError: If the folder lacks a file.
+        ImportError: If scikit-learn or datasets is missing for what is asked.
+    """
+    if data == "digits":
+        from sklearn.datasets import load_digits
+
+        images, labels = load_digits(return_X_y=True)
+        x = torch.from_numpy(images).float().view(-1, 1, 8, 8) / 16
+        y = torch.from_numpy(labels).long()
+        return x[:-360], y[:-360], x[-360:], y[-360:]
+    folder = Path(data)
+    if folder.is_absolute() or folder.is_dir():
+        parts = [
+            _idx(folder, f"{part}-{kind}-ubyte")
+            for part in ("train", "t10k")
+            for kind in ("images-idx3", "labels-idx1")
+        ]
+    else:
+        require_extra()
+        import datasets
+
+        parts = []
+        for part in ("train", "test"):
+            rows = datasets.load_dataset(data, split=part).with_format("numpy")
+            parts += [torch.from_numpy(np.stack(list(rows["image"]))), torch.from_numpy(np.asarray(rows["label"]))]
+    x, y, test_x, test_y = parts
+    x, test_x = ((t.unsqueeze(1) if t.dim() == 3 else t.movedim(-1, 1)).float() / 255 for t in (x, test_x))
+    return x, y.long(), test_x, test_y.long()
+
+
+def _idx(folder: Path, name: str) -> Tensor:
+    """An array in the format of MNIST: a magic number, big-endian int32 sizes, bytes."""
+    file = next((f for f in (folder / f"{name}.gz", folder / name) if f.is_file()), None)
+    if file is None:
+        raise ValueError(
+            f"Argument `data` must be 'digits', a hub name, or a folder with {name}.gz, but got {folder}."
+        )
+    content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    dimensions = content[3]
+    shape = np.frombuffer(content, ">i4", dimensions, offset=4)
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy())
