@@ -40,14 +40,13 @@ SELECTIONS: dict[str, dict[str, Any]] = {
     "cdf (Selective-Backprop)": {"rule": "cdf"},
     "importance": {"rule": "importance", "score": "grad_norm"},
     "reducible loss": {"rule": "top", "score": "reducible_loss"},
+    "reducible loss, held-out labels as wrong": {"rule": "top", "score": "reducible_loss"},
     AS_LONG: {},
     "full": {},
 }
 BATCH, DELTA_EPOCHS = 128, 5
 DELTAS: dict[str, float | None] = {"shuffled": None, "delta 1": 1.0, "delta 0.8": 0.8, "delta 0.5": 0.5}
 BASELINE = {"noise": "uniform", "delta": "shuffled"}
-
-_irreducible: dict[int, str] = {}
 
 
 def trainer(*callbacks: Callback, **kwargs: Any) -> Trainer:
@@ -56,24 +55,21 @@ def trainer(*callbacks: Callback, **kwargs: Any) -> Trainer:
     return Trainer(accelerator="cpu", callbacks=list(callbacks), num_sanity_val_steps=0, **{**quiet, **kwargs})
 
 
-def irreducible(data: str, seed: int) -> str:
-    """The losses of the training set by a model of the held-out images, at its best step for them."""
-    if seed not in _irreducible:
-        folder = tempfile.mkdtemp()
-        seed_everything(seed, verbose=False)
-        noisy = {"data": data, "label_noise": NOISE, "holdout": HOLDOUT, "seed": seed}
-        best = ModelCheckpoint(folder, monitor="val_loss")
-        run = trainer(best, max_steps=600, val_check_interval=50, check_val_every_n_epoch=None)
-        run.fit(ImageClassifier(), datamodule=Images(batch_size=32, swap=True, **noisy))
-        table = irreducible_losses(
-            trainer(enable_checkpointing=False),
-            ImageClassifier(),
-            Images(batch_size=1000, **noisy),
-            best.best_model_path,
-        )
-        _irreducible[seed] = f"{folder}/irreducible.pt"
-        torch.save(table, _irreducible[seed])
-    return _irreducible[seed]
+def irreducible(data: str, seed: int, holdout_noise: float) -> str:
+    """The losses of the training set by a model of the held-out images."""
+    folder = tempfile.mkdtemp()
+    seed_everything(seed, verbose=False)
+    noisy = {"data": data, "label_noise": NOISE, "holdout": HOLDOUT, "holdout_noise": holdout_noise, "seed": seed}
+    held_out = trainer(ModelCheckpoint(folder, save_last=True), max_steps=600, limit_val_batches=0)
+    held_out.fit(ImageClassifier(), datamodule=Images(batch_size=32, swap=True, **noisy))
+    table = irreducible_losses(
+        trainer(enable_checkpointing=False),
+        ImageClassifier(),
+        Images(batch_size=1000, **noisy),
+        f"{folder}/last.ckpt",
+    )
+    torch.save(table, f"{folder}/irreducible.pt")
+    return f"{folder}/irreducible.pt"
 
 
 def run(job: tuple[str, str, float, int, str]) -> dict[str, Any]:
@@ -87,7 +83,7 @@ def run(job: tuple[str, str, float, int, str]) -> dict[str, Any]:
     if part == "noise":
         options = dict(SELECTIONS[arm])
         if options.get("score") == "reducible_loss":
-            options["irreducible"] = irreducible(folder, seed)
+            options["irreducible"] = irreducible(folder, seed, NOISE if "as wrong" in arm else 0.0)
         selection = (HardSampleSelection if options else UniformSelection)(
             keep=1.0 if arm == "full" else KEEP, seed=seed, **options
         )

@@ -6,12 +6,12 @@ Run on an idle machine: ``python benchmarks/online_selection.py`` (all parts), o
 
 import logging
 import multiprocessing
-import resource
 import statistics
 import sys
 import tempfile
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,7 +78,9 @@ def images(n: int = 4096) -> SampleIds:
     return SampleIds(TensorDataset(torch.randn(n, 1, 28, 28, generator=g), torch.randint(0, 10, (n,), generator=g)))
 
 
-def fit(module: LightningModule, *callbacks: Callback, steps: int, batch_size: int = CANDIDATES) -> list[float]:
+def fit(
+    module: LightningModule, *callbacks: Callback, steps: int, batch_size: int = CANDIDATES, data: Any = None
+) -> list[float]:
     """Seconds of each step of a fit."""
     clock = Clock()
     trainer = Trainer(
@@ -86,7 +88,7 @@ def fit(module: LightningModule, *callbacks: Callback, steps: int, batch_size: i
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     # Ids are stripped by whatever curates; without it the data set has none.
-    data = images() if callbacks else images().dataset
+    data = data or (images() if callbacks else images().dataset)
     trainer.fit(module, DataLoader(data, batch_size, shuffle=True, drop_last=True))
     return clock.seconds[2:]
 
@@ -108,53 +110,80 @@ def rules() -> None:
         "importance": HardSampleSelection(keep=KEEP, rule="importance", score="grad_norm"),
         "utility-diversity": UtilityDiversitySelection(keep=KEEP),
     }
-    full = statistics.median(fit(convolutions(), steps=40))
-    small = statistics.median(fit(convolutions(), steps=40, batch_size=int(CANDIDATES * KEEP)))
     module = convolutions().eval()
     x = images(CANDIDATES).dataset.tensors[0]
-    forwards = []
-    for _ in range(20):
-        start = time.perf_counter()
-        with torch.no_grad():
-            module(x)
-        forwards.append(time.perf_counter() - start)
-    ideal = statistics.median(forwards) + small
-    print(
-        f"full step {1e3 * full:.0f} ms; forward of all {1e3 * statistics.median(forwards):.0f} ms, step on the kept"
-    )
-    print(f"{1e3 * small:.0f} ms, ideal their sum\n")
+    columns: dict[str, list[float]] = {name: [] for name in ("full", "kept only", "forward", *rule)}
+    for _ in range(5):  # in turn, because the machine gets faster and slower
+        columns["full"].append(statistics.median(fit(convolutions(), steps=10)))
+        small = fit(convolutions(), steps=10, batch_size=int(CANDIDATES * KEEP))
+        columns["kept only"].append(statistics.median(small))
+        forwards = []
+        for _ in range(8):
+            start = time.perf_counter()
+            with torch.no_grad():
+                module(x)
+            forwards.append(time.perf_counter() - start)
+        columns["forward"].append(statistics.median(forwards))
+        for name, selection in rule.items():
+            columns[name].append(statistics.median(fit(convolutions(), selection, steps=10)))
+
+    def ratio(name: str, *over: str) -> float:
+        sums = [sum(parts) for parts in zip(*(columns[o] for o in over), strict=True)]
+        return statistics.median(t / s for t, s in zip(columns[name], sums, strict=True))
+
+    print(f"b = {1 / ratio('forward', 'full') - 1:.2f}\n")
     print("| rule | ms a step | over the ideal | speed-up over full |\n|---|---|---|---|")
     for name, selection in rule.items():
-        seconds = statistics.median(fit(convolutions(), selection, steps=40))
-        best = ideal if selection.has_scores else small
-        print(f"| {name} | {1e3 * seconds:.0f} | {seconds / best - 1:+.1%} | {full / seconds:.2f} |")
-    alone = statistics.median(fit(convolutions(), UniformSelection(keep=KEEP), steps=40))
-    with tempfile.TemporaryDirectory() as folder:
-        both = UniformSelection(keep=KEEP), SampleRecord(), SelectionLedger(folder)
-        recorded = statistics.median(fit(convolutions(), *both, steps=40))
-    print(f"\nrecord and ledger beside uniform: {recorded / alone - 1:+.1%} of a step")
+        ideal = ("forward", "kept only") if selection.has_scores else ("kept only",)
+        print(
+            f"| {name} | {1e3 * statistics.median(columns[name]):.0f} | {ratio(name, *ideal) - 1:+.1%} | "
+            f"{1 / ratio(name, 'full'):.2f} |"
+        )
 
 
 def controller() -> None:
     """``when="pays"`` end to end against full training, where selection pays and where it cannot."""
-    print('| trunk | full, s | `when="pays"`, s | ratio | predicted speed-up |\n|---|---|---|---|---|')
+    print('| trunk | steps | `when="pays"` / full, median of 7 | predicted speed-up |\n|---|---|---|---|')
+    steps = 200
     for frozen in (False, True):
-        ratios, rows = [], []
-        for _ in range(3):
-            full = sum(fit(Deep(frozen), steps=300))
+        ratios, predicted = [], []
+        for turn in range(7):
             selection = HardSampleSelection(keep=0.5, when="pays")
-            pays = sum(fit(Deep(frozen), selection, steps=300))
+            seconds = {}
+            for which in ((), (selection,)) if turn % 2 else ((selection,), ()):
+                seconds[bool(which)] = sum(fit(Deep(frozen), *which, steps=steps, batch_size=256))
             assert selection._break_even is not None
-            rows.append((full, pays, selection._break_even.predicted_speedup))
-            ratios.append(pays / full)
-        full, pays, predicted = rows[ratios.index(statistics.median(ratios))]
+            predicted.append(selection._break_even.predicted_speedup or 0.0)
+            ratios.append(seconds[True] / seconds[False])
         name = "frozen" if frozen else "trained"
-        print(f"| {name} | {full:.1f} | {pays:.1f} | {pays / full:.3f} | {predicted:.2f} |")
+        print(f"| {name} | {steps} | {statistics.median(ratios):.3f} | {statistics.median(predicted):.2f} |")
+
+
+def peak() -> float:
+    """The most memory that this program has had, in MiB (Linux)."""
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+class Tiny(LightningModule):
+    """A step that costs next to nothing, so that the overhead shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(8, 4)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Cross-entropy."""
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        """SGD."""
+        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 def _ten_million(folder: str, results: Any) -> None:
     """Write and read in a process of its own, whose memory is its own."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     writer = LedgerWriter(folder)
     ids = torch.from_numpy(np.random.default_rng(0).permutation(1_000_000)[:1000])
     start = time.perf_counter()
@@ -171,8 +200,7 @@ def _ten_million(folder: str, results: Any) -> None:
     start = time.perf_counter()
     Ledger(folder).history(12345)
     looked_up = time.perf_counter() - start
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    results.put((before / 1024, after / 1024, written, counted, looked_up))
+    results.put((before, peak(), written, counted, looked_up))
 
 
 def ledger() -> None:
@@ -186,10 +214,22 @@ def ledger() -> None:
         size = sum(file.stat().st_size for file in Ledger(folder).files)
         rows = Ledger(folder).rows().num_rows
     print(
-        f"{rows:,} rows: {size / 2**20:.0f} MiB on disk; written in {written:.1f} s ({1e6 * written / 1e4:.0f} us per"
+        f"{rows:,} rows: {size / 2**20:.0f} MiB on disk, written in {written:.1f} s, counted in {counted:.1f} s, one"
     )
-    print(f"batch of 1,000), counted in {counted:.1f} s, one sample found in {looked_up:.2f} s; peak memory of the")
-    print(f"process {after:.0f} MiB, of which {before:.0f} MiB are torch and Lightning.")
+    print(f"sample found in {looked_up:.2f} s; peak memory {after:.0f} MiB, {before:.0f} MiB before the first row")
+    g = torch.Generator().manual_seed(0)
+    data = SampleIds(TensorDataset(torch.randn(32_000, 8, generator=g), torch.randint(0, 4, (32_000,), generator=g)))
+    added: dict[str, list[float]] = {"SampleRecord": [], "SelectionLedger": []}
+    for _ in range(5):
+        base = statistics.mean(fit(Tiny(), UniformSelection(keep=KEEP), steps=400, data=data, batch_size=320))
+        for name, seconds in added.items():
+            with tempfile.TemporaryDirectory() as folder:
+                callback = SampleRecord() if name == "SampleRecord" else SelectionLedger(folder)
+                steps = fit(Tiny(), UniformSelection(keep=KEEP), callback, steps=400, data=data, batch_size=320)
+            seconds.append(statistics.mean(steps) - base)
+    for name, seconds in added.items():
+        median = statistics.median(seconds)
+        print(f"{name}: {1e6 * median:.0f} us a step of 320 candidates, {median / 0.1:.2%} of a 100 ms step")
 
 
 if __name__ == "__main__":

@@ -354,7 +354,7 @@ class OnlineSelection(Callback, SeamClient, ABC):
         if self._break_even.add(window):
             speedup = float(trainer.strategy.broadcast(self._break_even.predicted_speedup))  # type: ignore[arg-type]
             self._break_even.predicted_speedup = speedup
-            decided = "selecting" if speedup > 1 else "training on every candidate until it pays"
+            decided = "selecting" if self._break_even.selects else "training on every candidate until it pays"
             rank_zero_info(f"{type(self).__name__}: a step that selects is {speedup:.2f} times as fast; {decided}.")
 
     def _statistics(self, choice: Choice) -> dict[str, Tensor | float]:

@@ -39,15 +39,21 @@ class SampleRecord(Callback, SelectionListener):
     sample's last candidacy (see :class:`~curation.records.score_store.ScoreStore`), is saved with checkpoints, and
     logs ``curation/never_kept_fraction``, and to W&B a closing histogram ``curation/times_kept``. Needs sample ids.
 
+    Args:
+        size: Number of samples, more than the largest id; None for the length of the training data set.
+
     Attributes:
         store: The record, once the first batch was trained on.
 
     Raises:
         TypeError: If the samples have no ids.
-        ValueError: If the trainer has no online selection.
+        ValueError: If the trainer has no online selection, or ``size`` is not positive, or too small.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, size: int | None = None) -> None:
+        if size is not None and size < 1:
+            raise ValueError(f"Argument `size` must be > 0 or None, but got {size!r}.")
+        self.size = size
         self.store: ScoreStore | None = None
         self._state: dict[str, Any] | None = None
         self._fitting = False
@@ -70,7 +76,11 @@ class SampleRecord(Callback, SelectionListener):
             ids, kept = rows[0], rows[2]
             scores = rows[1].int().view(torch.float32)
         if self.store is None:
-            size = len(trainer.train_dataloader.dataset)  # type: ignore[union-attr]
+            size = self.size or len(trainer.train_dataloader.dataset)  # type: ignore[union-attr]
+            if int(ids.max()) >= size:  # of the first batch only: it waits for the device
+                raise ValueError(
+                    f"Argument `size` must be more than every sample id, but {int(ids.max())} >= {size}."
+                )
             self.store = ScoreStore(size, ids.device)
             if self._state is not None:
                 self.store.load_state_dict(self._state)

@@ -93,8 +93,10 @@ class Images(LightningDataModule):
         data: ``"digits"`` (1,797 of scikit-learn), a folder with the four ``idx`` files of MNIST or Fashion-MNIST
             (gzipped or not), or a hub name with the columns ``image`` and ``label``.
         label_noise: Share of the training labels that are drawn anew from the other classes.
-        holdout: Share of the training images that are held out: validation, and what ``swap`` trains on.
+        holdout: Share of the training images that are held out, with right labels: validation, and what ``swap``
+            trains on.
         swap: Train on the held-out images and validate on the others, for irreducible losses.
+        holdout_noise: As ``label_noise``, of the held-out images where ``swap`` trains on them.
         batch_size: Candidates per training batch and device.
         delta: With it batches are drawn by ``HardBatchSampler``; None draws them uniformly.
         num_workers: Of the data loaders.
@@ -113,14 +115,16 @@ class Images(LightningDataModule):
         label_noise: float = 0.0,
         holdout: float = 0.1,
         swap: bool = False,
+        holdout_noise: float = 0.0,
         batch_size: int = 128,
         delta: float | None = None,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 <= label_noise < 1:
-            raise ValueError(f"Argument `label_noise` must be in [0, 1), but got {label_noise!r}.")
+        for name, value in (("label_noise", label_noise), ("holdout_noise", holdout_noise)):
+            if not 0 <= value < 1:
+                raise ValueError(f"Argument `{name}` must be in [0, 1), but got {value!r}.")
         if not 0 < holdout < 1:
             raise ValueError(f"Argument `holdout` must be in (0, 1), but got {holdout!r}.")
         if batch_size < 1:
@@ -131,6 +135,7 @@ class Images(LightningDataModule):
         self.label_noise = label_noise
         self.holdout = holdout
         self.swap = swap
+        self.holdout_noise = holdout_noise
         self.batch_size = batch_size
         self.delta = delta
         self.num_workers = num_workers
@@ -148,15 +153,16 @@ class Images(LightningDataModule):
         draw = np.random.default_rng(self.seed)
         order = torch.from_numpy(draw.permutation(len(images)))
         classes = int(labels.max()) + 1
-        corrupted = torch.from_numpy(draw.random(len(images)) < self.label_noise)
-        other = (labels + torch.from_numpy(draw.integers(1, classes, len(images)))) % classes
-        noisy = torch.where(corrupted, other, labels)
         held = int(self.holdout * len(images))
         rest, out = order[held:], order[:held]
+        noise = np.full(len(images), self.label_noise)
+        noise[out] = self.holdout_noise
+        corrupted = torch.from_numpy(draw.random(len(images)) < noise)
+        other = (labels + torch.from_numpy(draw.integers(1, classes, len(images)))) % classes
+        noisy = torch.where(corrupted, other, labels)
+        validation = labels
         if self.swap:
-            rest, out = out, rest
-        # Validation is on clean labels, except where it stands for the training set.
-        validation = noisy if self.swap else labels
+            rest, out, validation = out, rest, noisy
         images, test_images = (images - mean) / deviation, (test_images - mean) / deviation
         self.corrupted = corrupted[rest]
         self.train = SampleIds(TensorDataset(images[rest], noisy[rest]))

@@ -5,6 +5,7 @@ from typing import Any
 
 PAIRS = 4  # of steps that are compared; the first is warming up
 AGAIN_AFTER = 500  # steps
+PAYS = 1.05  # less cannot be told from noise in so few steps
 
 
 class BreakEven:
@@ -38,7 +39,7 @@ class BreakEven:
         """Whether the next step selects."""
         if self.compares:
             return self._steps % 2 == 0
-        return (self.predicted_speedup or 0.0) > 1
+        return (self.predicted_speedup or 0.0) > PAYS
 
     @property
     def realised_speedup(self) -> float | None:

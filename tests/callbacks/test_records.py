@@ -52,6 +52,16 @@ def test_samples_without_ids_and_runs_without_selection_are_refused(make, tmp_pa
         trainer(make()).fit(Classifier(), loader())
 
 
+def test_a_record_that_is_too_small_is_refused():
+    with pytest.raises(ValueError, match="Argument `size` must be > 0 or None, but got 0"):
+        SampleRecord(size=0)
+    with pytest.raises(ValueError, match=r"Argument `size` must be more than every sample id, but \d+ >= 2"):
+        trainer(UniformSelection(keep=0.5), SampleRecord(size=2)).fit(Classifier(), loader())
+    record = SampleRecord(size=100)
+    trainer(UniformSelection(keep=0.5), record, max_epochs=1).fit(Classifier(), loader())
+    assert record.store.seen.tolist() == [1] * 64 + [0] * 36
+
+
 def test_the_ledger_of_another_run_is_not_written_into(tmp_path):
     def fit():
         callbacks = [UniformSelection(keep=0.5), SelectionLedger(str(tmp_path))]

@@ -45,13 +45,18 @@ def test_label_noise_is_the_share_asked_for_and_is_known():
 
 
 def test_swapped_data_train_on_what_was_held_out_and_validate_on_the_training_set():
-    plain, swapped = (Images(data="digits", label_noise=0.3, holdout=0.2, swap=swap) for swap in (False, True))
-    for data in (plain, swapped):
-        data.setup("fit")
-    for one, other in zip(plain.train.dataset.tensors, swapped.val.tensors, strict=True):
-        assert torch.equal(one, other)
-    assert torch.equal(swapped.train.dataset.tensors[0], plain.val.tensors[0])
-    assert not torch.equal(swapped.train.dataset.tensors[1], plain.val.tensors[1])  # those have wrong labels too
+    changes = {"plain": {}, "swapped": {"swap": True}, "noisy": {"swap": True, "holdout_noise": 0.3}}
+    data = {k: Images(data="digits", label_noise=0.3, holdout=0.2, **v) for k, v in changes.items()}
+    for one in data.values():
+        one.setup("fit")
+    for name in ("swapped", "noisy"):
+        for one, other in zip(data["plain"].train.dataset.tensors, data[name].val.tensors, strict=True):
+            assert torch.equal(one, other)
+        assert torch.equal(data[name].train.dataset.tensors[0], data["plain"].val.tensors[0])
+    wrong = data["plain"].val.tensors[1] != data["noisy"].train.dataset.tensors[1]
+    assert float(wrong.float().mean()) == pytest.approx(0.3, abs=0.08)
+    assert torch.equal(wrong, data["noisy"].corrupted)
+    assert torch.equal(data["plain"].val.tensors[1], data["swapped"].train.dataset.tensors[1])
 
 
 def test_the_share_of_wrong_labels_is_that_of_the_record():
@@ -141,7 +146,7 @@ def test_files_in_the_format_of_mnist_are_read(tmp_path, zipped):
 
 
 def test_bad_data_arguments_are_named(tmp_path):
-    for bad in ({"label_noise": 1.0}, {"holdout": 0.0}, {"batch_size": 0}, {"seed": -1}):
+    for bad in ({"label_noise": 1.0}, {"holdout_noise": -0.1}, {"holdout": 0.0}, {"batch_size": 0}, {"seed": -1}):
         ((name, value),) = bad.items()
         with pytest.raises(ValueError, match=f"Argument `{name}` must be .* but got {value}"):
             Images(**bad)
