@@ -144,14 +144,14 @@ def rules() -> None:
 def controller() -> None:
     """``when="pays"`` end to end against full training, where selection pays and where it cannot."""
     print('| trunk | steps | `when="pays"` / full, median of 7 | predicted speed-up |\n|---|---|---|---|')
-    steps = 200
+    steps, data = 200, images().dataset
     for frozen in (False, True):
         ratios, predicted = [], []
         for turn in range(7):
             selection = HardSampleSelection(keep=0.5, when="pays")
             seconds = {}
             for which in ((), (selection,)) if turn % 2 else ((selection,), ()):
-                seconds[bool(which)] = sum(fit(Deep(frozen), *which, steps=steps, batch_size=256))
+                seconds[bool(which)] = sum(fit(Deep(frozen), *which, steps=steps, batch_size=256, data=data))
             assert selection._break_even is not None
             predicted.append(selection._break_even.predicted_speedup or 0.0)
             ratios.append(seconds[True] / seconds[False])

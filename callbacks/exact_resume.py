@@ -5,12 +5,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from curation.callbacks.hard_batches import HardBatchTraining
 from curation.callbacks.seam import BatchSeam, SeamClient
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
 from curation import rng
+from curation.samplers.hard_batches import HardBatchSampler
 
 _ORDER, _LOAD, _STEP = 0, 1, 2
 
@@ -41,6 +43,7 @@ class ExactResume(Callback, SeamClient):
         self._skip = 0
         self._length: int | None = None
         self._fitting = False
+        self._sampler_resumes = False
         self._samplers: list[Any] = []
         self._generators: list[torch.Generator] = []
         self._undo: list[Callable[[], None]] = []
@@ -57,6 +60,7 @@ class ExactResume(Callback, SeamClient):
         self.epoch = trainer.current_epoch
         self.batches = self.batches_in_epoch = self._skip = 0
         self._length = None
+        self._sampler_resumes = any(isinstance(c, HardBatchTraining) for c in trainer.callbacks)  # type: ignore[attr-defined]
 
     def watch(self, loader: Any) -> None:
         """Let the order of the training data loader depend on the epoch, and begin after what was trained on."""
@@ -83,8 +87,8 @@ class ExactResume(Callback, SeamClient):
                 f"loader now has {length}: other data or another batch size. Remove ExactResume to resume anyway."
             )
         self._length = length
-        if any(hasattr(drawer, "load_state_dict") for drawer in self._samplers):
-            self._skip = 0  # the sampler knows where it was
+        if self._sampler_resumes and any(isinstance(drawer, HardBatchSampler) for drawer in self._samplers):
+            self._skip = 0  # it knows where it was
         self.begin_epoch()
 
     def begin_epoch(self) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from curation.callbacks.seam import BatchSeam, SeamClient
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -19,7 +20,7 @@ class HardBatchTraining(Callback, SeamClient):
 
     Raises:
         ValueError: If the training data loader has no such sampler, or another batch size than it.
-        TypeError: If ``training_step`` returns no loss.
+        TypeError: If ``training_step`` returns no loss in a manual optimisation.
     """
 
     def __init__(self) -> None:
@@ -51,8 +52,12 @@ class HardBatchTraining(Callback, SeamClient):
                 f"({sampler.global_batch_size}) over the number of processes ({self._processes}), but has "
                 f"{dataloader.batch_size!r}."
             )
-        if sampler is not self.sampler and self._state is not None:
-            sampler.load_state_dict(self._state)
+        if sampler is not self.sampler:  # the first of the fit, or one of a reloaded data loader
+            state = self._state if self.sampler is None else self.sampler.state_dict()
+            if state is None:
+                sampler.reset()
+            else:
+                sampler.load_state_dict(state)
         self.sampler = sampler
 
     def on_train_batch_end(
@@ -61,12 +66,16 @@ class HardBatchTraining(Callback, SeamClient):
         """Push the loss."""
         assert self.sampler is not None
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if loss is None and pl_module.automatic_optimization:  # Lightning skips such a batch
+            loss = torch.full((), torch.nan, device=pl_module.device)
         if not isinstance(loss, Tensor):
             raise TypeError(
                 f"`{type(pl_module).__name__}.training_step` must return its loss to be ranked, but returned "
                 f"{type(outputs).__name__}."
             )
-        self.sampler.trained(trainer.strategy.reduce(loss.detach(), reduce_op="mean"))
+        # Lightning has divided it by the micro-batches of a step.
+        parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+        self.sampler.trained(trainer.strategy.reduce(loss.detach() * parts, reduce_op="mean"))
         if trainer.is_last_batch:
             self.sampler.end_epoch()
 

@@ -1,6 +1,7 @@
 """Hard-sample selection and the rules it is compared with, on the seam."""
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import numpy as np
@@ -34,11 +35,12 @@ class HardSampleSelection(OnlineSelection):
     - ``"top"`` keeps the highest scores (arXiv 2304.03486 for single samples);
     - ``"rank"`` draws with odds that fall exponentially with the rank; the selection pressure falls from ``pressure``
       to 1 over the fit (arXiv 1511.06343);
-    - ``"cdf"`` is Selective-Backprop: draws with probability ``P(loss <= own)^beta`` among the last 1024 scores
-      (arXiv 1910.00762), told to keep exactly k;
+    - ``"cdf"`` is Selective-Backprop: draws with probability ``P(loss <= own)^beta`` among the last 1024 scores and
+      the candidates (arXiv 1910.00762), told to keep exactly k;
     - ``"importance"`` draws in proportion to the score and weighs the kept rows, so that the expected gradient is
-      that of the whole candidate batch (arXiv 1803.00942, by priority sampling). It wants ``score="grad_norm"``. A
-      module whose loss is not a mean over rows of its logits takes the weights from an attribute ``sample_weights``.
+      that of the whole candidate batch (arXiv 1803.00942, by priority sampling), for losses that are means over rows,
+      or over the scored positions of sequences. It wants ``score="grad_norm"``. A module with another loss takes the
+      weights from an attribute ``sample_weights``.
 
     Args:
         keep: Fraction of each candidate batch that is trained on, in (0, 1].
@@ -119,12 +121,11 @@ class HardSampleSelection(OnlineSelection):
                 rank_zero_warn("The length of the fit is unknown, so the selection pressure stays where it starts.")
         if self._irreducible is not None:
             size = len(trainer.train_dataloader.dataset)  # type: ignore[union-attr]
-            if len(self._irreducible) != size:
+            if len(self._irreducible) < size:
                 raise ValueError(
                     f"Argument `irreducible` must name a file with one loss for each of the {size} training samples, "
                     f"but {self.irreducible!r} has {len(self._irreducible)}."
                 )
-            self._irreducible = self._irreducible.to(pl_module.device)
 
     def score(self, trainer: Trainer, pl_module: LightningModule, batch: Any, sample_ids: Tensor | None) -> Tensor:
         """The loss of every candidate, or the norm of its gradient: fp32 ``[B]``."""
@@ -132,7 +133,7 @@ class HardSampleSelection(OnlineSelection):
         outputs, targets = self.outputs(trainer, pl_module, batch, head)
         if self.rule == "importance" and self._weights is None:
             self._weights = RowWeights(pl_module, find_logits_maker(pl_module, batch))
-        with torch.no_grad():
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
             losses = self._value(outputs, targets, head)
             if self._irreducible is None:
                 return losses
@@ -141,6 +142,7 @@ class HardSampleSelection(OnlineSelection):
                     "`score='reducible_loss'` needs sample ids: wrap the training data set in "
                     "`curation.batch.SampleIds`."
                 )
+            self._irreducible = self._irreducible.to(losses.device)
             return losses - self._irreducible[sample_ids]
 
     def _value(self, outputs: Tensor, targets: Tensor, head: nn.Linear | None) -> Tensor:
@@ -167,13 +169,17 @@ class HardSampleSelection(OnlineSelection):
             pool = torch.cat([self.pool.to(scores), scores])
             beta = 1 / self.keep - 1 if self.beta is None else self.beta
             return pareto_sample(cdf_power(scores, pool, beta), k, uniform), None
-        rows, weights = priority_sample(scores, k, uniform)
+        # The loss of sequences is a mean over positions, to which a longer one adds more.
+        lengths = torch.ones_like(scores) if self._lengths is None else self._lengths
+        rows, weights = priority_sample(scores * lengths, k, uniform)
+        weights = weights * (lengths[rows].mean() / lengths.mean())
         assert self._weights is not None
-        self._weights.set(weights)
+        if not self._probing:
+            self._weights.set(weights)
         return rows, weights
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Raise, before the first gradient, if the weights do not reach the loss."""
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise, before the optimizer's step, if the weights do not reach the loss."""
         if self._weights is not None:
             self._weights.check()
 
@@ -182,6 +188,7 @@ class HardSampleSelection(OnlineSelection):
     ) -> None:
         """As in the base; the weights are those of one step only."""
         if self._weights is not None:
+            self._weights.check()  # a manual optimisation may call no hook
             self._weights.set(None)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -201,7 +208,8 @@ class HardSampleSelection(OnlineSelection):
     def _statistics(self, choice: Any) -> dict[str, Tensor | float]:
         stats = super()._statistics(choice)
         if self.rule == "importance" and choice.scores is not None:
-            stats["variance_reduction"] = variance_reduction(choice.scores)
+            lengths = 1 if choice.lengths is None else choice.lengths
+            stats["variance_reduction"] = variance_reduction(choice.scores * lengths)
         return stats
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -214,12 +222,18 @@ class HardSampleSelection(OnlineSelection):
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and the scores compared with, the same on every rank."""
-        return {**super().state_dict(), "pool": self.pool, "by_head": self._route_of_head.used}
+        return {
+            **super().state_dict(),
+            "score": self.score_name,
+            "pool": self.pool,
+            "by_head": self._route_of_head.used,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
         super().restore(state)
-        self.pool = state["pool"]
+        if state["score"] == self.score_name:  # scores of another kind cannot be compared
+            self.pool = state["pool"]
         self._route_of_head.used = state["by_head"]
 
 
@@ -231,7 +245,12 @@ def read_irreducible(file: str) -> Tensor:
     """
     if not Path(file).is_file():
         raise ValueError(f"Argument `irreducible` must name a file, but there is no {file!r}.")
-    table = torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        table = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, KeyError, EOFError, UnpicklingError) as error:
+        raise ValueError(
+            f"Argument `irreducible` must name a file with one loss per sample, but {file!r}: {error}"
+        ) from error
     if not (isinstance(table, Tensor) and table.is_floating_point() and table.dim() == 1):
         raise ValueError(f"Argument `irreducible` must name a file with one loss per sample, but {file!r} has not.")
     return table.float()

@@ -46,7 +46,8 @@ class Choice:
         k: Rows to keep; fewer where ``B < k``.
         rows: int64 ``[min(k, B)]``, the kept rows; None where all are kept.
         weights: fp32 ``[min(k, B)]``, where they do not weigh the same.
-        scores: floating ``[B]``; None where nothing is scored.
+        has_scores: Whether ``scores`` say something of the samples; they are random numbers otherwise.
+        scores: floating ``[B]``; None where all rows are kept without asking.
         sample_ids: int64 ``[B]``, where the samples have ids.
         lengths: fp32 ``[B]``, scored positions, of sequences.
         candidate_loss: Mean loss of the candidates, on logging steps.
@@ -57,6 +58,7 @@ class Choice:
     k: int
     rows: Tensor | None = None
     weights: Tensor | None = None
+    has_scores: bool = True
     scores: Tensor | None = None
     sample_ids: Tensor | None = None
     lengths: Tensor | None = None
@@ -88,7 +90,7 @@ class OnlineSelection(Callback, SeamClient, ABC):
     Args:
         keep: Fraction of each candidate batch that is trained on, in (0, 1]. The effective batch shrinks by it.
         when: ``"pays"`` selects only where a step that does takes less time than one that trains on every candidate,
-            measured on the first steps and every 500; ``"always"`` measures nothing.
+            measured on the first steps and every 500, so two runs need not be equal; ``"always"`` measures nothing.
         seed: Of everything random in the rule; equal on all ranks.
         trim: Drop the padding columns that no kept row uses, in batches with ``input_ids`` and ``attention_mask``.
 
@@ -126,7 +128,7 @@ class OnlineSelection(Callback, SeamClient, ABC):
         self._told = self._warned = False
         self._clock = 0.0
         self._break_even = BreakEven() if self.when == "pays" and self.keep < 1 else None
-        self._window_seconds = 0.0
+        self._step_began = 0.0
         self._choice: Choice | None = None
         self._lengths: Tensor | None = None
         self._candidate_loss: Tensor | None = None
@@ -178,10 +180,10 @@ class OnlineSelection(Callback, SeamClient, ABC):
         self._probing = self not in trainer.callbacks  # type: ignore[attr-defined]
         size = batch_size(batch)
         k = self._rows_to_keep(trainer, size)
-        choice = Choice(size, self.candidates or size, k, sample_ids=sample_ids)
+        choice = Choice(size, self.candidates or size, k, has_scores=self.has_scores, sample_ids=sample_ids)
         kept = batch
-        if self._break_even is not None and not self._break_even.selects and not self._probing:
-            choice.k = size
+        if self._break_even is not None and (self._probing or not self._break_even.selects):
+            choice.k = size  # the batch-size finder has to see the larger of both steps
         elif self.keep < 1:
             with trainer.profiler.profile(f"[Callback]{type(self).__name__}.score"):  # type: ignore[attr-defined]
                 scores = self.score(trainer, pl_module, batch, sample_ids)
@@ -246,7 +248,7 @@ class OnlineSelection(Callback, SeamClient, ABC):
         with self.scoring(trainer, pl_module):
             with head_as_identity(head):
                 outputs, targets = self._route(batch)
-            if _logs_now(trainer):
+            if logs_now(trainer):
                 loss = (
                     per_sample_loss(outputs, targets)
                     if head is None
@@ -307,11 +309,8 @@ class OnlineSelection(Callback, SeamClient, ABC):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count and remember what was trained on; log the statistics of the selection."""
-        if self._break_even is not None and self._break_even.compares:
-            _wait_for(pl_module.device)
         now = time.perf_counter()
-        seconds = now - self._clock
-        self.train_seconds += seconds
+        self.train_seconds += now - self._clock
         self._clock = now
         choice, self._choice = self._choice, None
         if choice is None:
@@ -319,7 +318,6 @@ class OnlineSelection(Callback, SeamClient, ABC):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SelectionListener):
                 callback.on_selection(trainer, pl_module, self.batches, choice)
-        self._compare(trainer, seconds)
         self.batches += 1
         self.samples_trained += min(choice.k, choice.size)
         if choice.rows is not None and choice.scores is not None:
@@ -327,7 +325,7 @@ class OnlineSelection(Callback, SeamClient, ABC):
             self.on_kept(trainer, choice.rows, choice.k)
             broken = (~choice.scores.isfinite()).sum()
             self._not_finite = broken if self._not_finite is None else self._not_finite + broken
-        if _logs_now(trainer):
+        if logs_now(trainer):
             for name, value in self._statistics(choice).items():
                 pl_module.log(
                     f"curation/{name}",
@@ -342,16 +340,17 @@ class OnlineSelection(Callback, SeamClient, ABC):
             self._warn_of_broken_scores()
             if self.has_scores and choice.scores is not None and trainer.is_global_zero:
                 self._log_scores(trainer, choice)
+        self._compare(trainer, pl_module)
 
-    def _compare(self, trainer: Trainer, seconds: float) -> None:
+    def _compare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Enter the time of an optimizer step, whose micro-batches are all selected or all full."""
-        if self._break_even is None:
+        if self._break_even is None or trainer.fit_loop._should_accumulate():
             return
-        self._window_seconds += seconds
-        if trainer.fit_loop._should_accumulate():
-            return
-        window, self._window_seconds = self._window_seconds, 0.0
-        if self._break_even.add(window):
+        if self._break_even.compares:
+            _wait_for(pl_module.device)
+        now = time.perf_counter()
+        seconds, self._step_began = now - self._step_began, now
+        if self._break_even.add(seconds):
             speedup = float(trainer.strategy.broadcast(self._break_even.predicted_speedup))  # type: ignore[arg-type]
             self._break_even.predicted_speedup = speedup
             decided = "selecting" if self._break_even.selects else "training on every candidate until it pays"
@@ -400,12 +399,12 @@ class OnlineSelection(Callback, SeamClient, ABC):
                 logger.experiment.add_histogram("curation/scores", torch.tensor(values), step)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        self._clock = time.perf_counter()
+        """Start the clocks."""
+        self._clock = self._step_began = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock again: evaluation is not training time."""
-        self._clock = time.perf_counter()
+        """Start the clocks again: evaluation is not training time."""
+        self._clock = self._step_began = time.perf_counter()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log a table of candidates with their scores and whether they were kept."""
@@ -453,7 +452,7 @@ class OnlineSelection(Callback, SeamClient, ABC):
         self.samples_scored = state["samples_scored"]
         self.samples_trained = state["samples_trained"]
         self.train_seconds = state["train_seconds"]
-        if self._break_even is not None and state["break_even"] is not None:
+        if self._break_even is not None and state["break_even"] is not None and state["k_is_for"][:1] == [self.keep]:
             self._break_even.load_state_dict(state["break_even"])
 
 
@@ -463,11 +462,11 @@ def is_number(value: Any) -> bool:
 
 
 def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
-def _logs_now(trainer: Trainer) -> bool:
+def logs_now(trainer: Trainer) -> bool:
     """Whether Lightning writes the metrics of the current batch to its loggers."""
     every = trainer.log_every_n_steps  # type: ignore[attr-defined]
     step = trainer.fit_loop.epoch_loop._batches_that_stepped

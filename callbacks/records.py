@@ -1,11 +1,14 @@
 """What a selection leaves behind: the record of every sample, and the audit trail of every choice."""
 
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
-from curation.callbacks.online_selection import Choice, OnlineSelection, SelectionListener
+from curation.callbacks.online_selection import Choice, OnlineSelection, SelectionListener, logs_now
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from curation.records.ledger import LedgerWriter
@@ -19,9 +22,10 @@ def _entries(owner: Callback, choice: Choice) -> tuple[Tensor, Tensor, Tensor]:
             f"{type(owner).__name__} needs sample ids: wrap the training data set in `curation.batch.SampleIds`."
         )
     ids = choice.sample_ids
+    unscored = torch.full(ids.shape, torch.nan, device=ids.device)
     if choice.scores is None or choice.rows is None:
-        return ids, torch.full(ids.shape, torch.nan, device=ids.device), torch.ones_like(ids)
-    scores = choice.scores.detach().float()
+        return ids, unscored, torch.ones_like(ids)
+    scores = choice.scores.detach().float() if choice.has_scores else unscored
     ids = ids.to(scores.device, non_blocking=True)
     kept = torch.zeros_like(ids).index_add_(0, choice.rows, torch.ones_like(choice.rows))
     return ids, scores, kept
@@ -40,7 +44,8 @@ class SampleRecord(Callback, SelectionListener):
     logs ``curation/never_kept_fraction``, and to W&B a closing histogram ``curation/times_kept``. Needs sample ids.
 
     Args:
-        size: Number of samples, more than the largest id; None for the length of the training data set.
+        size: Number of samples, more than the largest id; None for the length of the training data set. Checked with
+            the first batch.
 
     Attributes:
         store: The record, once the first batch was trained on.
@@ -85,7 +90,7 @@ class SampleRecord(Callback, SelectionListener):
             if self._state is not None:
                 self.store.load_state_dict(self._state)
         self.store.update(ids, scores, kept, step)
-        if trainer.log_every_n_steps and (step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if logs_now(trainer):
             never = self.store.kept.eq(0).float().mean()
             pl_module.log("curation/never_kept_fraction", never, on_step=True, on_epoch=False, batch_size=1)
 
@@ -125,7 +130,8 @@ class SelectionLedger(Callback, SelectionListener):
     def __init__(self, path: str) -> None:
         self.path = path
         self._writer: LedgerWriter | None = None
-        self._resumed: int | None = None
+        self._resumed: dict[str, Any] | None = None
+        self._run = ""
         self._steps = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -134,18 +140,32 @@ class SelectionLedger(Callback, SelectionListener):
         if stage == "fit":
             _check(self, trainer)
             self._writer = LedgerWriter(self.path, trainer.global_rank)
-            self._resumed, self._steps = None, 0
+            self._resumed, self._run, self._steps = None, "", 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to write into the ledger of another run; forget what a killed run wrote after its checkpoint."""
         assert self._writer is not None
-        if self._resumed is not None:
-            self._writer.truncate(self._resumed)
-        elif self._writer.has_rows:
+        mark = Path(self.path) / "run"
+        found = mark.read_text() if mark.is_file() else None
+        if (found is not None) if self._resumed is None else (found != self._resumed["run"]):
             raise ValueError(
-                f"Argument `path` must be a new folder, or that of the run that is resumed, but {self.path!r} holds "
-                "the ledger of another run."
+                f"Argument `path` must be a new folder, or that of the run that is resumed, but got {self.path!r}."
             )
+        trainer.strategy.barrier()  # every rank has looked
+        self._run = found or trainer.strategy.broadcast(uuid4().hex)
+        try:
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.write_text(self._run)
+        except OSError as error:
+            raise ValueError(f"Argument `path` must be a folder that can be written: {error}") from error
+        if self._resumed is not None:
+            self._writer.truncate(self._resumed["steps"])
+            if trainer.is_global_zero:  # ranks that there are no more
+                for folder in Path(self.path).glob("rank=*"):
+                    rank = int(folder.name.removeprefix("rank="))
+                    if rank >= trainer.world_size:
+                        LedgerWriter(self.path, rank).truncate(self._resumed["steps"])
+        self._writer.begin()
 
     def on_selection(self, trainer: Trainer, pl_module: LightningModule, step: int, choice: Choice) -> None:
         """Enter the candidates of this rank."""
@@ -164,14 +184,18 @@ class SelectionLedger(Callback, SelectionListener):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Close the ledger: nothing is lost."""
-        self.on_train_end(trainer, pl_module)
+        try:
+            self.on_train_end(trainer, pl_module)
+        except OSError as error:  # not in the place of what went wrong
+            rank_zero_warn(f"The ledger could not be closed: {error}")
 
     def state_dict(self) -> dict[str, Any]:
         """The number of steps, after writing their rows."""
         if self._writer is not None:
             self._writer.flush()
-        return {"steps": self._steps}
+        return {"run": self._run, "steps": self._steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
-        self._resumed = self._steps = state_dict["steps"]
+        self._resumed = state_dict
+        self._run, self._steps = state_dict["run"], state_dict["steps"]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class RowWeights:
-    """Weighs each row's share of the gradient, in any module whose loss is a mean over rows or positions.
+    """Weighs each row's share of the gradient, in any module whose loss is a mean over rows or scored positions.
 
     A module with an attribute ``sample_weights`` finds them there (fp32 ``[k]``, mean about 1) and multiplies its
     per-sample losses by them. In any other the gradient with respect to the logits is multiplied row by row, which
@@ -23,7 +23,12 @@ class RowWeights:
         self.weights: Tensor | None = None
         self._module = module
         self._takes = hasattr(module, "sample_weights")
-        self._reached = self._takes
+        if self._takes and module.sample_weights is not None:
+            raise ValueError(
+                f"`{type(module).__name__}.sample_weights` must be None before training: the weights of the kept "
+                "rows are written there."
+            )
+        self._reached = True
         self._undo: Callable[[], None] = lambda: None
         if self._takes:
             self._undo = lambda: self.set(None)
@@ -43,18 +48,26 @@ class RowWeights:
         weights = self.weights
         if weights is None or not isinstance(logits, Tensor) or not logits.requires_grad:
             return
-        if logits.dim() > 1 and len(logits) == len(weights):
-            shaped = weights.view(-1, *[1] * (logits.dim() - 1))
-            logits.register_hook(lambda gradient: gradient * shaped.to(gradient.dtype))
+        if logits.dim() < 2 or len(logits) != len(weights):
+            self._refuse(f" (logits {list(logits.shape)} for {len(weights)} rows)")
+        shaped = weights.view(-1, *[1] * (logits.dim() - 1))
+
+        def weigh(gradient: Tensor) -> Tensor:
             self._reached = True
+            return gradient * shaped.to(gradient.dtype)
+
+        logits.register_hook(weigh)
 
     def check(self) -> None:
-        """Raise, before the first gradient, if the weights have not reached the loss."""
+        """Raise, after a backward pass, if the weights have not reached it."""
         if not self._reached:
-            raise TypeError(
-                f"The weights of the kept rows did not reach the loss of {type(self._module).__name__}. Add an "
-                "attribute `sample_weights` (None) to it, and multiply the per-sample losses by it where it is set."
-            )
+            self._refuse()
+
+    def _refuse(self, why: str = "") -> None:
+        raise TypeError(
+            f"The weights of the kept rows did not reach the loss of {type(self._module).__name__}{why}. Add an "
+            "attribute `sample_weights` (None) to it, and multiply the per-sample losses by it where it is set."
+        )
 
     def remove(self) -> None:
         """Leave the module as it was."""

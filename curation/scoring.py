@@ -280,11 +280,15 @@ def compact(outputs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``[B, n, D]`` and the numbers of scored positions, int64 ``[B]``; ``n`` is their maximum, at least 1.
     """
-    counts = mask.sum(1)
-    n = max(1, int(counts.max()))
-    order = mask.int().argsort(dim=1, descending=True, stable=True)[:, :n]
+    order = _scored_first(mask)
     front = outputs.gather(1, order[..., None].expand(-1, -1, outputs.size(-1)))
-    return front.masked_fill(~mask.gather(1, order)[..., None], 0), counts
+    return front.masked_fill(~mask.gather(1, order)[..., None], 0), mask.sum(1)
+
+
+def _scored_first(mask: Tensor) -> Tensor:
+    """Positions, the scored ones in front, as many as the most of any sample: int64 ``[B, n]``."""
+    n = max(1, int(mask.sum(1).max()))
+    return mask.int().argsort(dim=1, descending=True, stable=True)[:, :n]
 
 
 def per_sample_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -356,9 +360,7 @@ def per_sample_from_hidden(
     """
     if targets.dim() == 1:
         return value(head(hidden.to(head.weight.dtype)), targets)
-    scored = targets.ne(IGNORED)
-    rows, counts = compact(hidden, scored)
-    labels, _ = compact(targets[..., None], scored)
-    padding = torch.arange(rows.size(1), device=rows.device) >= counts[:, None]
-    labels = labels[..., 0].masked_fill(padding, IGNORED)
+    order = _scored_first(targets.ne(IGNORED))
+    rows = hidden.gather(1, order[..., None].expand(-1, -1, hidden.size(-1)))
+    labels = targets.gather(1, order)
     return torch.cat([value(head(h)[None], t[None]) for h, t in zip(rows.to(head.weight.dtype), labels, strict=True)])

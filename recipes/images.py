@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from curation.callbacks.online_selection import Choice, SelectionListener
+from curation.callbacks.online_selection import Choice, SelectionListener, logs_now
 from curation.recipes.sources import require_extra
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
@@ -191,21 +191,25 @@ class CorruptedShare(Callback, SelectionListener):
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None
+        self._wrong: Tensor | None = None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit."""
-        self._sums = None
+        if stage == "fit":
+            self._sums = self._wrong = None
 
     def on_selection(self, trainer: Trainer, pl_module: LightningModule, step: int, choice: Choice) -> None:
         """Count."""
         assert choice.sample_ids is not None
-        wrong = trainer.datamodule.corrupted.to(choice.sample_ids.device)[choice.sample_ids].double()  # type: ignore[attr-defined]
+        if self._wrong is None:
+            self._wrong = trainer.datamodule.corrupted.to(choice.sample_ids.device)  # type: ignore[attr-defined]
+        wrong = self._wrong[choice.sample_ids].double()
         kept = wrong if choice.rows is None else wrong[choice.rows]
         new = torch.stack(
             [kept.sum(), torch.full_like(kept.sum(), len(kept)), wrong.sum(), kept.new_tensor(len(wrong))]
         )
         self._sums = new if self._sums is None else self._sums + new
-        if (step + 1) % max(1, trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
+        if logs_now(trainer):
             for i, name in enumerate(("kept", "all")):
                 share = self._sums[2 * i] / self._sums[2 * i + 1]
                 pl_module.log(f"curation/{name}_corrupted", share, on_step=True, on_epoch=False, batch_size=1)

@@ -21,7 +21,7 @@ from curation.scoring import Route, find_route, per_sample_loss
 def irreducible_losses(
     trainer: Trainer, module: LightningModule, datamodule: LightningDataModule, ckpt_path: str
 ) -> Tensor:
-    """Losses of the training samples, in the order of the data set: fp32 ``[N]``, on the CPU.
+    """Losses of the training samples, by sample id, or by place where they have none: fp32 ``[N]``, on the CPU.
 
     Args:
         trainer: Of one process; its precision and device are used.
@@ -36,20 +36,24 @@ def irreducible_losses(
     if trainer.world_size > 1:
         raise ValueError(f"Irreducible losses are taken by one process, but the trainer has {trainer.world_size}.")
     losses: list[Tensor] = []
+    ids: list[Tensor] = []
     route: Route | None = None
     size = 0
 
     def val_dataloader() -> DataLoader:
         nonlocal size
+        datamodule.setup("fit")
         loader = datamodule.train_dataloader()
         size = len(loader.dataset)
         return DataLoader(
-            loader.dataset, loader.batch_size, collate_fn=loader.collate_fn, num_workers=loader.num_workers
+            loader.dataset, loader.batch_size or 256, collate_fn=loader.collate_fn, num_workers=loader.num_workers
         )
 
     def validation_step(batch: Any, batch_idx: int) -> None:
         nonlocal route
-        batch, _ = split_sample_ids(batch)
+        batch, of_batch = split_sample_ids(batch)
+        if of_batch is not None:
+            ids.append(of_batch)
         route = route or find_route(module, batch)
         losses.append(per_sample_loss(*route(batch)))
 
@@ -62,9 +66,14 @@ def irreducible_losses(
     finally:
         for one in undo:
             one()
-    table = torch.cat(losses).cpu()
-    if len(table) != size:
-        raise ValueError(f"Only {len(table)} of {size} samples were scored: take the limit from the trainer.")
+    of_rows = torch.cat(losses).cpu()
+    if len(of_rows) != size:
+        raise ValueError(f"Only {len(of_rows)} of {size} samples were scored: take the limit from the trainer.")
+    if not ids:
+        return of_rows
+    of_ids = torch.cat(ids).cpu()
+    table = torch.full((int(of_ids.max()) + 1,), torch.nan)
+    table[of_ids] = of_rows
     return table
 
 
@@ -86,10 +95,10 @@ def main(args: list[str]) -> None:
     output = Path(options.output)
     if output.exists():
         raise FileExistsError(f"Argument `--output` must name a new file, but {options.output!r} exists.")
+    output.parent.mkdir(parents=True, exist_ok=True)
     cli = run(rest, execute=False)
     if cli.datamodule is None:
         raise ValueError("Argument `--config` must name a recipe with a data module.")
     table = irreducible_losses(cli.trainer, cli.model, cli.datamodule, options.ckpt_path)
-    output.parent.mkdir(parents=True, exist_ok=True)
     torch.save(table, output)
     print(f"Irreducible losses of {len(table)} samples, mean {table.nanmean():.3f}, in {output}.")

@@ -8,28 +8,25 @@ import numpy as np
 from curation.records.ledger import Ledger
 
 
-def picture(ledger: Ledger, file: Path, size: int | None = None) -> None:
+def picture(counts: tuple[np.ndarray, np.ndarray, np.ndarray], file: Path) -> None:
     """How often samples were kept, beside what chance would give, and how long ago (PNG).
 
     Args:
-        ledger: To draw.
+        counts: Of :meth:`curation.records.ledger.Ledger.counts`.
         file: To write.
-        size: Number of samples of the data set; None for the largest id and one.
     """
     import matplotlib.pyplot as plt
 
-    seen, kept, last = ledger.counts(size)
+    seen, kept, last = counts
     end = last.max()
     figure, (repeats, age) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    bins = np.arange(kept.max() + 2) - 0.5
-    if len(bins) > 60:
-        bins = np.linspace(-0.5, kept.max() + 0.5, 60)
+    bins = _whole(kept.max())
     repeats.hist(kept, bins=bins, label="this selection")
     chance = np.random.default_rng(0).binomial(seen, kept.sum() / seen.sum())
     repeats.hist(chance, bins=bins, histtype="step", color="black", label="chance, at the same rate")
     repeats.set(xlabel="times kept", ylabel="samples", title=f"never kept: {(kept == 0).mean():.1%}")
     repeats.legend(frameon=False)
-    age.hist(end - last[last >= 0], bins=50)
+    age.hist(end - last[last >= 0], bins=_whole(end))
     age.set(xlabel="steps since last kept", ylabel="samples", title="age, of those that were kept")
     for axes in (repeats, age):
         axes.spines[["top", "right"]].set_visible(False)
@@ -37,10 +34,17 @@ def picture(ledger: Ledger, file: Path, size: int | None = None) -> None:
     plt.close(figure)
 
 
+def _whole(largest: int) -> np.ndarray:
+    """Edges of at most 60 bins that hold equally many whole numbers each."""
+    width = -(-(int(largest) + 1) // 60)
+    return np.arange(0, largest + width + 1, width) - 0.5
+
+
 def main(args: list[str]) -> None:
     """``curation ledger FOLDER [--sample ID] [--size N] [--picture FILE]``.
 
     Raises:
+        ValueError: If ``--size`` or ``--sample`` is out of range.
         OSError: If the folder holds no ledger, or the picture cannot be written.
     """
     parser = argparse.ArgumentParser("curation ledger", description="What a selection kept, and what it never did.")
@@ -49,20 +53,27 @@ def main(args: list[str]) -> None:
     parser.add_argument("--sample", type=int, metavar="ID", help="print every row of this sample")
     parser.add_argument("--picture", metavar="FILE", help="draw how often and how long ago samples were kept (PNG)")
     options = parser.parse_args(args)
+    if options.size is not None and options.size < 1:
+        raise ValueError(f"Argument `--size` must be >= 1, but got {options.size}.")
     ledger = Ledger(options.folder)
     if options.sample is not None:
         history = ledger.history(options.sample)
+        if not len(history["step"]):
+            raise ValueError(
+                f"Argument `--sample` must be an id in the ledger, but {options.sample} never was a candidate."
+            )
         print(f"{'step':>9} {'score':>11} kept weight")
         for row in zip(*(history[name] for name in ("step", "score", "kept", "weight")), strict=True):
             print("{:>9} {:>11.4f} {:>4} {:>6.3f}".format(*row))
         return
-    seen, kept, _ = ledger.counts(options.size)
+    counts = seen, kept, _ = ledger.counts(options.size)
     never = np.flatnonzero(kept == 0)
     print(f"{len(seen):,} samples, {int(seen.sum()):,} candidates, {int(kept.sum()):,} kept")
     print(f"never kept: {len(never):,} ({len(never) / len(seen):.1%}), such as {never[:10].tolist()}")
-    print("kept most:  " + ", ".join(f"{i} ({n} times)" for i, n in ledger.most_kept(10)))
+    most = np.argsort(-kept, kind="stable")[:10]
+    print("kept most:  " + ", ".join(f"{i} ({kept[i]} times)" for i in most))
     for rank, step in ledger.cut_off().items():
         print(f"{rank} did not close its files (killed, or still running): rows after step {step} may be missing")
     if options.picture is not None:
-        picture(ledger, Path(options.picture), options.size)
+        picture(counts, Path(options.picture))
         print(f"picture: {options.picture}")

@@ -58,6 +58,7 @@ class SupervisedFineTuning(LightningModule):
             raise ValueError(f"Argument `warmup_steps` must be >= 0, but got {warmup_steps!r}.")
         self.save_hyperparameters()
         self.model: Any = None
+        self.sample_weights: Tensor | None = None  # of the rows of a training batch, where a rule weighs them
         self.val_loss = MeanMetric()
         self.test_loss = MeanMetric()
 
@@ -103,7 +104,10 @@ class SupervisedFineTuning(LightningModule):
         targets = batch["labels"][:, 1:]  # position t predicts token t + 1
         scored = targets.ne(IGNORED)
         logits = self.model.get_output_embeddings()(hidden[:, :-1][scored])
-        return F.cross_entropy(logits.float(), targets[scored]), scored.sum()
+        if self.sample_weights is None:
+            return F.cross_entropy(logits.float(), targets[scored]), scored.sum()
+        losses = F.cross_entropy(logits.float(), targets[scored], reduction="none")
+        return (losses * self.sample_weights[scored.nonzero()[:, 0]]).mean(), scored.sum()
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of the rows that were kept."""

@@ -82,6 +82,7 @@ class HardSampleTwin(UniformTwin):
         self.seen: list[float] = []
 
     def score(self, step, rank, logits, targets):
+        self.n = (targets != -100).sum(1).tolist()
         scores = []
         for x, t in zip(logits, targets, strict=True):
             x = x[t != -100].detach().requires_grad_()
@@ -110,12 +111,14 @@ class HardSampleTwin(UniformTwin):
                 p = (sum(x <= value for x in pool) / sum(math.isfinite(x) for x in pool)) ** 3
                 keys.append(min(p / max(1 - p, 1e-12), 1e12) * (1 - u[i]) / u[i])
         else:
+            values = [value * n for value, n in zip(values, self.n, strict=True)]
             keys = [values[i] / u[i] for i in range(len(values))]
         best = sorted(sorted(range(len(values)), key=lambda i: -keys[i])[:k])
         if self.rule != "importance" or len(values) <= k:
             return best, [1.0] * len(best)
         threshold = sorted(keys)[-k - 1]
-        return best, [k / len(values) * max(1, threshold / values[i]) for i in best]
+        share = sum(self.n[i] for i in best) / sum(self.n)
+        return best, [share * max(1, threshold / values[i]) for i in best]
 
     def end_step(self):
         self.pool += self.seen

@@ -41,17 +41,17 @@ def cdf_power(scores: Tensor, pool: Tensor, beta: float) -> Tensor:
         beta: At least 0, where all are equally probable.
 
     Returns:
-        fp32 ``[B]`` in [0, 1]; 0 where the score is not finite.
+        fp64 ``[B]`` in (0, 1]; 0 where the score is not finite.
 
     Example:
         >>> cdf_power(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0, 2.0, 2.0]), 1.0)
-        tensor([0.5000, 1.0000])
+        tensor([0.5000, 1.0000], dtype=torch.float64)
     """
     finite = pool.isfinite()
     ordered = pool.masked_fill(~finite, torch.inf).sort().values
     below = torch.searchsorted(ordered, scores.to(ordered.dtype).contiguous(), right=True)
-    share = torch.minimum(below, finite.sum()) / finite.sum().clamp(min=1)
-    return share.pow(beta).masked_fill(~scores.isfinite(), 0)
+    share = torch.minimum(below, finite.sum()).double() / finite.sum().clamp(min=1)
+    return share.pow(beta).clamp(min=1e-300).masked_fill(~scores.isfinite(), 0)
 
 
 def successive_sample(log_weights: Tensor, k: int, uniform: Tensor) -> Tensor:
@@ -97,18 +97,19 @@ def priority_sample(scores: Tensor, k: int, uniform: Tensor) -> tuple[Tensor, Te
     """
     size = len(scores)
     w = scores.double().masked_fill(~scores.isfinite(), 0)
-    q = w / uniform.double().clamp(min=1e-300)
+    q = (w / uniform.double().clamp(min=1e-300)).masked_fill(~scores.isfinite(), -1)
     rows = _largest(q, k)
     if k >= size:
         return rows, torch.ones(size, device=scores.device)
-    threshold = q.topk(k + 1).values[-1]
+    threshold = q.topk(k + 1).values[-1].clamp(min=0)
     stands_for = torch.where(w > 0, (threshold / w).clamp(min=1), 1.0)[rows]
     return rows, (stands_for * (k / size)).float()
 
 
 def variance_reduction(scores: Tensor) -> Tensor:
-    """How many times larger a uniform batch has to be for the variance of one drawn by score.
+    """The paper's ``tau``: the root mean square norm of a uniformly drawn gradient over that of one drawn by score.
 
+    A uniform batch has to be ``tau^2`` times as large for the same second moment.
     ``tau = (1 - ||g - u||^2 / ||g||^2)^(-1/2)`` with ``g`` the normalised scores and ``u = 1 / B``
     (arXiv 1803.00942, sec. 3.3).
 

@@ -33,7 +33,7 @@ class LedgerWriter:
     Args:
         path: Of the ledger.
         rank: Of this process.
-        rows_per_file: Rows that are gathered, 24 bytes each.
+        rows_per_file: Rows that are gathered, 28 bytes each.
     """
 
     def __init__(self, path: str | Path, rank: int = 0, rows_per_file: int = ROWS_PER_FILE) -> None:
@@ -42,15 +42,16 @@ class LedgerWriter:
         self._open: list[tuple[Tensor, ...]] = []
         self._rows = 0
         self._written = 0
+        self._begun = False
         self._number = len(self._files())
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob(_FILES))
 
-    @property
-    def has_rows(self) -> bool:
-        """Whether this rank has written before."""
-        return bool(self._files())
+    def begin(self) -> None:
+        """From here until :meth:`close` rows may be missing from the files."""
+        self._begun = True
+        (self.folder / _CLOSED).unlink(missing_ok=True)
 
     def append(self, step: int, sample_ids: Tensor, scores: Tensor, kept: Tensor, weights: Tensor) -> None:
         """Enter a candidate batch, without a host synchronisation until a file is full.
@@ -62,6 +63,8 @@ class LedgerWriter:
             kept: integers ``[B]``.
             weights: floating ``[B]``.
         """
+        if not self._begun:
+            self.begin()
         steps = torch.full_like(sample_ids, step)
         self._open.append((steps, sample_ids, scores.float(), kept.int(), weights.float()))
         self._rows += len(sample_ids)
@@ -74,14 +77,13 @@ class LedgerWriter:
         """Write the rows that are gathered; the file is written again as more come."""
         if self._rows == self._written:
             return
-        columns = [torch.cat(column).cpu().numpy() for column in zip(*self._open, strict=True)]
+        columns = [torch.cat([part.cpu() for part in column]).numpy() for column in zip(*self._open, strict=True)]
         self._open = [tuple(torch.from_numpy(column) for column in columns)]
         self._write(self.folder / f"{self._number:08d}.parquet", dict(zip(COLUMNS, columns, strict=True)))
         self._written = self._rows
 
     def _write(self, file: Path, columns: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / _CLOSED).unlink(missing_ok=True)
         part = file.with_suffix(".part")
         pq.write_table(pa.table(columns), part, compression="zstd")
         with part.open("rb+") as written:
@@ -89,7 +91,9 @@ class LedgerWriter:
         part.replace(file)
 
     def close(self) -> None:
-        """Write what is left, and that nothing is missing."""
+        """Write what is left, and that nothing is missing, if anything was begun."""
+        if not self._begun:
+            return
         self.flush()
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / _CLOSED).touch()
@@ -132,8 +136,8 @@ class Ledger:
         last = {}
         for folder in sorted(self.path.glob("rank=*")):
             if not (folder / _CLOSED).exists():
-                file = max(folder.glob(_FILES))
-                last[folder.name] = int(pq.read_table(file, columns=["step"])["step"][-1].as_py())
+                file = max(folder.glob(_FILES), default=None)
+                last[folder.name] = -1 if file is None else pq.read_table(file, columns=["step"])["step"][-1].as_py()
         return last
 
     def rows(self) -> Any:

@@ -51,13 +51,19 @@ class ScoreStore:
 
         Args:
             ids: int64 ``[B]`` in [0, N); rows with the id -1 are left out.
-            scores: floating ``[B]``.
+            scores: floating ``[B]``; NaN where none was made, the last one then stays.
             kept: ``[B]``, how often each was trained on in this step.
             step: At which the scores were made.
+
+        Raises:
+            ValueError: If an id is too large, on a CPU.
         """
+        if ids.device.type == "cpu" and int(ids.max()) >= len(self):  # elsewhere it would wait for the device
+            raise ValueError(f"A sample id is {int(ids.max())}, but the record is of {len(self)} samples.")
         ids = ids.where(ids >= 0, len(self))
-        self._scores.scatter_reduce_(0, ids, scores.to(self._scores), "amax", include_self=False)
-        self._steps.index_fill_(0, ids, step)
+        scored = ids.where(~scores.isnan(), len(self))
+        self._scores.scatter_reduce_(0, scored, scores.to(self._scores), "amax", include_self=False)
+        self._steps.index_fill_(0, scored, step)
         self._seen.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
         self._kept.index_add_(0, ids, kept.to(torch.int32))
 

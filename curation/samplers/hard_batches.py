@@ -21,7 +21,7 @@ class HardBatchSampler(DistributedSampler):
     :class:`curation.callbacks.HardBatchTraining`, which pushes the losses, to the trainer. Under DDP each process
     takes its part of every mini-batch. If the data set does not divide, the last mini-batch is filled up with the
     first samples of the cut. With loader workers a round is ranked before the last losses of the round before are
-    known, by as many batches as the loader fetches ahead.
+    known, by as many batches as the loader fetches ahead; a mini-batch without a loss yet ranks last.
 
     Args:
         dataset: Anything with a length.
@@ -54,9 +54,14 @@ class HardBatchSampler(DistributedSampler):
         self.global_batch_size = batch_size
         self.delta = delta
         self.max_age = max_age
+        self._key = [len(dataset), batch_size, seed]
         self.count = -(-len(dataset) // batch_size)
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
         self._cut = torch.cat([order, order])[: self.count * batch_size].view(self.count, batch_size)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every loss; the next round is the first."""
         self.losses = torch.full((self.count,), torch.nan)
         self._ages = [0] * self.count
         self._warm = True
@@ -128,6 +133,7 @@ class HardBatchSampler(DistributedSampler):
     def state_dict(self) -> dict[str, Any]:
         """Losses and the place in the round, the same in every process."""
         return {
+            "cut": self._key,
             "losses": self.losses,
             "ages": self._ages,
             "warm": self._warm,
@@ -140,11 +146,12 @@ class HardBatchSampler(DistributedSampler):
         """Restore :meth:`state_dict`.
 
         Raises:
-            ValueError: If it has another number of mini-batches.
+            ValueError: If it was cut in another way.
         """
-        if len(state["losses"]) != self.count:
+        if state["cut"] != self._key:
             raise ValueError(
-                f"The checkpoint is of {len(state['losses'])} mini-batches, but the data set now has {self.count}."
+                "The mini-batches of the checkpoint are others: samples, batch size and seed were "
+                f"{state['cut']} and now are {self._key}."
             )
         self.losses = state["losses"]
         self._ages, self._warm, self._in_epoch = state["ages"], state["warm"], state["in_epoch"]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from curation.callbacks import ExactResume, HardBatchTraining
-from helpers import Classifier, data, loader, trainer
-from lightning.pytorch import Callback
+from helpers import Classifier, ManualClassifier, data, loader, trainer
+from lightning.pytorch import Callback, LightningDataModule
 from torch.utils.data import DataLoader
 from twins import slow_hard_batches
 
@@ -65,8 +65,9 @@ def test_a_loader_without_the_sampler_or_of_another_size_is_refused():
 
 
 def test_a_module_without_a_loss_is_named():
-    class Silent(Classifier):
+    class Silent(ManualClassifier):
         def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
             return None
 
     with pytest.raises(TypeError, match=r"`Silent\.training_step` must return its loss to be ranked"):
@@ -81,3 +82,28 @@ def test_a_second_fit_goes_on_with_its_own_sampler():
         assert callback.sampler is batches.sampler
         assert torch.isfinite(batches.sampler.losses).all()
         assert len(steps.rows) == 16
+
+
+def test_reloaded_loaders_go_on_with_the_round_and_a_new_fit_begins_anew():
+    class Reloads(LightningDataModule):
+        def train_dataloader(self):
+            return hard()
+
+    steps, callback = Steps(), HardBatchTraining()
+    run = trainer(callback, steps, max_epochs=3, reload_dataloaders_every_n_epochs=1)
+    run.fit(Classifier(), datamodule=Reloads())
+    expected = slow_hard_batches(8, 0.25, lambda step, batch: steps.losses[step], 24)
+    x, cut = data().tensors[0], callback.sampler._cut
+    assert steps.rows == [x[cut[b], 0].tolist() for b in expected]
+
+    class Fails(Classifier):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if batch_idx == 5:
+                raise RuntimeError("stop")
+
+    batches = hard()
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer(HardBatchTraining(), max_epochs=2).fit(Fails(), batches)
+    again = Steps()
+    trainer(HardBatchTraining(), again, max_epochs=1).fit(Classifier(), batches)
+    assert again.rows == [x[rows, 0].tolist() for rows in cut]

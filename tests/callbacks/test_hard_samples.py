@@ -6,7 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from curation.callbacks import HardSampleSelection
-from helpers import Classifier, LanguageModel, Watch, assert_same_weights, data, loader, texts, trainer, weights
+from curation.callbacks.row_weights import RowWeights
+from helpers import (
+    Classifier,
+    LanguageModel,
+    ManualClassifier,
+    Watch,
+    assert_same_weights,
+    data,
+    loader,
+    texts,
+    trainer,
+    weights,
+)
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
@@ -194,3 +206,48 @@ def test_variance_reduction_is_logged():
     run = trainer(HardSampleSelection(keep=0.25, rule="importance", score="grad_norm"), max_epochs=1)
     run.fit(Classifier(), loader())
     assert float(run.callback_metrics["curation/variance_reduction"]) > 1
+
+
+def test_weights_that_another_forward_seems_to_take_are_an_error():
+    class LogsOnly(Plain):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            self.accuracy = (self(x).argmax(1) == y).float().mean()  # through `forward`, but not into the loss
+            return F.cross_entropy(self.net(x), y)
+
+    class ByHand(ManualClassifier):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            F.cross_entropy(self.net(x), y).backward()  # calls no hook of Lightning's
+
+    for module in (LogsOnly(), ByHand()):
+        with pytest.raises(TypeError, match="did not reach the loss of"):
+            trainer(HardSampleSelection(keep=0.5, rule="importance")).fit(module, loader(ids=False))
+
+
+def test_an_attribute_that_is_in_use_is_not_overwritten():
+    module = TakesWeights()
+    module.sample_weights = torch.ones(3)
+    with pytest.raises(ValueError, match=r"`TakesWeights.sample_weights` must be None before training"):
+        trainer(HardSampleSelection(keep=0.5, rule="importance")).fit(module, loader(ids=False))
+    assert module.sample_weights.tolist() == [1, 1, 1]
+
+
+def test_the_gradient_of_sequences_of_unequal_length_is_unbiased():
+    module, batch = LanguageModel(), next(iter(DataLoader(texts(16), 16)))
+    targets = batch["labels"][:, 1:]
+    with torch.no_grad():
+        logits = module.model(batch["input_ids"], batch["attention_mask"]).logits[:, :-1]
+    losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-100, reduction="none")
+    scores, lengths = per_sample_grad_norm(logits, targets), targets.ne(-100).sum(1)
+    selection = HardSampleSelection(keep=0.25, rule="importance", score="grad_norm")
+    run, selection._weights = trainer(), RowWeights(module, None)
+    estimates = []
+    for step in range(4000):
+        selection.batches, selection._lengths = step, lengths.float()
+        rows, row_weights = selection.choose(run, scores, 4)
+        estimates.append(float((losses[rows] * row_weights[:, None]).sum() / lengths[rows].sum()))
+    estimates = torch.tensor(estimates)
+    off = estimates.mean() - losses.sum() / lengths.sum()
+    assert abs(float(off)) < 3 * float(estimates.std()) / 4000**0.5
+    assert float(estimates.std() / estimates.mean()) < 0.5

@@ -4,6 +4,7 @@ import pytest
 import torch
 from curation.callbacks import HardSampleSelection, SampleRecord, SelectionLedger, UniformSelection
 from helpers import Classifier, loader, trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from curation.records.ledger import Ledger
 
@@ -64,14 +65,49 @@ def test_a_record_that_is_too_small_is_refused():
 
 def test_the_ledger_of_another_run_is_not_written_into(tmp_path):
     def fit():
-        callbacks = [UniformSelection(keep=0.5), SelectionLedger(str(tmp_path))]
+        callbacks = [HardSampleSelection(keep=0.5), SelectionLedger(str(tmp_path))]
         trainer(*callbacks, max_epochs=1).fit(Classifier(), loader())
 
     fit()
     before = Ledger(tmp_path).rows()
-    with pytest.raises(ValueError, match=r"Argument `path` must be a new folder, .* holds the ledger of another run"):
+    with pytest.raises(ValueError, match=r"Argument `path` must be a new folder, or that of the run that is resumed"):
         fit()
     assert Ledger(tmp_path).rows().equals(before)
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_training(tmp_path):
+    (tmp_path / "file").touch()
+    module = Classifier()
+    with pytest.raises(ValueError, match="Argument `path` must be a folder that can be written"):
+        trainer(UniformSelection(keep=0.5), SelectionLedger(str(tmp_path / "file/ledger"))).fit(module, loader())
+    assert module.seen == []
+
+
+def test_a_resumed_run_needs_its_own_ledger(tmp_path):
+    def fit(path, epochs=2, **kwargs):
+        save = ModelCheckpoint(tmp_path / f"checkpoints-{path}", save_last=True)
+        callbacks = [HardSampleSelection(keep=0.5), SelectionLedger(str(tmp_path / path)), save]
+        trainer(*callbacks, max_epochs=epochs, enable_checkpointing=True).fit(Classifier(), loader(), **kwargs)
+
+    fit("a")
+    fit("b")
+    before = Ledger(tmp_path / "a").rows()
+    for path in ("a", "c"):
+        with pytest.raises(ValueError, match=r"Argument `path` must be .* that of the run that is resumed"):
+            fit(path, 3, ckpt_path=tmp_path / "checkpoints-b/last.ckpt")
+    assert Ledger(tmp_path / "a").rows().equals(before)
+
+
+def test_a_full_step_leaves_the_score_of_the_last_one_that_scored():
+    record = SampleRecord()
+    selection = HardSampleSelection(keep=0.5, when="pays")
+    trainer(selection, record, max_epochs=1).fit(Classifier(), loader())
+    steps = record.store.steps
+    assert torch.equal(record.store.scores.isnan(), steps == -1)
+    assert set(steps.tolist()) == {-1, 0, 2, 4, 6}
+    uniform = SampleRecord()
+    trainer(UniformSelection(keep=0.5), uniform, max_epochs=1).fit(Classifier(), loader())
+    assert uniform.store.scores.isnan().all()
 
 
 def test_an_exception_loses_no_row(tmp_path):

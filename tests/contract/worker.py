@@ -77,6 +77,7 @@ def _states(run) -> dict:
         if type(callback) in {entry.cls for entry in CALLBACKS.values()}:
             state = dict(callback.state_dict())
             state.pop("train_seconds", None)  # a clock
+            state.pop("run", None)  # a random name
             states[type(callback).__name__] = state
     return states
 

@@ -56,7 +56,8 @@ def test_overrides_survive_print_config(name, tmp_path, capsys):
         assert done.value.code == 0
         return capsys.readouterr().out
 
-    first = printed(name, "--trainer.max_steps=7", "--trainer.callbacks.keep=0.5")
+    selection = "--trainer.callbacks.class_path=curation.callbacks.UniformSelection"
+    first = printed(name, "--trainer.max_steps=7", selection, "--trainer.callbacks.keep=0.5")
     config = yaml.safe_load(first)
     assert config["trainer"]["max_steps"] == 7
     assert config["trainer"]["callbacks"][-1]["init_args"]["keep"] == 0.5

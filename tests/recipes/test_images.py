@@ -9,8 +9,11 @@ import torch
 from curation.callbacks import HardSampleSelection, SampleRecord, UniformSelection
 from curation.recipes import cli
 from curation.recipes.images import CorruptedShare, ImageClassifier, Images, load
+from curation.recipes.irreducible import irreducible_losses
 from helpers import trainer
 from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, Subset
 
 from curation.scoring import per_sample_loss
 
@@ -161,3 +164,37 @@ def test_uniform_selection_keeps_wrong_labels_at_their_rate():
     run.fit(ImageClassifier(), datamodule=Images(data="digits", label_noise=0.4, batch_size=64))
     shares = [float(run.callback_metrics[f"curation/{name}_corrupted"]) for name in ("kept", "all")]
     assert shares[0] == pytest.approx(shares[1], abs=0.05)
+
+
+def test_the_share_of_wrong_labels_goes_on_after_a_resume(tmp_path):
+    def fit(steps, **kwargs):
+        shares = CorruptedShare()
+        save = ModelCheckpoint(tmp_path, save_last=True, enable_version_counter=False)
+        callbacks = [UniformSelection(keep=0.5), shares, save]
+        run = trainer(*callbacks, max_steps=steps, max_epochs=-1, enable_checkpointing=True)
+        run.fit(ImageClassifier(), datamodule=Images(data="digits", label_noise=0.4, batch_size=64), **kwargs)
+        return shares._sums.tolist()
+
+    fit(3)
+    _, kept, _, seen = fit(6, ckpt_path=tmp_path / "last.ckpt")
+    assert (kept, seen) == (6 * 32, 6 * 64)
+
+
+def test_irreducible_losses_are_by_id_where_the_loader_shows_a_part_in_another_order(tmp_path):
+    class Part(Images):
+        def train_dataloader(self):
+            return DataLoader(Subset(self.train, [5, 900, 3]), 2)
+
+    module, data = ImageClassifier(), Part(data="digits")
+    data.setup("fit")
+    module.net(torch.zeros(1, *data.shape))
+    run = trainer()
+    run.strategy.connect(module)
+    torch.save({"state_dict": module.state_dict(), "pytorch-lightning_version": "2.6.0"}, tmp_path / "m.ckpt")
+    table = irreducible_losses(run, module, data, str(tmp_path / "m.ckpt"))
+    x, y = data.train.dataset.tensors
+    with torch.no_grad():
+        expected = per_sample_loss(module.eval()(x), y)
+    assert len(table) == 901
+    assert table.isnan().sum() == 898
+    torch.testing.assert_close(table[[5, 900, 3]], expected[[5, 900, 3]])
