@@ -118,12 +118,19 @@ def test_priority_sampling_equals_its_definition(scores, k, seed):
         assert weights.tolist() == [1.0] * len(scores)
         return
     w = [s if math.isfinite(s) else 0.0 for s in scores]
-    q = [a / b for a, b in zip(w, u, strict=True)]
+    q = [a / b if math.isfinite(s) else -1.0 for a, b, s in zip(w, u, scores, strict=True)]
     order = sorted(range(len(q)), key=lambda i: (-q[i], i))
     assert rows.tolist() == sorted(order[:k])
     for i, weight in zip(rows.tolist(), weights.tolist(), strict=True):
-        stands_for = max(1.0, q[order[k]] / w[i]) if w[i] > 0 else 1.0
+        stands_for = max(1.0, max(0.0, q[order[k]]) / w[i]) if w[i] > 0 else 1.0
         assert weight == pytest.approx(stands_for * k / len(w), rel=1e-5)
+
+
+def test_a_row_of_weight_zero_comes_before_one_without_a_finite_score():
+    for u in uniforms(5)[:50]:
+        assert priority_sample(torch.tensor([math.nan, 0.0, 0.0, 0.0, 1.0]), 4, u)[0].tolist() == [1, 2, 3, 4]
+        few = cdf_power(torch.tensor([math.nan, 1.0, 2.0]), torch.arange(1000.0), 1000.0)
+        assert pareto_sample(few, 2, u[:3]).tolist() == [1, 2]
 
 
 def test_rows_without_a_finite_score_are_drawn_last():
