@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from curation.callbacks.choice import Choice
 from curation.callbacks.head_route import HeadRoute
 from curation.callbacks.online_selection import OnlineSelection, is_number
 from curation.callbacks.row_weights import RowWeights
@@ -205,7 +206,7 @@ class HardSampleSelection(OnlineSelection):
             scores = trainer.strategy.all_gather(scores).flatten()
         self.pool = torch.cat([self.pool.to(scores), scores])[-POOL:]
 
-    def _statistics(self, choice: Any) -> dict[str, Tensor | float]:
+    def _statistics(self, choice: Choice) -> dict[str, Tensor | float]:
         stats = super()._statistics(choice)
         if self.rule == "importance" and choice.scores is not None:
             lengths = 1 if choice.lengths is None else choice.lengths

@@ -5,7 +5,8 @@ from typing import Any
 from uuid import uuid4
 
 import torch
-from curation.callbacks.online_selection import Choice, OnlineSelection, SelectionListener, logs_now
+from curation.callbacks.choice import Choice, SelectionListener
+from curation.callbacks.online_selection import OnlineSelection, logs_now
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from curation.callbacks.online_selection import Choice, SelectionListener, logs_now
+from curation.callbacks.choice import Choice, SelectionListener
+from curation.callbacks.online_selection import logs_now
 from curation.recipes.sources import require_extra
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
