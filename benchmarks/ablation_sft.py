@@ -10,9 +10,7 @@ import argparse
 import copy
 import gc
 import itertools
-import json
 import logging
-import multiprocessing
 import os
 import statistics
 import warnings
@@ -23,6 +21,7 @@ from typing import Any
 import torch
 from curation.callbacks import OnlineSelection, UniformSelection, UtilityDiversitySelection
 from lightning.pytorch import Callback, Trainer, seed_everything
+from paired import interval, load, run_all
 from torch import Tensor
 
 from curation.online.utility_diversity import UtilityDiversityScorer
@@ -33,7 +32,6 @@ BATCH, MAX_LENGTH, STEPS = 8, 64, 30
 KEEPS, SEEDS = (0.125, 0.25, 0.5), (0, 1, 2, 3, 4)
 RATES, TUNING_SEED = (1e-5, 3e-5, 1e-4), 100
 NORMALIZATION_KEEP = 0.25
-T_975 = {3: 4.303, 4: 3.182, 5: 2.776}
 
 
 class DiversityOnly(UtilityDiversityScorer):
@@ -135,19 +133,10 @@ def run(job: tuple[str, float, float, int]) -> dict[str, Any]:
     }
 
 
-def run_all(jobs: list[tuple[str, float, float, int]], results: list[dict[str, Any]]) -> None:
-    """Run what is not in the results yet, and write them after every run."""
-    from rich.progress import track
-
+def fits(jobs: list[tuple[str, float, float, int]], results: list[dict[str, Any]]) -> None:
+    """Run what is not in the results yet."""
     done = {(r["arm"], r["keep"], r["lr"], r["seed"]) for r in results}
-    todo = [job for job in jobs if job not in done]
-    if not todo:
-        return
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        for result in track(pool.imap_unordered(run, todo), "fits", len(todo)):
-            results.append(result)
-            OUT.parent.mkdir(exist_ok=True)
-            OUT.write_text("[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n")
+    run_all(run, [job for job in jobs if job not in done], results, OUT)
 
 
 def best_rate(results: list[dict[str, Any]], keep: float) -> float:
@@ -169,8 +158,8 @@ def report(results: list[dict[str, Any]]) -> None:
                 continue
             tokens, loss = (statistics.mean(r[key] for r, _ in pairs) for key in ("tokens_trained", "val_loss"))
             differences = [ours["val_loss"] - base["val_loss"] for ours, base in pairs]
-            half = T_975[len(pairs)] * statistics.stdev(differences) / len(pairs) ** 0.5
-            gap = "" if arm == "uniform" else f"{statistics.mean(differences):+.3f} ± {half:.3f}"
+            mean, half = interval(differences)
+            gap = "" if arm == "uniform" else f"{mean:+.3f} ± {half:.3f}"
             print(f"| {keep} | {lr:g} | {arm} | {len(pairs)} | {tokens:.0f} | {loss:.3f} | {gap} |")
 
 
@@ -180,12 +169,12 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only print the table of the results there are")
     only_report = parser.parse_args().report
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    results = json.loads(OUT.read_text()) if OUT.exists() else []
+    results = load(OUT)
     if not only_report:
-        run_all([("uniform", keep, lr, TUNING_SEED) for keep in KEEPS for lr in RATES], results)
+        fits([("uniform", keep, lr, TUNING_SEED) for keep in KEEPS for lr in RATES], results)
         rates = {keep: best_rate(results, keep) for keep in KEEPS}
         arms = [(keep, arm) for keep in KEEPS for arm in ARMS] + [(NORMALIZATION_KEEP, arm) for arm in NORMALIZATIONS]
-        run_all([(arm, keep, rates[keep], seed) for seed, (keep, arm) in itertools.product(SEEDS, arms)], results)
+        fits([(arm, keep, rates[keep], seed) for seed, (keep, arm) in itertools.product(SEEDS, arms)], results)
     report(results)
 
 

@@ -8,10 +8,7 @@ again. ``--report`` only prints.
 
 import argparse
 import itertools
-import json
 import logging
-import multiprocessing
-import os
 import statistics
 import tempfile
 import time
@@ -25,11 +22,11 @@ from curation.recipes.images import FASHION_MNIST, CorruptedShare, ImageClassifi
 from curation.recipes.irreducible import irreducible_losses
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from paired import interval, load, run_all
 
 OUT = Path(__file__).parent.parent / "docs" / "results" / "hard_samples.json"
 SEEDS, TUNING_SEED = (0, 1, 2, 3, 4), 100
 RATES = (3e-4, 1e-3, 3e-3)
-T_975 = {3: 4.303, 4: 3.182, 5: 2.776}
 
 NOISE, HOLDOUT, CANDIDATES, KEEP, NOISE_STEPS = 0.4, 0.2, 320, 0.1, 1000
 AS_LONG = "uniform, 3.5 times the steps"  # about as many seconds as a rule that scores
@@ -107,19 +104,10 @@ def run(job: tuple[str, str, float, int, str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run_all(jobs: list[tuple[str, str, float, int]], results: list[dict[str, Any]], folder: str) -> None:
-    """Run what is not in the results yet, and write them after every run."""
-    from rich.progress import track
-
+def fits(jobs: list[tuple[str, str, float, int]], results: list[dict[str, Any]], folder: str) -> None:
+    """Run what is not in the results yet."""
     done = {(r["part"], r["arm"], r["lr"], r["seed"]) for r in results}
-    todo = [(*job, folder) for job in jobs if job not in done]
-    if not todo:
-        return
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        for result in track(pool.imap_unordered(run, todo), "fits", len(todo)):
-            results.append(result)
-            OUT.parent.mkdir(exist_ok=True)
-            OUT.write_text("[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n")
+    run_all(run, [(*job, folder) for job in jobs if job not in done], results, OUT)
 
 
 def best_rate(results: list[dict[str, Any]], part: str) -> float:
@@ -143,8 +131,8 @@ def report(results: list[dict[str, Any]], part: str) -> None:
             statistics.mean(r[key] for r, _ in pairs) for key in ("accuracy", "wrong_labels", "seconds")
         )
         differences = [ours["accuracy"] - other["accuracy"] for ours, other in pairs]
-        half = T_975[len(pairs)] * statistics.stdev(differences) / len(pairs) ** 0.5
-        gap = "" if arm == base else f"{statistics.mean(differences):+.2%} ± {half:.2%}"
+        mean, half = interval(differences)
+        gap = "" if arm == base else f"{mean:+.2%} ± {half:.2%}"
         share = f"{wrong:.1%}" if part == "noise" else ""
         print(f"| {arm} | {len(pairs)} | {share} | {seconds:.0f} | {accuracy:.2%} | {gap} |")
 
@@ -156,13 +144,13 @@ def main() -> None:
     parser.add_argument("--data", default=FASHION_MNIST, help="folder with the four idx files")
     parser.add_argument("--report", action="store_true", help="only print the tables of the results there are")
     options = parser.parse_args()
-    results = json.loads(OUT.read_text()) if OUT.exists() else []
+    results = load(OUT)
     for part in options.parts:
         if not options.report:
-            run_all([(part, BASELINE[part], lr, TUNING_SEED) for lr in RATES], results, options.data)
+            fits([(part, BASELINE[part], lr, TUNING_SEED) for lr in RATES], results, options.data)
             arms = list(SELECTIONS if part == "noise" else DELTAS)
             jobs = [(part, arm, best_rate(results, part), s) for s, arm in itertools.product(SEEDS, arms)]
-            run_all(jobs, results, options.data)
+            fits(jobs, results, options.data)
         report(results, part)
 
 
