@@ -5,6 +5,7 @@ from curation.callbacks.hard_batches import HardBatchTraining
 from curation.callbacks.hard_samples import HardSampleSelection
 from curation.callbacks.online_selection import OnlineSelection
 from curation.callbacks.records import SampleRecord, SelectionLedger
+from curation.callbacks.run_meter import RunMeter
 from curation.callbacks.uniform import UniformSelection
 from curation.callbacks.utility_diversity import UtilityDiversitySelection
 
@@ -13,6 +14,7 @@ __all__ = [
     "HardBatchTraining",
     "HardSampleSelection",
     "OnlineSelection",
+    "RunMeter",
     "SampleRecord",
     "SelectionLedger",
     "UniformSelection",

@@ -304,7 +304,7 @@ class OnlineSelection(Callback, SeamClient, ABC):
         if self._break_even is None or trainer.fit_loop._should_accumulate():
             return
         if self._break_even.compares:
-            _wait_for(pl_module.device)
+            wait_for(pl_module.device)
         now = time.perf_counter()
         seconds, self._step_began = now - self._step_began, now
         if self._break_even.add(seconds):
@@ -418,7 +418,8 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real)
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Wait until an accelerator has done what it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 

@@ -50,15 +50,16 @@ def with_recipe_files(args: list[str]) -> list[str]:
     return found
 
 
-def run(args: list[str], execute: bool = True) -> Any:
+def run(args: list[str], execute: bool = True, instantiate: bool = True) -> Any:
     """Lightning's command line.
 
     Args:
         args: As after ``curation`` in a shell; without the subcommand where ``execute`` is False.
         execute: Run the subcommand. Otherwise only make the trainer, the module and the data module.
+        instantiate: Make them. Otherwise only read the configuration.
 
     Returns:
-        The ``LightningCLI``, with ``trainer``, ``model`` and ``datamodule``.
+        The ``LightningCLI``, with ``trainer``, ``model``, ``datamodule`` and ``config``.
 
     Raises:
         ImportError: If the ``[recipes]`` extra is missing.
@@ -77,6 +78,13 @@ def run(args: list[str], execute: bool = True) -> Any:
         def subcommands() -> dict[str, set[str]]:
             return {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
 
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            parser.add_argument("--arms", type=dict | None, help="for `curation compare` only")
+
+        def instantiate_classes(self) -> None:
+            if instantiate:
+                super().instantiate_classes()
+
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             # Lightning's own method warns of `args` beside sys.argv, even where they are the same.
             self.config = parser.parse_args(args)
@@ -89,7 +97,7 @@ def run(args: list[str], execute: bool = True) -> Any:
         auto_configure_optimizers=False,
         parser_kwargs={
             "prog": "curation",
-            "description": "See also `curation recipes|ledger|irreducible --help`.",
+            "description": "See also `curation recipes|compare|report|ledger|irreducible --help`.",
         },
     )
 
@@ -123,6 +131,13 @@ def recipes(args: list[str]) -> None:
     print(f"Copied to {target}. Run `curation fit --config {target}`.")
 
 
+def first_cause(error: BaseException) -> BaseException:
+    """What a constructor said, which the parser wraps in all that it tried."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return error
+
+
 def main(args: list[str] | None = None) -> None:
     """The console command."""
     args = sys.argv[1:] if args is None else args
@@ -133,7 +148,7 @@ def main(args: list[str] | None = None) -> None:
             return
         args = with_recipe_files(args)
         require_extra()
-        if args[:1] in (["irreducible"], ["ledger"]):
+        if args[:1] in (["compare"], ["irreducible"], ["ledger"], ["report"]):
             import_module(f"curation.recipes.{args[0]}").main(args[1:])
             return
     except (ValueError, OSError, ImportError) as error:
@@ -143,10 +158,7 @@ def main(args: list[str] | None = None) -> None:
     except ValueError as error:
         if not str(error).startswith("Does not validate"):
             raise
-        cause: BaseException = error  # the parser wraps what a constructor says in all that it tried
-        while inner := cause.__cause__ or cause.__context__:
-            cause = inner
-        sys.exit(f"curation: {cause}")
+        sys.exit(f"curation: {first_cause(error)}")
 
 
 if __name__ == "__main__":

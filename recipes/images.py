@@ -1,7 +1,7 @@
 """Image classification, with label noise where asked, by a small convolutional network."""
 
 import gzip
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from curation.callbacks.choice import Choice, SelectionListener
 from curation.callbacks.online_selection import logs_now
-from curation.recipes.sources import require_extra
+from curation.recipes.sources import require_extra, sampled
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Sampler, TensorDataset
 from torchmetrics import Accuracy
 
 from curation.batch import SampleIds
-from curation.samplers.hard_batches import HardBatchSampler
 
 FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
 
@@ -99,9 +98,10 @@ class Images(LightningDataModule):
         swap: Train on the held-out images and validate on the others, for irreducible losses.
         holdout_noise: As ``label_noise``, of the held-out images where ``swap`` trains on them.
         batch_size: Candidates per training batch and device.
-        delta: With it batches are drawn by ``HardBatchSampler``; None draws them uniformly.
+        sampler: Of the training batches, made from the data set and the global batch size, such as
+            :class:`~curation.samplers.hard_batches.HardBatchSampler`; None reshuffles every epoch.
         num_workers: Of the data loaders.
-        seed: Of the split, the noise and the mini-batches of ``delta``.
+        seed: Of the split and the noise.
 
     Attributes:
         corrupted: bool ``[N]`` by sample id, whether a training label is wrong.
@@ -118,7 +118,7 @@ class Images(LightningDataModule):
         swap: bool = False,
         holdout_noise: float = 0.0,
         batch_size: int = 128,
-        delta: float | None = None,
+        sampler: Callable[[Any, int], Sampler] | None = None,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
@@ -138,7 +138,7 @@ class Images(LightningDataModule):
         self.swap = swap
         self.holdout_noise = holdout_noise
         self.batch_size = batch_size
-        self.delta = delta
+        self.sampler = sampler
         self.num_workers = num_workers
         self.seed = seed
         self.corrupted = torch.zeros(0, dtype=torch.bool)
@@ -171,12 +171,11 @@ class Images(LightningDataModule):
         self.test = TensorDataset(test_images, test_labels)
 
     def train_dataloader(self) -> DataLoader:
-        """Candidate batches, reshuffled every epoch, or fixed ones with ``delta``."""
-        how: dict[str, Any] = {"shuffle": True}
-        if self.delta is not None:
-            processes = self.trainer.world_size if self.trainer is not None else 1
-            how = {"sampler": HardBatchSampler(self.train, self.batch_size * processes, self.delta, seed=self.seed)}
-        return DataLoader(self.train, self.batch_size, num_workers=self.num_workers, **how)  # type: ignore[arg-type]
+        """Candidate batches, as the sampler draws them."""
+        assert self.train is not None
+        return DataLoader(
+            self.train, self.batch_size, num_workers=self.num_workers, **sampled(self, self.train, self.sampler)
+        )
 
     def val_dataloader(self) -> DataLoader:
         """The held-out images, in order."""

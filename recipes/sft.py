@@ -1,18 +1,18 @@
 """Supervised fine-tuning of a causal language model on conversations."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from curation.recipes.sources import require_extra, resolve
+from curation.recipes.sources import require_extra, resolve, sampled
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from torchmetrics import MeanMetric
 
 from curation.batch import SAMPLE_ID, SampleIds
@@ -156,6 +156,8 @@ class Conversations(LightningDataModule):
         context_turns: Turns before the answer at most, in ``"chitchat"``.
         max_samples: Training samples at most, before the long ones are left out; None takes all.
         val_samples: Validation samples, and as many test samples, before the long ones are left out.
+        sampler: Of the training batches, made from the data set and the global batch size; None reshuffles every
+            epoch.
         num_workers: Of the data loaders.
         seed: Of the split.
 
@@ -175,6 +177,7 @@ class Conversations(LightningDataModule):
         context_turns: int = 3,
         max_samples: int | None = None,
         val_samples: int = 256,
+        sampler: Callable[[Any, int], Sampler] | None = None,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
@@ -193,6 +196,7 @@ class Conversations(LightningDataModule):
         self.context_turns = context_turns
         self.max_samples = max_samples
         self.val_samples = val_samples
+        self.sampler = sampler
         self.num_workers = num_workers
         self.seed = seed
         self.train: SampleIds | None = None
@@ -256,10 +260,14 @@ class Conversations(LightningDataModule):
         return batch
 
     def train_dataloader(self) -> DataLoader:
-        """Candidate batches, reshuffled every epoch."""
+        """Candidate batches, as the sampler draws them."""
         assert self.train is not None
         return DataLoader(
-            self.train, self.batch_size, shuffle=True, num_workers=self.num_workers, collate_fn=self.collate
+            self.train,
+            self.batch_size,
+            num_workers=self.num_workers,
+            collate_fn=self.collate,
+            **sampled(self, self.train, self.sampler),
         )
 
     def val_dataloader(self) -> DataLoader:

@@ -1,7 +1,12 @@
 """Where data and models come from: an installed package, a path, or a name on the Hugging Face hub."""
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import Sampler
 
 _EXTRA = ("datasets", "jsonargparse", "matplotlib", "rich", "transformers", "wandb")
 
@@ -39,3 +44,19 @@ def resolve(name: str) -> str:
         command = "pip install " + ("--no-deps " if package.startswith("llm_") else "") + package.replace("_", "-")
         raise ImportError(f"The package {package!r} is not installed. Run `{command}`.")
     return str(Path(spec.origin).parent)
+
+
+def sampled(
+    datamodule: LightningDataModule, dataset: Any, sampler: Callable[[Any, int], Sampler] | None
+) -> dict[str, Any]:
+    """How a ``DataLoader`` draws: its ``sampler``, or ``shuffle``.
+
+    Args:
+        datamodule: With the ``batch_size`` of one process.
+        dataset: To draw from.
+        sampler: Makes the sampler from the data set and the batch size of all processes together; None shuffles.
+    """
+    if sampler is None:
+        return {"shuffle": True}
+    processes = datamodule.trainer.world_size if datamodule.trainer is not None else 1
+    return {"sampler": sampler(dataset, datamodule.batch_size * processes)}  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ from curation.callbacks import (
     ExactResume,
     HardBatchTraining,
     HardSampleSelection,
+    RunMeter,
     SampleRecord,
     SelectionLedger,
     UniformSelection,
@@ -81,6 +82,7 @@ CALLBACKS = {
         ),
         Entry(ExactResume),
         Entry(HardBatchTraining, sampler=HardBatchSampler, refuses=("manual", "overfit_batches")),
+        Entry(RunMeter, {"path": "run.json"}),
         Entry(SampleRecord, records=True),
         Entry(SelectionLedger, {"path": "ledger"}, records=True),
     )

@@ -76,7 +76,10 @@ def _states(run) -> dict:
     for callback in run.callbacks:
         if type(callback) in {entry.cls for entry in CALLBACKS.values()}:
             state = dict(callback.state_dict())
-            state.pop("train_seconds", None)  # a clock
+            for clock in ("train_seconds", "seconds"):
+                state.pop(clock, None)
+            for point in state.get("points", []):
+                del point["seconds"]
             state.pop("run", None)  # a random name
             states[type(callback).__name__] = state
     return states

@@ -1,0 +1,1 @@
+"""What a comparison says: intervals, time to a target, performance profiles."""

@@ -1,0 +1,198 @@
+"""Fits in processes and folders of their own, which a dead machine does not lose and two processes do not repeat."""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+
+@dataclass
+class Run:
+    """One fit, in a folder of its own."""
+
+    arm: str
+    seed: int
+    folder: Path
+    config: dict[str, Any]
+    seconds: float = 1.0  # expected, for the progress bar
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What its meter has written so far."""
+        file = self.folder / "run.json"
+        return json.loads(file.read_text()) if file.is_file() else {"points": [], "finished": False}
+
+    @property
+    def finished(self) -> bool:
+        """Whether it came to its end."""
+        return self.result["finished"]
+
+    @property
+    def part(self) -> float:
+        """Of its budget, spent so far."""
+        result = self.result
+        if result["finished"] or not result["points"]:
+            return float(result["finished"])
+        meter, point = self.config["trainer"]["callbacks"][0]["init_args"], result["points"][-1]
+        spent = (
+            point["seconds"] / meter["max_seconds"] if "max_seconds" in meter else point["step"] / meter["max_steps"]
+        )
+        return min(1.0, spent)
+
+    def prepare(self) -> None:
+        """Write its configuration.
+
+        Raises:
+            ValueError: If the folder holds the run of another one.
+        """
+        file = self.folder / "config.yaml"
+        if file.is_file():
+            there = yaml.safe_load(file.read_text())
+            for key, value in self.config.items():
+                if there.get(key) != value:
+                    raise ValueError(
+                        f"Argument `--out` must be a new folder, or that of the same comparison, but `{key}` of "
+                        f"{str(file)!r} differs: {_first_difference(there.get(key), value)}."
+                    )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(yaml.safe_dump(self.config, sort_keys=False))
+
+    def execute(self, gpus: int, threads: int | None) -> None:
+        """Run it unless it is finished; wait for it if another process is running it."""
+        with _lock(self.folder / "lock") as own:
+            if self.finished:
+                return
+            with _free_gpu(gpus) as gpu, (self.folder / "log.txt").open("w") as log:
+                devices = [] if gpu is None else [f"--trainer.devices=[{gpu.index}]"]
+                fit = [
+                    sys.executable,
+                    "-m",
+                    "curation.recipes.cli",
+                    "fit",
+                    "--config",
+                    str(self.folder / "config.yaml"),
+                ]
+                environment = dict(os.environ)
+                if threads is not None:
+                    environment.setdefault("OMP_NUM_THREADS", str(threads))
+                # The fit keeps the locks if this process is killed: whoever comes back waits for it.
+                keep = [own.fileno(), *([] if gpu is None else [gpu.file.fileno()])]
+                subprocess.run([*fit, *devices], stdout=log, stderr=log, env=environment, pass_fds=keep, check=False)
+
+
+def _first_difference(there: Any, here: Any) -> str:
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in here.keys() | there.keys():
+            if there.get(key) != here.get(key):
+                return f"{key}: {_first_difference(there.get(key), here.get(key))}"
+    return f"{there!r} there, {here!r} here"
+
+
+@contextmanager
+def _lock(file: Path) -> Iterator[Any]:
+    with file.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield held
+
+
+@dataclass
+class _Gpu:
+    index: int
+    file: Any
+
+
+@contextmanager
+def _free_gpu(count: int) -> Iterator[_Gpu | None]:
+    """One of this machine's GPUs for the time of a run; None where there are none."""
+    held = None
+    while count and held is None:
+        for index in range(count):
+            file = (Path(tempfile.gettempdir()) / f"curation-gpu-{index}.lock").open("w")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                continue
+            held = _Gpu(index, file)
+            break
+        else:
+            time.sleep(1)
+    try:
+        yield held
+    finally:
+        if held is not None:
+            held.file.close()
+
+
+def last_words(run: Run) -> str:
+    """The last line that a run wrote."""
+    file = run.folder / "log.txt"
+    lines = file.read_text(errors="replace").split("\n") if file.is_file() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it was not run")
+
+
+def execute(runs: list[Run], title: str, backend: str, jobs: int) -> None:
+    """Run what is not finished, over joblib, with a progress bar."""
+    from joblib import Parallel, delayed
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    gpus = torch.cuda.device_count()
+    threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
+    total = sum(run.seconds for run in runs)
+    shown = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[runs]} runs"),
+        TimeRemainingColumn(),
+    )
+    stop = threading.Event()
+
+    def follow(bar: Progress, task: Any) -> None:
+        last = False
+        while not last:
+            last = stop.wait(1)
+            done = sum(run.seconds * run.part for run in runs)
+            bar.update(task, completed=done, runs=f"{sum(run.finished for run in runs)} of {len(runs)}")
+
+    with Progress(*shown) as bar:
+        task = bar.add_task(title, total=total, runs=f"0 of {len(runs)}")
+        thread = threading.Thread(target=follow, args=(bar, task), daemon=True)
+        thread.start()
+        try:
+            with _backend(backend, jobs):
+                Parallel()(delayed(run.execute)(gpus, threads) for run in runs)
+        finally:
+            stop.set()
+            thread.join()
+
+
+@contextmanager
+def _backend(name: str, jobs: int) -> Iterator[None]:
+    from joblib import parallel_config
+
+    if name == "dask":
+        from dask import config
+        from distributed import Client
+
+        here = {} if config.get("scheduler-address", None) else {"n_workers": jobs, "threads_per_worker": 1}
+        with Client(**here), parallel_config("dask", n_jobs=-1):
+            yield
+        return
+    if name == "ray":
+        from ray.util.joblib import register_ray
+
+        register_ray()
+    with parallel_config(name, n_jobs=jobs):
+        yield

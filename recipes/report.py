@@ -1,0 +1,418 @@
+"""What a comparison found: plain sentences, tables and curves; ``curation report FILE`` makes them from the JSON."""
+
+import argparse
+import html
+import io
+import json
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from curation.evaluation.statistics import paired_interval, performance_profile, time_to_target
+
+BASE = "uniform"
+AXES = {
+    "steps": "optimizer steps",
+    "samples": "samples trained on",
+    "flops": "floating-point operations",
+    "seconds": "training seconds, selection included",
+}
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:86rem;margin:2rem auto;padding:0 1rem;color:#222}
+table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}
+th,td{padding:.25rem .5rem;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}
+th{white-space:normal;vertical-align:bottom}.wide{overflow-x:auto}
+th:first-child,td:first-child{text-align:left}svg{width:100%;height:auto}
+code,pre{background:#f4f4f4;padding:.1rem .3rem;white-space:pre-wrap;overflow-wrap:anywhere}
+h2{margin-top:2.5rem}.won{color:#136f2d}.lost{color:#a11}.failed{color:#a11;font-weight:600}details{margin:1rem 0}"""
+
+
+def build(command: str, workloads: list[dict[str, Any]]) -> dict[str, Any]:
+    """A report: the runs of every workload with what follows from them.
+
+    Args:
+        command: That made the runs.
+        workloads: Of ``curation compare``: the runs, and how they were made.
+    """
+    for w in workloads:
+        for point in (point for run in w["runs"] for point in run["points"]):
+            point["value"] = math.nan if point["value"] is None else point["value"]
+        w["summary"] = summarise(w)
+    return {"command": command, "workloads": workloads}
+
+
+def axis(run: dict[str, Any], unit: str) -> list[float]:
+    """Where the evaluations of a run lie: in steps, samples, flops or seconds."""
+    if unit == "flops":
+        return [point["step"] * run["flops_per_step"] for point in run["points"]]
+    return [point[{"steps": "step", "samples": "samples_trained"}.get(unit, unit)] for point in run["points"]]
+
+
+def final(run: dict[str, Any]) -> float:
+    """The metric of the last weights; NaN if there are none."""
+    return math.nan if run["error"] else run["points"][-1]["value"]
+
+
+def reached(run: dict[str, Any], target: float, mode: Any) -> float:
+    """Training seconds to the target."""
+    return time_to_target(axis(run, "seconds"), [point["value"] for point in run["points"]], target, mode)
+
+
+def summarise(w: dict[str, Any]) -> dict[str, Any]:
+    """For every arm: the final metric, its paired difference to ``uniform``, the time to the target, and the cost."""
+    runs = {(run["arm"], run["seed"]): run for run in w["runs"]}
+    better = min if w["mode"] == "min" else max
+    worse = max if w["mode"] == "min" else min
+    base = {seed: run for (arm, seed), run in runs.items() if arm == BASE and math.isfinite(final(run))}
+    full = {seed: final(run) for (arm, seed), run in runs.items() if arm == "full" and math.isfinite(final(run))}
+    best = [better(p["value"] for p in run["points"] if math.isfinite(p["value"])) for run in base.values()]
+    target = w["target"] if w["target"] is not None else worse(best, default=math.nan)
+    summary: dict[str, Any] = {"target": target, "hours": sum(r["wall_seconds"] or 0 for r in w["runs"]) / 3600}
+    for arm in w["arms"]:
+        own = {seed: run for (name, seed), run in runs.items() if name == arm}
+        finals = {seed: final(run) for seed, run in own.items()}
+        good = {seed: value for seed, value in finals.items() if math.isfinite(value)}
+        lasts = [own[seed]["points"][-1] for seed in good]
+        times = {seed: reached(own[seed], target, w["mode"]) for seed in good}
+        base_times = {seed: reached(base[seed], target, w["mode"]) for seed in good.keys() & base.keys()}
+        differences = [value - final(base[seed]) for seed, value in good.items() if seed in base]
+        to_full = [value - full[seed] for seed, value in good.items() if seed in full]
+        ratios = [
+            times[seed] / time if math.isfinite(time) else 0.0
+            for seed, time in sorted(base_times.items())
+            if math.isfinite(time) or math.isfinite(times[seed])
+        ]
+        summary[arm] = {
+            "runs": len(own),
+            "failed": sum(run["error"] is not None for run in own.values()),
+            "diverged": sum(run["error"] is None and not math.isfinite(finals[s]) for s, run in own.items()),
+            "final": statistics.mean(good.values()) if good else math.nan,
+            "deviation": statistics.stdev(good.values()) if len(good) > 1 else math.nan,
+            "pairs": len(differences),
+            "difference": paired_interval(differences) if len(differences) > 1 and arm != BASE else None,
+            "minus_full": paired_interval(to_full) if len(to_full) > 1 and arm != "full" else None,
+            "reached": sum(map(math.isfinite, times.values())),
+            "time_ratio": statistics.median(ratios) if ratios else math.nan,
+            **{
+                name: statistics.mean(last[key] for last in lasts) if lasts else math.nan
+                for name, key in (
+                    ("steps", "step"), ("samples_trained", "samples_trained"), ("samples_scored", "samples_scored"),
+                    ("seconds", "seconds"),
+                )
+            },
+            "peak_memory": max((run["peak_memory"] or 0 for run in own.values()), default=0),
+        }  # fmt: skip
+        flops = next((run["flops_per_step"] for run in own.values()), math.nan)
+        summary[arm]["flops"] = flops * summary[arm]["steps"]
+    return summary
+
+
+def number(value: float) -> str:
+    """Four digits; thousands and millions by name."""
+    if not math.isfinite(value):
+        return "never" if value == math.inf else "-"
+    for power, name in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if abs(value) >= 10 ** (power + (1 if power == 3 else 0)):
+            return f"{value / 10**power:.4g} {name}"
+    return f"{value:.4g}"
+
+
+def signed(value: float, width: float) -> str:
+    """A difference, as exact as its interval is wide."""
+    digits = max(0, 1 - math.floor(math.log10(width))) if width > 0 else 4
+    return f"{value:+.{min(digits, 8)}f}"
+
+
+def interval(difference: tuple[float, float, float]) -> str:
+    """``+0.020 [-0.001, +0.041]``."""
+    mean, low, high = difference
+    width = (high - low) / 2
+    return f"{signed(mean, width)} [{signed(low, width)}, {signed(high, width)}]"
+
+
+def verdict(w: dict[str, Any], arm: str) -> tuple[str, str]:
+    """``"won"``, ``"lost"``, ``"even"`` or ``"failed"``, and a sentence that says so."""
+    own = w["summary"][arm]
+    broken = ", ".join(f"{own[how]} of {own['runs']} runs {how}" for how in ("failed", "diverged") if own[how])
+    if own["difference"] is None:
+        why = broken or "one seed says nothing about a difference"
+        found = "" if math.isnan(own["final"]) else f" {w['metric']} {number(own['final'])}."
+        return "failed" if broken else "even", f"{arm}: no verdict, {why}.{found}"
+    mean, low, high = own["difference"]
+    gain = mean if w["mode"] == "max" else -mean
+    said = f"{interval(own['difference'])}, {own['pairs']} paired seeds"
+    if low <= 0 <= high:
+        kind, text = "even", (
+            f"no detectable difference to {BASE} in {w['metric']}: {said}. One of less than about "
+            f"{(high - low) / 2:.2g} would not have been seen"
+        )  # fmt: skip
+    else:
+        kind = "won" if gain > 0 else "lost"
+        text = f"{kind} against {BASE}: {w['metric']} {said}"
+    if broken:
+        kind, text = "failed", f"{text}; {broken}, and the difference is that of the others only"
+    ratio = own["time_ratio"]
+    if ratio == math.inf:
+        text += f". It does not reach {number(w['summary']['target'])} in most seeds"
+    elif math.isfinite(ratio):
+        text += f". Time to {number(w['summary']['target'])}: {ratio:.2f} times that of {BASE} (median)"
+    return kind, f"{arm}: {text}."
+
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "final": lambda own: f"{number(own['final'])} ± {own['deviation']:.2g}",
+    "minus uniform, 95 %": lambda own: interval(own["difference"]) if own["difference"] else "",
+    "minus full, 95 %": lambda own: interval(own["minus_full"]) if own["minus_full"] else "",
+    "time to target / uniform's": lambda own: number(own["time_ratio"]),
+    "steps": lambda own: number(own["steps"]),
+    "trained on": lambda own: number(own["samples_trained"]),
+    "scored": lambda own: number(own["samples_scored"]),
+    "FLOPs": lambda own: number(own["flops"]),
+    "seconds": lambda own: number(own["seconds"]),
+    "peak memory": lambda own: f"{own['peak_memory'] / 2**20:.0f} MiB",
+}
+
+
+def draw(content: dict[str, Any]) -> Any:
+    """Learning curves with bands from the smallest to the largest of the seeds, and the paired differences."""
+    from matplotlib.figure import Figure
+
+    workloads = content["workloads"]
+    profiled = len(workloads) > 1 and len({tuple(sorted(w["arms"])) for w in workloads}) == 1
+    rows = len(workloads) + profiled
+    figure = Figure(figsize=(14, 4.3 * rows), layout="constrained")
+    grid = figure.subplots(rows, 3, squeeze=False)
+    for w, (left, middle, right) in zip(workloads, grid, strict=False):
+        unit = w["budget"]["unit"]
+        colours = _colours(w["arms"])
+        for axes, x in ((left, unit), (middle, "samples" if unit == "seconds" else "seconds")):
+            for arm in w["arms"]:
+                _curve(axes, [run for run in w["runs"] if run["arm"] == arm and run["points"]], x, arm, colours[arm])
+            axes.set(xlabel=AXES[x], ylabel=w["metric"])
+            axes.grid(alpha=0.3)
+        left.set_title(w["name"], loc="left")
+        if left.lines:
+            left.legend(frameon=False, fontsize=8)
+        others = [arm for arm in w["arms"] if w["summary"][arm]["difference"]]
+        for y, arm in enumerate(reversed(others)):
+            mean, low, high = w["summary"][arm]["difference"]
+            right.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", capsize=4, color=colours[arm])
+        right.axvline(0, color="black", linewidth=1)
+        right.set(
+            yticks=range(len(others)), yticklabels=others[::-1], xlabel=f"{w['metric']} minus {BASE}, paired, 95 %",
+            title="better ←" if w["mode"] == "min" else "→ better", ylim=(-0.6, max(0.6, len(others) - 0.4)),
+        )  # fmt: skip
+        right.locator_params(axis="x", nbins=5)
+        right.grid(axis="x", alpha=0.3)
+    if profiled:
+        _profile(grid[-1][0], workloads)
+        for axes in grid[-1][1:]:
+            axes.axis("off")
+    return figure
+
+
+def _colours(arms: list[str]) -> dict[str, Any]:
+    fixed = {"uniform": "black", "full": "0.6"}
+    others = [arm for arm in arms if arm not in fixed]
+    return {**fixed, **{arm: f"C{i}" for i, arm in enumerate(others)}}
+
+
+def _curve(axes: Any, runs: list[dict[str, Any]], unit: str, arm: str, colour: Any) -> None:
+    curves = [(axis(run, unit), [point["value"] for point in run["points"]]) for run in runs]
+    if not curves:
+        return
+    low, high = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
+    if low > high:  # evaluated at places that do not overlap
+        low = high
+    places = np.unique([low, *(p for x, _ in curves for p in x if low <= p <= high), high])
+    values = np.array([np.interp(places, x, y) for x, y in curves])
+    marker = "o" if len(places) < 3 else None
+    axes.plot(places, values.mean(0), color=colour, label=arm, marker=marker, markersize=4)
+    axes.fill_between(places, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+
+
+def profile_times(workloads: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Median seconds to the target, by workload and arm."""
+    times: dict[str, dict[str, float]] = {}
+    for w in workloads:
+        times[w["name"]] = {
+            arm: statistics.median(
+                math.inf if run["error"] else reached(run, w["summary"]["target"], w["mode"])
+                for run in w["runs"]
+                if run["arm"] == arm
+            )
+            for arm in w["arms"]
+        }
+    return times
+
+
+def _profile(axes: Any, workloads: list[dict[str, Any]]) -> None:
+    ratios = np.linspace(1, 4, 301).tolist()
+    colours = _colours(workloads[0]["arms"])
+    for arm, shares in performance_profile(profile_times(workloads), ratios).items():
+        axes.step(ratios, shares, where="post", label=arm, color=colours[arm])
+    axes.set(xlabel="times the fastest arm's time to the target", ylabel="share of workloads", ylim=(-0.03, 1.03))
+    axes.set_title("performance profile", loc="left")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _picture(figure: Any, kind: str) -> bytes:
+    """A figure whose bytes depend on nothing but what it shows."""
+    from matplotlib import rc_context
+
+    file = io.BytesIO()
+    metadata = {"Date": None} if kind == "svg" else {"Software": None}
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "curation"}):
+        figure.savefig(file, format=kind, dpi=120, metadata=metadata)
+    return file.getvalue()
+
+
+def notes(w: dict[str, Any]) -> list[str]:
+    """What a reader must know to read the figures right."""
+    unit, amount = w["budget"]["unit"], w["budget"]["amount"]
+    seeds = len({run["seed"] for run in w["runs"]})
+    compared = sum(w["summary"][arm]["difference"] is not None for arm in w["arms"])
+    first = next((run for run in w["runs"] if run["device"]), {"device": "?", "torch": "?"})
+    return [
+        f"Every run had {number(amount)} {unit}; {seeds} seeds; {first['device']}, torch {first['torch']}; "
+        f"{w['summary']['hours']:.1f} hours of runs, {w['jobs']} side by side.",
+        "Intervals are 95 % Student t intervals of the paired differences (the same seed, first weights and order of "
+        f"candidates), not corrected for the {compared} comparisons.",
+        f"The target, {number(w['summary']['target'])}, is "
+        + (f"what {BASE} reaches with every seed" if w["target"] is None else "the one asked for")
+        + "; the time is that of the first evaluation that reaches it, so it is as coarse as they are far apart.",
+        "FLOPs: matrix products, convolutions and attention, counted by torch in the first steps of each arm.",
+        *(["Seconds are those of runs beside each other."] if w["jobs"] > 1 else []),
+    ]
+
+
+def as_html(content: dict[str, Any], svg: str) -> str:
+    """One self-contained page."""
+    parts = [f"<h1>Does it help?</h1><p>Made by</p><pre>{html.escape(content['command'])}</pre>"]
+    for w in content["workloads"]:
+        said = [verdict(w, arm) for arm in w["arms"] if arm != BASE]
+        base = verdict(w, BASE) if w["summary"][BASE]["failed"] or w["summary"][BASE]["diverged"] else None
+        parts.append(f"<h2>{html.escape(w['name'])}</h2><ul>")
+        parts += [f'<li class="{kind}">{html.escape(text)}</li>' for kind, text in ([base] if base else []) + said]
+        parts.append(
+            '</ul><div class="wide"><table><tr><th>arm</th>'
+            + "".join(f"<th>{name}</th>" for name in COLUMNS)
+            + "</tr>"
+        )
+        for arm in w["arms"]:
+            cells = "".join(f"<td>{html.escape(show(w['summary'][arm]))}</td>" for show in COLUMNS.values())
+            parts.append(f"<tr><td>{html.escape(arm)}</td>{cells}</tr>")
+        parts.append("</table></div><ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in notes(w)) + "</ul>")
+        parts.append("<details><summary>Every run</summary><table><tr><th>arm</th><th>seed</th><th>final</th>"
+                     "<th>steps</th><th>seconds</th><th></th></tr>")  # fmt: skip
+        for run in w["runs"]:
+            last = run["points"][-1] if run["points"] else {"step": 0, "seconds": 0.0}
+            row = [run["arm"], run["seed"], number(final(run)), last["step"], number(last["seconds"])]
+            parts.append("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row)
+                         + f'<td class="failed">{html.escape(run["error"] or "")}</td></tr>')  # fmt: skip
+        parts.append("</table></details>")
+    body = "\n".join(parts[:1]) + svg[svg.index("<svg") :] + "\n".join(parts[1:])
+    return (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>curation compare</title>'
+        f"<style>{STYLE}</style></head><body>{body}</body></html>\n"
+    )
+
+
+def write(content: dict[str, Any], stem: Path) -> None:
+    """``stem`` with .json, .html, .png and .svg.
+
+    Raises:
+        OSError: If one cannot be written.
+    """
+    figure = draw(content)
+    svg, png = _picture(figure, "svg"), _picture(figure, "png")
+    stem.with_suffix(".json").write_text(as_json(content))
+    stem.with_suffix(".svg").write_bytes(svg)
+    stem.with_suffix(".png").write_bytes(png)
+    stem.with_suffix(".html").write_text(as_html(content, svg.decode()), encoding="utf-8")
+
+
+def as_json(content: dict[str, Any]) -> str:
+    """The report, a run a line; what is not finite is null."""
+    workloads = []
+    for w in content["workloads"]:
+        runs = ",\n  ".join(json.dumps(_finite(run)) for run in w["runs"])
+        rest = json.dumps(_finite({key: value for key, value in w.items() if key != "runs"}), indent=1)
+        workloads.append(f'{rest[:-2]},\n "runs": [\n  {runs}\n ]\n}}')
+    return f'{{"command": {json.dumps(content["command"])}, "workloads": [\n' + ",\n".join(workloads) + "\n]}\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def show(content: dict[str, Any], stem: Path) -> None:
+    """Print the sentences and the table."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for w in content["workloads"]:
+        table = Table(box=SIMPLE, collapse_padding=True, pad_edge=False, title=f"{w['name']}: {w['metric']}")
+        for name in ("arm", *list(COLUMNS)[:2], "seconds"):
+            table.add_column(name, no_wrap=True, justify="left" if name == "arm" else "right")
+        for arm in w["arms"]:
+            shown = {name: cell(w["summary"][arm]) for name, cell in COLUMNS.items()}
+            table.add_row(arm, *list(shown.values())[:2], shown["seconds"])
+        console.print(table)
+        for arm in w["arms"]:
+            if arm != BASE or w["summary"][arm]["failed"] or w["summary"][arm]["diverged"]:
+                console.print(verdict(w, arm)[1], soft_wrap=True, highlight=False, markup=False)
+        for run in w["runs"]:
+            if run["error"]:
+                console.print(
+                    f"{run['arm']}, seed {run['seed']} failed: {run['error']}", soft_wrap=True, markup=False
+                )
+    console.print(f"Report: {stem.with_suffix('.html')}", soft_wrap=True, highlight=False)
+
+
+def log_to_wandb(content: dict[str, Any], stem: Path, project: str | None, group: str) -> None:
+    """The picture, the page and the table, as one more run of the group."""
+    import wandb
+
+    run = wandb.init(project=project, group=group, name="report", job_type="report", dir=str(stem.parent))
+    rows = [[w["name"], arm, *(c(w["summary"][arm]) for c in COLUMNS.values()), verdict(w, arm)[1]]
+            for w in content["workloads"] for arm in w["arms"]]  # fmt: skip
+    run.log(
+        {
+            "compare/report": wandb.Html(stem.with_suffix(".html").read_text(encoding="utf-8"), inject=False),
+            "compare/curves": wandb.Image(str(stem.with_suffix(".png"))),
+            "compare/arms": wandb.Table(columns=["workload", "arm", *COLUMNS, "verdict"], data=rows),
+        }
+    )
+    run.finish()
+
+
+def main(args: list[str]) -> None:
+    """``curation report FILE.json ...``.
+
+    Raises:
+        ValueError: If a file is not the report of a comparison.
+        OSError: If one cannot be read or written.
+    """
+    parser = argparse.ArgumentParser(
+        "curation report", description="Make .html, .png and .svg of a comparison anew from its .json."
+    )
+    parser.add_argument("files", nargs="+", type=Path)
+    for file in parser.parse_args(args).files:
+        try:
+            content = json.loads(file.read_text())
+            content = build(content["command"], content["workloads"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{str(file)!r} is not the report of a comparison ({error!r}).") from error
+        write(content, file.with_suffix(""))
+        show(content, file.with_suffix(""))

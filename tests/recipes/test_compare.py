@@ -1,0 +1,341 @@
+"""`curation compare`, with real runs on real images: what it finds, what a kill costs, what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from curation.recipes import arms, cli, compare, fits
+
+BROKEN = """
+from curation.callbacks import UniformSelection
+
+
+class Breaks(UniformSelection):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self.seed == 1 and trainer.global_step == 10:
+            raise RuntimeError("this arm breaks")
+"""
+RECIPE = "fashion_mnist_noisy"
+SMALL = ["--data.data=digits", "--trainer.max_steps=24", "--trainer.val_check_interval=12", "--out=out"]
+COMPARE = [RECIPE, "--methods=loss,broken.Breaks", "--metric=val_accuracy", "--seeds=2", "--jobs=2", *SMALL]
+
+
+@pytest.fixture(autouse=True)
+def as_found(monkeypatch):
+    monkeypatch.setattr("sys.path", list(sys.path))
+    yield
+    sys.modules.pop("broken", None)
+
+
+def here(folder, monkeypatch):
+    (folder / "broken.py").write_text(BROKEN)
+    monkeypatch.chdir(folder)
+
+
+def without_clocks(folder):
+    content = json.loads((folder / "out/report.json").read_text())
+    for w in content["workloads"]:
+        del w["summary"]
+        for run in w["runs"]:
+            for part in (run, *run["points"]):
+                for key in ("seconds", "wall_seconds", "peak_memory"):
+                    part.pop(key, None)
+    return content
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of an uninterrupted comparison, in which one of eight runs fails."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("sys.path", list(sys.path))
+        here(folder, monkeypatch)
+        with pytest.raises(SystemExit) as done:
+            cli.main(["compare", *COMPARE])
+        assert done.value.code == 1
+    return folder
+
+
+def test_every_arm_is_run_with_every_seed(whole):
+    (w,) = json.loads((whole / "out/report.json").read_text())["workloads"]
+    assert w["arms"] == ["full", "uniform", "loss", "broken.Breaks"]
+    assert [(run["arm"], run["seed"]) for run in w["runs"]] == [(arm, seed) for seed in (0, 1) for arm in w["arms"]]
+    assert (w["metric"], w["mode"], w["budget"]) == ("val_accuracy", "max", {"unit": "steps", "amount": 24})
+    for run in w["runs"]:
+        if run["error"] is None:
+            assert [p["step"] for p in run["points"]] == [12, 24]
+            assert run["points"][-1]["samples_scored"] == (6900 if run["arm"] == "loss" else 0)
+    trained = {run["arm"]: run["points"][-1]["samples_trained"] for run in w["runs"] if run["error"] is None}
+    # 1438 images in batches of 320, the last of which has 158
+    assert trained == {"full": 6900, "uniform": 24 * 32, "loss": 24 * 32, "broken.Breaks": 24 * 32}
+    assert w["summary"]["full"]["flops"] / w["summary"]["uniform"]["flops"] == pytest.approx(288 / 32, rel=0.05)
+
+
+def test_a_seed_makes_a_pair(whole):
+    """The first weights, the noise and the candidates are those of the seed: the same rule gives the same run."""
+    (w,) = json.loads((whole / "out/report.json").read_text())["workloads"]
+    values = {(r["arm"], r["seed"]): [p["value"] for p in r["points"]] for r in w["runs"]}
+    assert values["uniform", 0] == values["broken.Breaks", 0]
+    assert values["uniform", 0] != values["uniform", 1]
+
+
+def test_a_failed_run_is_reported(whole, capsys):
+    (w,) = json.loads((whole / "out/report.json").read_text())["workloads"]
+    failed = [(run["arm"], run["seed"], run["error"]) for run in w["runs"] if run["error"]]
+    assert failed == [("broken.Breaks", 1, "RuntimeError: this arm breaks")]
+    assert w["summary"]["broken.Breaks"]["failed"] == 1
+    page = (whole / "out/report.html").read_text()
+    assert "broken.Breaks: no verdict, 1 of 2 runs failed" in page
+    assert "RuntimeError: this arm breaks" in page
+
+
+def test_each_run_is_an_ordinary_fit_with_its_metrics_and_its_wandb_run(whole):
+    for arm in ("full", "uniform", "loss"):
+        folder = whole / "out" / RECIPE / f"{arm}-1"
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        assert config["seed_everything"] == 1
+        assert config["data"]["init_args"]["data"] == "digits"
+        assert config["trainer"]["callbacks"][-1]["init_args"]["seed"] == 1
+        assert config["trainer"]["logger"][-1]["init_args"]["group"] == "out"
+        assert config["trainer"]["logger"][-1]["init_args"]["job_type"] == arm
+        assert "val_accuracy" in (folder / "metrics.csv").read_text().splitlines()[0]
+        assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+        assert not list(folder.glob("**/*.ckpt"))
+    assert list(whole.glob("out/wandb/offline-run-*/*.wandb"))
+
+
+def test_a_killed_comparison_goes_on_and_says_the_same(whole, tmp_path, monkeypatch):
+    here(tmp_path, monkeypatch)
+    runs = tmp_path / "out" / RECIPE
+    killed = subprocess.Popen([sys.executable, "-m", "curation.recipes.cli", "compare", *COMPARE], cwd=tmp_path)
+    finished = []
+    while len(finished) < 2:
+        assert killed.poll() is None, "ended before it was killed"
+        time.sleep(0.05)
+        finished = [f for f in runs.glob("*-*/run.json") if json.loads(f.read_text())["finished"]]
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "out/report.json").exists()
+    before = {file: file.stat().st_mtime_ns for file in finished}
+    with pytest.raises(SystemExit):
+        cli.main(["compare", *COMPARE])
+    assert {file: file.stat().st_mtime_ns for file in finished} == before
+    assert without_clocks(tmp_path) == without_clocks(whole)
+
+
+def test_another_comparison_is_not_mixed_into_a_folder(whole, monkeypatch):
+    monkeypatch.chdir(whole)
+    with pytest.raises(SystemExit, match=r"Argument `--out` must be a new folder.*lr: 0.001 there, 0.002 here"):
+        cli.main(["compare", *COMPARE, "--model.lr=0.002"])
+
+
+def test_seconds_over_a_dask_cluster(tmp_path, monkeypatch):
+    here(tmp_path, monkeypatch)
+    cli.main(["compare", RECIPE, "--methods=loss", "--seeds=1", "--budget=seconds", "--backend=dask", *SMALL])
+    (w,) = json.loads((tmp_path / "out/report.json").read_text())["workloads"]
+    last = {run["arm"]: run["points"][-1] for run in w["runs"]}
+    assert last["uniform"]["step"] == 24
+    assert last["uniform"]["seconds"] == w["budget"]["amount"]
+    assert all(point["seconds"] >= w["budget"]["amount"] for point in last.values())
+    assert "one seed says nothing" in (tmp_path / "out/report.html").read_text()
+
+
+# ---------------------------------------------------------------------- what is refused before an arm starts
+
+
+def test_what_is_wrong_with_one_arm_is_found_before_any_starts(tmp_path, monkeypatch):
+    """The table of irreducible losses is missing, which only a constructor can see."""
+    here(tmp_path, monkeypatch)
+    with pytest.raises(SystemExit, match=r"(?s)nothing was started:.*arm 'reducible_loss': .*irreducible") as error:
+        cli.main(["compare", RECIPE, "--methods=reducible_loss", "--jobs=2", "--seeds=1", "--metric=val_f1",
+                  "--mode=max", *SMALL])  # fmt: skip
+    assert "arm 'full': Argument `--metric` must be logged in validation, but 'val_f1' is not; there is" in str(
+        error.value
+    )
+    assert "val_accuracy" in str(error.value)
+    assert [f.name for f in (tmp_path / "out" / RECIPE).iterdir()] == ["rehearsal"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["nope"], "A recipe must be one of .*, or a file, but got 'nope'"),
+        ([RECIPE, "--methods=los"], "Argument `--methods` must name reducible_loss, recipe, full, .*but got 'los'"),
+        ([RECIPE, "--methods=broken.Absent"], "'broken.Absent' cannot be imported"),
+        ([RECIPE, "--methods=os.path.join"], "must name callbacks or samplers, but 'os.path.join' is"),
+        ([RECIPE, "--keep=1.5"], r"Argument `--keep` must be in \(0, 1\], but got 1.5"),
+        ([RECIPE, "--seeds=0"], "Argument `--seeds` must be >= 1, but got 0"),
+        ([RECIPE, "--jobs=0"], "Argument `--jobs` must be >= 1, but got 0"),
+        ([RECIPE, "--budget=hours"], "Argument `--budget` must be steps, samples, flops, seconds.*but got 'hours'"),
+        ([RECIPE, "--budget=steps=many"], "Argument `--budget` must be .*but got 'steps=many'"),
+        ([RECIPE, "--budget=seconds", "--jobs=2"], "Argument `--jobs` must be at most 1 with a budget of seconds"),
+        ([RECIPE, "--metric=f1"], "Argument `--mode` must be given: whether a 'f1' is better"),
+        ([RECIPE, RECIPE], "Argument `recipes` must have different names"),
+        ([RECIPE, "--backend=ray"], "Argument `--backend=ray` needs `pip install ray`"),
+        ([RECIPE, "--trainer.max_stepz=3"], "max_stepz"),
+        ([RECIPE, "--model.lr=fast"], "lr"),
+        (["fashion_mnist_hard_batches", "--methods=loss"], "Argument `--keep` must be given"),
+        (["sft_utility_diversity", "--methods=curation.samplers.hard_batches.HardBatchSampler", "--data=other.Data"],
+         "other"),
+    ],
+)  # fmt: skip
+def test_rubbish_is_refused_at_once(tmp_path, monkeypatch, args, message):
+    here(tmp_path, monkeypatch)
+    with pytest.raises(SystemExit, match=f"(?s)^curation: .*{message}"):
+        cli.main(["compare", *args])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_recipe_without_a_selection_needs_methods(tmp_path, monkeypatch):
+    here(tmp_path, monkeypatch)
+    recipe = yaml.safe_load(cli.find_recipe(RECIPE).read_text())
+    del recipe["arms"]
+    recipe["trainer"]["callbacks"] = None
+    Path("plain.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(
+        SystemExit, match=r"Argument `--methods` must be given: plain\.yaml has no selection of its own"
+    ):
+        cli.main(["compare", "plain.yaml"])
+
+
+# ---------------------------------------------------------------------- arms and lengths
+
+
+def names(callbacks):
+    return [c["class_path"].rpartition(".")[2] for c in callbacks]
+
+
+def configured(args, name, seed=3, keep=None):
+    recipe = arms.resolve(arms.with_seed(args, seed))
+    arm = arms.make_arm(name, recipe, keep or 0.25)
+    return arms.configure(args, arm, seed, keep, Path("out"), "group", {"max_steps": 5})
+
+
+def test_an_arm_takes_the_place_of_the_recipes_selection():
+    args = [f"--config={cli.find_recipe('sft_utility_diversity')}", "--data.seed={seed}"]
+    config = configured(args, "importance")
+    assert names(config["trainer"]["callbacks"]) == ["RunMeter", "ExactResume", "HardSampleSelection"]
+    selection = config["trainer"]["callbacks"][-1]["init_args"]
+    assert selection == {"keep": 0.25, "rule": "importance", "score": "grad_norm", "seed": 3}
+    assert config["seed_everything"] == config["data"]["init_args"]["seed"] == 3
+    full = configured(args, "full")["trainer"]["callbacks"][-1]
+    assert full["init_args"]["keep"] == 1.0
+    own = configured(args, "recipe", keep=0.5)["trainer"]["callbacks"]
+    assert names(own) == ["RunMeter", "ExactResume", "UtilityDiversitySelection"]
+    assert own[-1]["init_args"]["keep"] == 0.5
+
+
+def test_arms_of_a_recipe_say_what_the_baselines_are():
+    args = [f"--config={cli.find_recipe('fashion_mnist_hard_batches')}"]
+    full, uniform, hard = (configured(args, name) for name in ("full", "uniform", "delta_0.5"))
+    assert full["data"]["init_args"]["sampler"] is None
+    assert names(full["trainer"]["callbacks"]) == ["RunMeter"]
+    for config, delta in ((uniform, 1.0), (hard, 0.5)):
+        assert config["data"]["init_args"]["sampler"]["init_args"] == {"delta": delta, "max_age": None, "seed": 3}
+        assert names(config["trainer"]["callbacks"]) == ["RunMeter", "HardBatchTraining"]
+
+
+def test_a_sampler_is_compared_by_its_class_path(tmp_path, monkeypatch):
+    here(tmp_path, monkeypatch)
+    Path("mine.py").write_text("from curation.samplers.hard_batches import HardBatchSampler as Base\n\n\n"
+                               "class Mine(Base):\n    pass\n")  # fmt: skip
+    monkeypatch.syspath_prepend(tmp_path)
+    config = configured([f"--config={cli.find_recipe('sft_utility_diversity')}"], "mine.Mine")
+    assert config["data"]["init_args"]["sampler"]["class_path"] == "mine.Mine"
+    assert names(config["trainer"]["callbacks"]) == ["RunMeter", "ExactResume"]
+
+
+REHEARSED = {  # samples and operations of 8 steps
+    "full": (2560, 900.0),
+    "uniform": (256, 90.0),
+    "loss": (256, 330.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("budget", "steps"),
+    [
+        (("steps", None), {"full": 1000, "uniform": 1000, "loss": 1000}),
+        (("steps", 50.0), {"full": 50, "uniform": 50, "loss": 50}),
+        (("samples", None), {"full": 100, "uniform": 1000, "loss": 1000}),
+        (("samples", 640.0), {"full": 2, "uniform": 20, "loss": 20}),
+        (("flops", None), {"full": 100, "uniform": 1000, "loss": 273}),
+    ],
+)
+def test_every_arm_spends_the_same(tmp_path, monkeypatch, budget, steps):
+    here(tmp_path, monkeypatch)
+    options = compare.parse([RECIPE, "--methods=loss", "--out=out", "--seeds=2"])[0]
+    options.budget = budget
+    w = compare.make_workload(RECIPE, [], options)
+    for name, (samples, flops) in REHEARSED.items():
+        run = fits.Run(name, 0, tmp_path / name, {})
+        run.folder.mkdir()
+        result = {"points": [{"step": 8, "samples_trained": samples}], "flops_per_step": flops, "total_steps": 1000}
+        (run.folder / "run.json").write_text(json.dumps({**result, "finished": True, "seconds_per_step": 1.0}))
+        w.rehearsals[name] = run
+    compare.schedule(w, options)
+    trainers = {(run.arm, run.seed): run.config["trainer"] for run in w.runs}
+    for (arm, _), config in trainers.items():
+        assert config["max_steps"] == config["callbacks"][0]["init_args"]["max_steps"] == steps[arm]
+        assert config["max_epochs"] == -1
+    assert len(trainers) == 6
+
+
+def test_a_run_in_progress_is_waited_for_and_not_repeated(tmp_path):
+    run = fits.Run("uniform", 0, tmp_path, {"trainer": {}})
+    run.prepare()
+    with fits._lock(tmp_path / "lock"):
+        waiting = threading.Thread(target=run.execute, args=(0, None))
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive()
+        (tmp_path / "run.json").write_text('{"finished": true, "points": []}')
+    waiting.join(10)
+    assert not waiting.is_alive()
+    assert not (tmp_path / "log.txt").exists()
+
+
+def test_a_gpu_has_one_run_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    taken = []
+
+    def third():
+        with fits._free_gpu(2) as gpu:
+            taken.append(gpu.index)
+
+    with fits._free_gpu(2) as one:
+        with fits._free_gpu(2) as other:
+            assert [one.index, other.index] == [0, 1]
+            waiting = threading.Thread(target=third)
+            waiting.start()
+            waiting.join(0.5)
+            assert not taken
+        waiting.join(10)
+        assert taken == [1]
+    with fits._free_gpu(0) as none:
+        assert none is None
+
+
+def test_the_environment_of_a_fit_has_its_share_of_the_cores(tmp_path, monkeypatch):
+    seen = {}
+
+    def record(command, **kwargs):
+        seen.update(kwargs["env"], command=command)
+
+    monkeypatch.setattr(subprocess, "run", record)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    run = fits.Run("uniform", 0, tmp_path, {})
+    run.execute(0, 3)
+    assert seen["OMP_NUM_THREADS"] == "3"
+    assert seen["command"][-3:] == ["fit", "--config", str(tmp_path / "config.yaml")]
+    assert "OMP_NUM_THREADS" not in os.environ
+    assert fits.last_words(run) == "it was not run"
