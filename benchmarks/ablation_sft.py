@@ -10,7 +10,9 @@ import argparse
 import copy
 import gc
 import itertools
+import json
 import logging
+import multiprocessing
 import os
 import statistics
 import warnings
@@ -21,9 +23,9 @@ from typing import Any
 import torch
 from curation.callbacks import OnlineSelection, UniformSelection, UtilityDiversitySelection
 from lightning.pytorch import Callback, Trainer, seed_everything
-from paired import interval, load, run_all
 from torch import Tensor
 
+from curation.evaluation.statistics import paired_interval
 from curation.online.utility_diversity import UtilityDiversityScorer
 from curation.scoring import IGNORED
 
@@ -136,7 +138,15 @@ def run(job: tuple[str, float, float, int]) -> dict[str, Any]:
 def fits(jobs: list[tuple[str, float, float, int]], results: list[dict[str, Any]]) -> None:
     """Run what is not in the results yet."""
     done = {(r["arm"], r["keep"], r["lr"], r["seed"]) for r in results}
-    run_all(run, [job for job in jobs if job not in done], results, OUT)
+    jobs = [job for job in jobs if job not in done]
+    if not jobs:
+        return
+    from rich.progress import track
+
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        for result in track(pool.imap_unordered(run, jobs), "fits", len(jobs)):
+            results.append(result)
+            OUT.write_text("[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n")
 
 
 def best_rate(results: list[dict[str, Any]], keep: float) -> float:
@@ -158,8 +168,8 @@ def report(results: list[dict[str, Any]]) -> None:
                 continue
             tokens, loss = (statistics.mean(r[key] for r, _ in pairs) for key in ("tokens_trained", "val_loss"))
             differences = [ours["val_loss"] - base["val_loss"] for ours, base in pairs]
-            mean, half = interval(differences)
-            gap = "" if arm == "uniform" else f"{mean:+.3f} ± {half:.3f}"
+            mean, low, _ = paired_interval(differences)
+            gap = "" if arm == "uniform" else f"{mean:+.3f} ± {mean - low:.3f}"
             print(f"| {keep} | {lr:g} | {arm} | {len(pairs)} | {tokens:.0f} | {loss:.3f} | {gap} |")
 
 
@@ -169,7 +179,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only print the table of the results there are")
     only_report = parser.parse_args().report
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    results = load(OUT)
+    results = json.loads(OUT.read_text()) if OUT.exists() else []
     if not only_report:
         fits([("uniform", keep, lr, TUNING_SEED) for keep in KEEPS for lr in RATES], results)
         rates = {keep: best_rate(results, keep) for keep in KEEPS}

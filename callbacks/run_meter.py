@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,16 +24,17 @@ class RunMeter(Callback, SeamClient):
 
     The file holds ``points``, a list with ``step`` (optimizer steps), ``seconds``, ``samples_trained`` and
     ``samples_scored`` (of all processes) and ``metrics`` (every number that was logged so far); ``finished``;
-    ``steps``; ``wall_seconds`` (with evaluation); ``peak_memory`` (bytes: of the device, or of the process on a CPU);
-    ``device``; ``torch``. It is replaced as a whole, so a killed fit leaves a readable one.
+    ``steps``; ``wall_seconds`` (with evaluation); ``peak_memory`` (bytes: of a GPU's tensors while training, or of
+    the process on a CPU); ``device``; ``torch``. It is replaced as a whole, so a killed fit leaves a readable one.
 
     Args:
         path: Of the file.
         max_steps: Optimizer steps after which the fit ends.
         max_seconds: Training seconds after which it ends, at the next optimizer step. Rank 0's clock decides.
         count_flops: Count floating-point operations with torch's own counter (matrix products, convolutions and
-            attention, of all processes) and add ``flops_per_step``, ``seconds_per_step`` and ``total_steps`` (of the
-            whole fit, as Lightning estimates it) to the file. Counting slows the fit, so the seconds mean nothing.
+            attention, of all processes) and add ``flops_per_step``, ``seconds_per_step``, ``steps_per_epoch`` and
+            ``total_steps`` (of the whole fit, as Lightning estimates it) to the file. Counting slows the fit, so the
+            seconds mean nothing.
 
     Raises:
         ValueError: If a budget is not positive.
@@ -61,6 +61,7 @@ class RunMeter(Callback, SeamClient):
         self._steps = 0
         self._flops = 0  # of this process
         self._counter: FlopCounterMode | None = None
+        self._peak = 0
         self._extra: dict[str, Any] = {}
         self._began = time.perf_counter()
 
@@ -89,6 +90,7 @@ class RunMeter(Callback, SeamClient):
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         if self.count_flops:
             self._extra["total_steps"] = trainer.estimated_stepping_batches
+            self._extra["steps_per_epoch"] = trainer.num_training_batches / trainer.accumulate_grad_batches
         self._clock = time.perf_counter()
 
     def before_transfer(self) -> None:
@@ -138,11 +140,13 @@ class RunMeter(Callback, SeamClient):
     # ------------------------------------------------------------------ what it reaches
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock and the counter."""
+        """Stop the clock and the counter; loaders and their workers have been started since the last batch ended."""
         self._stop_counting()
         if self._measures(trainer):
+            self._clock = time.perf_counter()
             wait_for(pl_module.device)
             self._tick()
+            self._peak = max(self._peak, _peak_memory(pl_module.device))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write a point."""
@@ -164,6 +168,8 @@ class RunMeter(Callback, SeamClient):
             self._extra["flops_per_step"] = flops / trainer.global_step
             self._extra["seconds_per_step"] = self.seconds / trainer.global_step
         self._write(trainer, finished=False)
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
         self._clock = time.perf_counter()
 
     def _measures(self, trainer: Trainer) -> bool:
@@ -171,6 +177,7 @@ class RunMeter(Callback, SeamClient):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Mark the file as that of a fit that came to its end."""
+        self._peak = max(self._peak, _peak_memory(pl_module.device))
         self._write(trainer, finished=True)
 
     def _write(self, trainer: Trainer, finished: bool) -> None:
@@ -183,7 +190,7 @@ class RunMeter(Callback, SeamClient):
             "finished": finished,
             "steps": trainer.global_step,
             "wall_seconds": time.perf_counter() - self._began,
-            "peak_memory": torch.cuda.max_memory_allocated(device) if on_gpu else _resident_bytes(),
+            "peak_memory": self._peak,
             "device": torch.cuda.get_device_name(device)
             if on_gpu
             else f"{platform.machine()} CPU ({torch.get_num_threads()} of {os.cpu_count()} cores)",
@@ -210,13 +217,13 @@ class RunMeter(Callback, SeamClient):
             self.seconds = state_dict["seconds"]
 
 
-def _resident_bytes() -> int:
-    """The most memory that this process ever had; 0 where the system does not tell."""
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of the tensors on a GPU since the last reset, or of this process on a CPU, where Linux tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")  # `getrusage` would also count the process that started this one
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

@@ -14,7 +14,7 @@ import yaml
 from curation.callbacks import HardBatchTraining, OnlineSelection
 from curation.recipes import cli
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar, Timer
 from lightning.pytorch.loggers import WandbLogger
 from torch.utils.data import Sampler
 
@@ -38,6 +38,9 @@ METHODS: dict[str, dict[str, Any]] = {
         "init_args": {"rule": "importance", "score": "grad_norm"},
     },
 }
+
+
+LEFT_OUT = (Checkpoint, EarlyStopping, ProgressBar, Timer)  # callbacks that end a fit, or that nobody would see
 
 
 @dataclass
@@ -162,7 +165,7 @@ def configure(
     config = resolve([*with_seed(args, seed), *overrides, f"--seed_everything={seed}"])
     config.pop("arms", None)
     trainer = config["trainer"]
-    callbacks = [c for c in entries(trainer["callbacks"]) if not is_a(c, ModelCheckpoint)]
+    callbacks = [c for c in entries(trainer["callbacks"]) if not is_a(c, *LEFT_OUT)]
     if arm.callbacks is not None:
         callbacks = [c for c in callbacks if not chooses(c)] + with_seed(arm.callbacks, seed)
     elif keep is not None:
@@ -171,16 +174,19 @@ def configure(
     loggers = [{"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": _place(folder, "", version="")}]
     for logger in entries(trainer["logger"]):
         if is_a(logger, WandbLogger):
-            names = {"group": group, "job_type": arm.name, "project": logger["init_args"].get("project")}
-            named = _place(folder, f"{arm.name}-{seed}", **{k: v for k, v in names.items() if v})
-            loggers.append({"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": named})
+            given = {k: v for k, v in logger["init_args"].items() if k not in ("id", "version", "resume", "dir")}
+            named = given | _place(folder, f"{arm.name}-{seed}", group=group, job_type=arm.name)
+            loggers.append({"class_path": logger["class_path"], "init_args": named})
     trainer |= {
-        "callbacks": [meter, *callbacks],
+        "callbacks": [*callbacks, meter],  # last, so that what others do before a validation ends is off the clock
         "logger": loggers,
         "default_root_dir": str(folder),
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "num_sanity_val_steps": 0,
+        "max_time": None,
+        "min_steps": None,
+        "min_epochs": None,
     }
     return config
 

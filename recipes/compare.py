@@ -5,6 +5,7 @@ with it and an interrupted comparison goes on where it was.
 """
 
 import argparse
+import math
 import shlex
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -20,6 +21,7 @@ from lightning.pytorch.loggers import WandbLogger
 BASELINES = ("full", "uniform")
 BUDGETS = ("steps", "samples", "flops", "seconds")
 REHEARSED_STEPS = 8
+NO_LIMITS = {"max_steps": -1, "max_epochs": -1}
 
 
 @dataclass
@@ -85,7 +87,7 @@ def make_workload(config: str, overrides: list[str], options: argparse.Namespace
         )
     name = Path(file).stem
     arms = [make_arm(arm, recipe, keep) for arm in names]
-    return Workload(name, options.out / name, args, recipe, arms, options.keep, metric, mode)
+    return Workload(name, (options.out / name).resolve(), args, recipe, arms, options.keep, metric, mode)
 
 
 def rehearse(workloads: list[Workload], options: argparse.Namespace) -> None:
@@ -100,6 +102,8 @@ def rehearse(workloads: list[Workload], options: argparse.Namespace) -> None:
             config = w.configure(arm, 0, folder, "", max_steps=REHEARSED_STEPS, count_flops=True)
             trainer = config["trainer"]
             trainer["logger"] = trainer["logger"][:1]
+            if options.budget[0] == "seconds" and arm.name != "uniform":
+                trainer |= NO_LIMITS  # as in the runs, to see a schedule that cannot work
             if trainer["limit_val_batches"] is None or trainer["limit_val_batches"] == 1.0:
                 trainer["limit_val_batches"] = 2
             w.rehearsals[arm.name] = Run(arm.name, 0, folder, config)
@@ -136,38 +140,52 @@ def schedule(w: Workload, options: argparse.Namespace) -> None:
         flops = w.rehearsed(name)["flops_per_step"]
         rate[name] = {"steps": 1.0, "samples": w.samples_per_step(name), "flops": flops}
     length = w.rehearsed("uniform")["total_steps"]
-    if amount is None and not length < float("inf"):
+    if unit == "flops" and not all(rates["flops"] > 0 for rates in rate.values()):
+        raise ValueError(f"Argument `--budget` must not be flops: torch counts none in {w.name}.")
+    if amount is None and not 0 < length < float("inf"):
         raise ValueError(f"Argument `--budget` must be an amount, such as {unit}=1000: {w.name} has no length.")
     if unit == "seconds" and amount is None:
-        first = make_run(w, w.arm("uniform"), 0, options, {"max_steps": int(length)})
-        first.prepare()
-        execute([first], "the uniform arm, whose seconds every other run gets", options.backend, options.jobs)
-        if not first.finished:
-            raise ValueError(f"{w.name}, arm 'uniform': {last_words(first)}")
-        amount = first.result["points"][-1]["seconds"]
-        w.runs.append(first)
+        timing = make_run(w, w.arm("uniform"), 0, options, "timing", {"max_steps": int(length)})
+        timing.prepare()
+        execute([timing], "timing of uniform selection", options.backend, options.jobs)
+        if not timing.finished:
+            raise ValueError(f"{w.name}, arm 'uniform': {last_words(timing)}")
+        amount = timing.result["points"][-1]["seconds"]
     w.amount = amount if amount is not None else length * rate["uniform"][unit]
     for seed in range(options.seeds):
         for arm in w.arms:
-            if (arm.name, seed) in {(run.arm, run.seed) for run in w.runs}:
-                continue
+            name = f"{arm.name}-{seed}"
             if unit == "seconds":
-                run = make_run(w, arm, seed, options, {"max_seconds": w.amount})
+                run = make_run(w, arm, seed, options, name, {"max_seconds": w.amount})
                 run.seconds = w.amount
             else:
                 steps = max(1, round(w.amount / rate[arm.name][unit]))
-                run = make_run(w, arm, seed, options, {"max_steps": steps})
+                run = make_run(w, arm, seed, options, name, {"max_steps": steps})
+                _validate_as_often(run.config["trainer"], steps * rate["uniform"][unit] / w.amount)
                 run.seconds = steps * w.rehearsed(arm.name)["seconds_per_step"]
             run.prepare()
             w.runs.append(run)
 
 
-def make_run(w: Workload, arm: Arm, seed: int, options: argparse.Namespace, budget: dict[str, Any]) -> Run:
-    """A run that ends when its budget is spent."""
-    folder = w.folder / f"{arm.name}-{seed}"
+def make_run(w: Workload, arm: Arm, seed: int, options: argparse.Namespace, name: str, budget: dict[str, Any]) -> Run:
+    """A run that ends when its budget is spent; the trainer's own limits are left where they say the same."""
+    folder = w.folder / name
     config = w.configure(arm, seed, folder, options.out.name, **budget)
-    config["trainer"] |= {"max_steps": budget.get("max_steps", -1), "max_epochs": -1}
+    steps, trainer = budget.get("max_steps"), config["trainer"]
+    if steps is None:
+        trainer |= NO_LIMITS
+    elif steps != w.rehearsed(arm.name)["total_steps"]:
+        epochs = trainer["max_epochs"]
+        if epochs not in (None, -1):
+            epochs = math.ceil(steps / w.rehearsed(arm.name)["steps_per_epoch"])
+        trainer |= {"max_steps": steps, "max_epochs": epochs}
     return Run(arm.name, seed, folder, config)
+
+
+def _validate_as_often(trainer: dict[str, Any], ratio: float) -> None:
+    """Where validation is every so many batches, scale that with the number of steps: as many looks for every arm."""
+    if trainer["check_val_every_n_epoch"] is None and isinstance(trainer["val_check_interval"], int):
+        trainer["val_check_interval"] = max(1, round(trainer["val_check_interval"] * ratio))
 
 
 def collect(w: Workload, options: argparse.Namespace) -> dict[str, Any]:
@@ -187,6 +205,8 @@ def collect(w: Workload, options: argparse.Namespace) -> dict[str, Any]:
             error = last_words(run)
         elif not points or points[-1]["step"] != result["steps"]:
             error = "it ended without an evaluation of its last weights"
+        elif run.spent < 1:
+            error = f"it ended before its budget was spent, after {result['steps']} steps"
         runs.append(
             {
                 "arm": run.arm,

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import yaml
 
+FIT = "fit.yaml"  # Lightning's own record of the configuration is config.yaml
+
 
 @dataclass
 class Run:
@@ -40,16 +42,14 @@ class Run:
         return self.result["finished"]
 
     @property
-    def part(self) -> float:
-        """Of its budget, spent so far."""
-        result = self.result
-        if result["finished"] or not result["points"]:
-            return float(result["finished"])
-        meter, point = self.config["trainer"]["callbacks"][0]["init_args"], result["points"][-1]
-        spent = (
-            point["seconds"] / meter["max_seconds"] if "max_seconds" in meter else point["step"] / meter["max_steps"]
-        )
-        return min(1.0, spent)
+    def spent(self) -> float:
+        """Of its budget, at the last validation: 1 for all of it."""
+        meter, points = self.config["trainer"]["callbacks"][-1]["init_args"], self.result["points"]
+        if not points:
+            return 0.0
+        if "max_seconds" in meter:
+            return points[-1]["seconds"] / meter["max_seconds"]
+        return points[-1]["step"] / meter["max_steps"]
 
     def prepare(self) -> None:
         """Write its configuration.
@@ -57,39 +57,48 @@ class Run:
         Raises:
             ValueError: If the folder holds the run of another one.
         """
-        file = self.folder / "config.yaml"
-        if file.is_file():
-            there = yaml.safe_load(file.read_text())
-            for key, value in self.config.items():
-                if there.get(key) != value:
-                    raise ValueError(
-                        f"Argument `--out` must be a new folder, or that of the same comparison, but `{key}` of "
-                        f"{str(file)!r} differs: {_first_difference(there.get(key), value)}."
-                    )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(yaml.safe_dump(self.config, sort_keys=False))
+        file = self.folder / FIT
+        if not file.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            new = file.with_suffix(f".{os.getpid()}")
+            new.write_text(yaml.safe_dump(self.config, sort_keys=False))
+            new.replace(file)
+        there = yaml.safe_load(file.read_text())
+        if there != self.config:
+            raise ValueError(
+                "Argument `--out` must be a new folder, or that of the same comparison, but "
+                f"{str(file)!r} differs: {_first_difference(there, self.config)}."
+            )
 
-    def execute(self, gpus: int, threads: int | None) -> None:
-        """Run it unless it is finished; wait for it if another process is running it."""
+    def execute(self, cwd: str, threads: int | None) -> None:
+        """Run it unless it is finished; wait for it if another process is running it.
+
+        Args:
+            cwd: Where it runs.
+            threads: Of PyTorch's; None leaves them alone.
+        """
         with _lock(self.folder / "lock") as own:
             if self.finished:
                 return
-            with _free_gpu(gpus) as gpu, (self.folder / "log.txt").open("w") as log:
+            (self.folder / "run.json").unlink(missing_ok=True)  # of an attempt that failed
+            trainer = self.config["trainer"]
+            on_gpu = trainer["accelerator"] in ("auto", "gpu", "cuda") and trainer["devices"] in ("auto", 1)
+            with (
+                _free_gpu(torch.cuda.device_count() if on_gpu else 0) as gpu,
+                (self.folder / "log.txt").open("w") as log,
+            ):
                 devices = [] if gpu is None else [f"--trainer.devices=[{gpu.index}]"]
-                fit = [
-                    sys.executable,
-                    "-m",
-                    "curation.recipes.cli",
-                    "fit",
-                    "--config",
-                    str(self.folder / "config.yaml"),
-                ]
-                environment = dict(os.environ)
+                fit = [sys.executable, "-m", "curation.recipes.cli", "fit", "--config", str(self.folder / FIT)]
+                environment = {"WANDB_SILENT": "true", **os.environ}  # so that the last words are its own
                 if threads is not None:
-                    environment.setdefault("OMP_NUM_THREADS", str(threads))
+                    environment["OMP_NUM_THREADS"] = str(threads)
                 # The fit keeps the locks if this process is killed: whoever comes back waits for it.
                 keep = [own.fileno(), *([] if gpu is None else [gpu.file.fileno()])]
-                subprocess.run([*fit, *devices], stdout=log, stderr=log, env=environment, pass_fds=keep, check=False)
+                how = {"stdout": log, "stderr": log, "env": environment, "cwd": cwd, "pass_fds": keep}
+                status = subprocess.run([*fit, *devices], check=False, **how).returncode  # type: ignore[call-overload]
+                if status < 0:
+                    log.seek(0, os.SEEK_END)
+                    log.write(f"\nkilled by signal {-status}\n")
 
 
 def _first_difference(there: Any, here: Any) -> str:
@@ -116,10 +125,12 @@ class _Gpu:
 @contextmanager
 def _free_gpu(count: int) -> Iterator[_Gpu | None]:
     """One of this machine's GPUs for the time of a run; None where there are none."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     held = None
     while count and held is None:
         for index in range(count):
-            file = (Path(tempfile.gettempdir()) / f"curation-gpu-{index}.lock").open("w")
+            name = names[index] if index < len(names) and names[index] else index
+            file = (Path(tempfile.gettempdir()) / f"curation-{os.getuid()}-gpu-{name}.lock").open("w")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -148,7 +159,6 @@ def execute(runs: list[Run], title: str, backend: str, jobs: int) -> None:
     from joblib import Parallel, delayed
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    gpus = torch.cuda.device_count()
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
     total = sum(run.seconds for run in runs)
     shown = (
@@ -163,7 +173,7 @@ def execute(runs: list[Run], title: str, backend: str, jobs: int) -> None:
         last = False
         while not last:
             last = stop.wait(1)
-            done = sum(run.seconds * run.part for run in runs)
+            done = sum(run.seconds * (1.0 if run.finished else min(run.spent, 1.0)) for run in runs)
             bar.update(task, completed=done, runs=f"{sum(run.finished for run in runs)} of {len(runs)}")
 
     with Progress(*shown) as bar:
@@ -172,7 +182,8 @@ def execute(runs: list[Run], title: str, backend: str, jobs: int) -> None:
         thread.start()
         try:
             with _backend(backend, jobs):
-                Parallel()(delayed(run.execute)(gpus, threads) for run in runs)
+                left = [run for run in runs if not run.finished]
+                Parallel(batch_size=1)(delayed(run.execute)(os.getcwd(), threads) for run in left)
         finally:
             stop.set()
             thread.join()
@@ -187,7 +198,7 @@ def _backend(name: str, jobs: int) -> Iterator[None]:
         from distributed import Client
 
         here = {} if config.get("scheduler-address", None) else {"n_workers": jobs, "threads_per_worker": 1}
-        with Client(**here), parallel_config("dask", n_jobs=-1):
+        with Client(**here), parallel_config("dask", n_jobs=jobs):
             yield
         return
     if name == "ray":

@@ -57,56 +57,49 @@ def final(run: dict[str, Any]) -> float:
 
 
 def reached(run: dict[str, Any], target: float, mode: Any) -> float:
-    """Training seconds to the target."""
+    """Training seconds to the target; infinite for a miss, and for a run that failed or ended at NaN."""
+    if not math.isfinite(final(run)):
+        return math.inf
     return time_to_target(axis(run, "seconds"), [point["value"] for point in run["points"]], target, mode)
 
 
 def summarise(w: dict[str, Any]) -> dict[str, Any]:
-    """For every arm: the final metric, its paired difference to ``uniform``, the time to the target, and the cost."""
-    runs = {(run["arm"], run["seed"]): run for run in w["runs"]}
-    better = min if w["mode"] == "min" else max
-    worse = max if w["mode"] == "min" else min
-    base = {seed: run for (arm, seed), run in runs.items() if arm == BASE and math.isfinite(final(run))}
-    full = {seed: final(run) for (arm, seed), run in runs.items() if arm == "full" and math.isfinite(final(run))}
-    best = [better(p["value"] for p in run["points"] if math.isfinite(p["value"])) for run in base.values()]
+    """For every arm: the final metric, its paired differences, the time to the target, and the cost."""
+    runs = {arm: {run["seed"]: run for run in w["runs"] if run["arm"] == arm} for arm in w["arms"]}
+    finals = {
+        arm: {s: final(run) for s, run in own.items() if math.isfinite(final(run))} for arm, own in runs.items()
+    }
+    better, worse = (min, max) if w["mode"] == "min" else (max, min)
+    best = [better(p["value"] for p in runs[BASE][s]["points"] if math.isfinite(p["value"])) for s in finals[BASE]]
     target = w["target"] if w["target"] is not None else worse(best, default=math.nan)
+    times = {arm: statistics.median(reached(r, target, w["mode"]) for r in own.values()) for arm, own in runs.items()}
+
+    def minus(arm: str, other: str) -> list[float]:
+        return [value - finals[other][s] for s, value in finals[arm].items() if s in finals.get(other, {})]
+
     summary: dict[str, Any] = {"target": target, "hours": sum(r["wall_seconds"] or 0 for r in w["runs"]) / 3600}
-    for arm in w["arms"]:
-        own = {seed: run for (name, seed), run in runs.items() if name == arm}
-        finals = {seed: final(run) for seed, run in own.items()}
-        good = {seed: value for seed, value in finals.items() if math.isfinite(value)}
+    for arm, own in runs.items():
+        good = finals[arm]
         lasts = [own[seed]["points"][-1] for seed in good]
-        times = {seed: reached(own[seed], target, w["mode"]) for seed in good}
-        base_times = {seed: reached(base[seed], target, w["mode"]) for seed in good.keys() & base.keys()}
-        differences = [value - final(base[seed]) for seed, value in good.items() if seed in base]
-        to_full = [value - full[seed] for seed, value in good.items() if seed in full]
-        ratios = [
-            times[seed] / time if math.isfinite(time) else 0.0
-            for seed, time in sorted(base_times.items())
-            if math.isfinite(time) or math.isfinite(times[seed])
-        ]
+        cost = {
+            name: statistics.mean(last[key] for last in lasts) if lasts else math.nan
+            for name, key in (("steps", "step"), *((k, k) for k in ("samples_trained", "samples_scored", "seconds")))
+        }
+        differences, to_full = minus(arm, BASE), minus(arm, "full")
         summary[arm] = {
             "runs": len(own),
             "failed": sum(run["error"] is not None for run in own.values()),
-            "diverged": sum(run["error"] is None and not math.isfinite(finals[s]) for s, run in own.items()),
+            "diverged": sum(run["error"] is None and not math.isfinite(final(run)) for run in own.values()),
             "final": statistics.mean(good.values()) if good else math.nan,
             "deviation": statistics.stdev(good.values()) if len(good) > 1 else math.nan,
             "pairs": len(differences),
             "difference": paired_interval(differences) if len(differences) > 1 and arm != BASE else None,
             "minus_full": paired_interval(to_full) if len(to_full) > 1 and arm != "full" else None,
-            "reached": sum(map(math.isfinite, times.values())),
-            "time_ratio": statistics.median(ratios) if ratios else math.nan,
-            **{
-                name: statistics.mean(last[key] for last in lasts) if lasts else math.nan
-                for name, key in (
-                    ("steps", "step"), ("samples_trained", "samples_trained"), ("samples_scored", "samples_scored"),
-                    ("seconds", "seconds"),
-                )
-            },
-            "peak_memory": max((run["peak_memory"] or 0 for run in own.values()), default=0),
-        }  # fmt: skip
-        flops = next((run["flops_per_step"] for run in own.values()), math.nan)
-        summary[arm]["flops"] = flops * summary[arm]["steps"]
+            "time_to_target": times[arm],
+            **cost,
+            "flops": cost["steps"] * next(run["flops_per_step"] for run in own.values()),
+            "peak_memory": max(run["peak_memory"] or 0 for run in own.values()),
+        }
     return summary
 
 
@@ -133,40 +126,53 @@ def interval(difference: tuple[float, float, float]) -> str:
     return f"{signed(mean, width)} [{signed(low, width)}, {signed(high, width)}]"
 
 
+def broken(w: dict[str, Any], arm: str) -> str:
+    """How many runs of an arm failed or diverged; empty if none did."""
+    own = w["summary"][arm]
+    return ", ".join(f"{own[how]} of {own['runs']} runs of {arm} {how}" for how in ("failed", "diverged") if own[how])
+
+
+def time_ratio(w: dict[str, Any], arm: str) -> float:
+    """Median time to the target over that of ``uniform``; NaN where neither reaches it in most seeds."""
+    own, base = (w["summary"][name]["time_to_target"] for name in (arm, BASE))
+    return math.nan if own == base == math.inf else own / base
+
+
 def verdict(w: dict[str, Any], arm: str) -> tuple[str, str]:
     """``"won"``, ``"lost"``, ``"even"`` or ``"failed"``, and a sentence that says so."""
-    own = w["summary"][arm]
-    broken = ", ".join(f"{own[how]} of {own['runs']} runs {how}" for how in ("failed", "diverged") if own[how])
-    if own["difference"] is None:
-        why = broken or "one seed says nothing about a difference"
-        found = "" if math.isnan(own["final"]) else f" {w['metric']} {number(own['final'])}."
-        return "failed" if broken else "even", f"{arm}: no verdict, {why}.{found}"
+    own, target = w["summary"][arm], number(w["summary"]["target"])
+    why = ", ".join(filter(None, (broken(w, name) for name in dict.fromkeys((arm, BASE)))))
+    if own["difference"] is None or why:
+        found = "" if math.isnan(own["final"]) else f" {w['metric']} {number(own['final'])}"
+        if own["difference"] is not None:
+            found += f", minus {BASE} {interval(own['difference'])} over the {own['pairs']} pairs that are left"
+        said = f"{arm}: no verdict, {why or 'one seed says nothing about a difference'}."
+        return "failed" if why else "even", said + (f"{found}." if found else "")
     mean, low, high = own["difference"]
     gain = mean if w["mode"] == "max" else -mean
     said = f"{interval(own['difference'])}, {own['pairs']} paired seeds"
     if low <= 0 <= high:
-        kind, text = "even", (
-            f"no detectable difference to {BASE} in {w['metric']}: {said}. One of less than about "
-            f"{(high - low) / 2:.2g} would not have been seen"
-        )  # fmt: skip
+        kind, text = "even", f"no detectable difference to {BASE} in {w['metric']}: {said}"
     else:
         kind = "won" if gain > 0 else "lost"
         text = f"{kind} against {BASE}: {w['metric']} {said}"
-    if broken:
-        kind, text = "failed", f"{text}; {broken}, and the difference is that of the others only"
-    ratio = own["time_ratio"]
+    if own["minus_full"] is not None:
+        text += f"; minus full {interval(own['minus_full'])}"
+    ratio = time_ratio(w, arm)
     if ratio == math.inf:
-        text += f". It does not reach {number(w['summary']['target'])} in most seeds"
+        text += f". It does not reach {target} in most seeds"
+    elif ratio == 0:
+        text += f". It reaches {target}, {BASE} does not in most seeds"
     elif math.isfinite(ratio):
-        text += f". Time to {number(w['summary']['target'])}: {ratio:.2f} times that of {BASE} (median)"
+        text += f". Time to {target}: {ratio:.2f} times that of {BASE}"
     return kind, f"{arm}: {text}."
 
 
-COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {  # of the summary of an arm
     "final": lambda own: f"{number(own['final'])} ± {own['deviation']:.2g}",
     "minus uniform, 95 %": lambda own: interval(own["difference"]) if own["difference"] else "",
     "minus full, 95 %": lambda own: interval(own["minus_full"]) if own["minus_full"] else "",
-    "time to target / uniform's": lambda own: number(own["time_ratio"]),
+    "seconds to target": lambda own: number(own["time_to_target"]),
     "steps": lambda own: number(own["steps"]),
     "trained on": lambda own: number(own["samples_trained"]),
     "scored": lambda own: number(own["samples_scored"]),
@@ -190,7 +196,9 @@ def draw(content: dict[str, Any]) -> Any:
         colours = _colours(w["arms"])
         for axes, x in ((left, unit), (middle, "samples" if unit == "seconds" else "seconds")):
             for arm in w["arms"]:
-                _curve(axes, [run for run in w["runs"] if run["arm"] == arm and run["points"]], x, arm, colours[arm])
+                _curve(
+                    axes, [run for run in w["runs"] if run["arm"] == arm and not run["error"]], x, arm, colours[arm]
+                )
             axes.set(xlabel=AXES[x], ylabel=w["metric"])
             axes.grid(alpha=0.3)
         left.set_title(w["name"], loc="left")
@@ -234,25 +242,11 @@ def _curve(axes: Any, runs: list[dict[str, Any]], unit: str, arm: str, colour: A
     axes.fill_between(places, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
 
 
-def profile_times(workloads: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Median seconds to the target, by workload and arm."""
-    times: dict[str, dict[str, float]] = {}
-    for w in workloads:
-        times[w["name"]] = {
-            arm: statistics.median(
-                math.inf if run["error"] else reached(run, w["summary"]["target"], w["mode"])
-                for run in w["runs"]
-                if run["arm"] == arm
-            )
-            for arm in w["arms"]
-        }
-    return times
-
-
 def _profile(axes: Any, workloads: list[dict[str, Any]]) -> None:
     ratios = np.linspace(1, 4, 301).tolist()
     colours = _colours(workloads[0]["arms"])
-    for arm, shares in performance_profile(profile_times(workloads), ratios).items():
+    times = {w["name"]: {arm: w["summary"][arm]["time_to_target"] for arm in w["arms"]} for w in workloads}
+    for arm, shares in performance_profile(times, ratios).items():
         axes.step(ratios, shares, where="post", label=arm, color=colours[arm])
     axes.set(xlabel="times the fastest arm's time to the target", ylabel="share of workloads", ylim=(-0.03, 1.03))
     axes.set_title("performance profile", loc="left")
@@ -276,15 +270,17 @@ def notes(w: dict[str, Any]) -> list[str]:
     unit, amount = w["budget"]["unit"], w["budget"]["amount"]
     seeds = len({run["seed"] for run in w["runs"]})
     compared = sum(w["summary"][arm]["difference"] is not None for arm in w["arms"])
-    first = next((run for run in w["runs"] if run["device"]), {"device": "?", "torch": "?"})
+    places = sorted({f"{run['device']}, torch {run['torch']}" for run in w["runs"] if run["device"]})
+    estimated = ", by the cost of an arm's first steps" if unit in ("samples", "flops") else ""
     return [
-        f"Every run had {number(amount)} {unit}; {seeds} seeds; {first['device']}, torch {first['torch']}; "
+        f"Every run had {number(amount)} {unit}{estimated}; {seeds} seeds; {'; '.join(places)}; "
         f"{w['summary']['hours']:.1f} hours of runs, {w['jobs']} side by side.",
-        "Intervals are 95 % Student t intervals of the paired differences (the same seed, first weights and order of "
-        f"candidates), not corrected for the {compared} comparisons.",
+        "Intervals are 95 % Student t intervals of differences between runs with the same seed, not corrected for "
+        f"{compared} comparisons. What lies outside an interval is ruled out, at that confidence.",
         f"The target, {number(w['summary']['target'])}, is "
         + (f"what {BASE} reaches with every seed" if w["target"] is None else "the one asked for")
-        + "; the time is that of the first evaluation that reaches it, so it is as coarse as they are far apart.",
+        + "; the time is the median over seeds of the first evaluation that reaches it, so it is as coarse as they "
+        "are far apart.",
         "FLOPs: matrix products, convolutions and attention, counted by torch in the first steps of each arm.",
         *(["Seconds are those of runs beside each other."] if w["jobs"] > 1 else []),
     ]
@@ -294,10 +290,9 @@ def as_html(content: dict[str, Any], svg: str) -> str:
     """One self-contained page."""
     parts = [f"<h1>Does it help?</h1><p>Made by</p><pre>{html.escape(content['command'])}</pre>"]
     for w in content["workloads"]:
-        said = [verdict(w, arm) for arm in w["arms"] if arm != BASE]
-        base = verdict(w, BASE) if w["summary"][BASE]["failed"] or w["summary"][BASE]["diverged"] else None
+        said = [verdict(w, arm) for arm in w["arms"] if arm != BASE or broken(w, BASE)]
         parts.append(f"<h2>{html.escape(w['name'])}</h2><ul>")
-        parts += [f'<li class="{kind}">{html.escape(text)}</li>' for kind, text in ([base] if base else []) + said]
+        parts += [f'<li class="{kind}">{html.escape(text)}</li>' for kind, text in said]
         parts.append(
             '</ul><div class="wide"><table><tr><th>arm</th>'
             + "".join(f"<th>{name}</th>" for name in COLUMNS)
@@ -370,7 +365,7 @@ def show(content: dict[str, Any], stem: Path) -> None:
             table.add_row(arm, *list(shown.values())[:2], shown["seconds"])
         console.print(table)
         for arm in w["arms"]:
-            if arm != BASE or w["summary"][arm]["failed"] or w["summary"][arm]["diverged"]:
+            if arm != BASE or broken(w, BASE):
                 console.print(verdict(w, arm)[1], soft_wrap=True, highlight=False, markup=False)
         for run in w["runs"]:
             if run["error"]:

@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-EXTRAS = ("datasets", "faiss", "sklearn", "scikit_learn", "transformers", "wandb", "matplotlib", "jsonargparse")
+EXTRAS = (
+    "datasets",
+    "faiss",
+    "sklearn",
+    "scikit_learn",
+    "transformers",
+    "wandb",
+    "matplotlib",
+    "jsonargparse",
+    "scipy",
+    "joblib",
+)
 
 
 def imports_of(file: Path, top_level_only: bool = False) -> set[str]:

@@ -1,7 +1,7 @@
 """`curation compare`, with real runs on real images: what it finds, what a kill costs, what it refuses."""
 
+import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -86,6 +86,12 @@ def test_a_seed_makes_a_pair(whole):
     values = {(r["arm"], r["seed"]): [p["value"] for p in r["points"]] for r in w["runs"]}
     assert values["uniform", 0] == values["broken.Breaks", 0]
     assert values["uniform", 0] != values["uniform", 1]
+    wrong = {}
+    for arm in ("full", "loss"):
+        with (whole / "out" / RECIPE / f"{arm}-0/metrics.csv").open(newline="") as rows:
+            wrong[arm] = [row["curation/all_corrupted"] for row in csv.DictReader(rows)]
+    assert any(wrong["full"])
+    assert wrong["full"] == wrong["loss"]  # of all candidates
 
 
 def test_a_failed_run_is_reported(whole, capsys):
@@ -94,7 +100,7 @@ def test_a_failed_run_is_reported(whole, capsys):
     assert failed == [("broken.Breaks", 1, "RuntimeError: this arm breaks")]
     assert w["summary"]["broken.Breaks"]["failed"] == 1
     page = (whole / "out/report.html").read_text()
-    assert "broken.Breaks: no verdict, 1 of 2 runs failed" in page
+    assert "broken.Breaks: no verdict, 1 of 2 runs of broken.Breaks failed" in page
     assert "RuntimeError: this arm breaks" in page
 
 
@@ -104,7 +110,7 @@ def test_each_run_is_an_ordinary_fit_with_its_metrics_and_its_wandb_run(whole):
         config = yaml.safe_load((folder / "config.yaml").read_text())
         assert config["seed_everything"] == 1
         assert config["data"]["init_args"]["data"] == "digits"
-        assert config["trainer"]["callbacks"][-1]["init_args"]["seed"] == 1
+        assert config["trainer"]["callbacks"][-2]["init_args"]["seed"] == 1
         assert config["trainer"]["logger"][-1]["init_args"]["group"] == "out"
         assert config["trainer"]["logger"][-1]["init_args"]["job_type"] == arm
         assert "val_accuracy" in (folder / "metrics.csv").read_text().splitlines()[0]
@@ -124,12 +130,16 @@ def test_a_killed_comparison_goes_on_and_says_the_same(whole, tmp_path, monkeypa
         finished = [f for f in runs.glob("*-*/run.json") if json.loads(f.read_text())["finished"]]
     killed.send_signal(signal.SIGKILL)
     killed.wait()
+    assert killed.returncode == -9
     assert not (tmp_path / "out/report.json").exists()
     before = {file: file.stat().st_mtime_ns for file in finished}
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as done:
         cli.main(["compare", *COMPARE])
+    assert done.value.code == 1  # of the arm that breaks
     assert {file: file.stat().st_mtime_ns for file in finished} == before
     assert without_clocks(tmp_path) == without_clocks(whole)
+    started = [len(list(f.glob("wandb/offline-run-*"))) for f in runs.iterdir() if f.name != "rehearsal"]
+    assert started == [1] * 8  # a run that survived the kill was waited for, and not started again
 
 
 def test_another_comparison_is_not_mixed_into_a_folder(whole, monkeypatch):
@@ -143,9 +153,10 @@ def test_seconds_over_a_dask_cluster(tmp_path, monkeypatch):
     cli.main(["compare", RECIPE, "--methods=loss", "--seeds=1", "--budget=seconds", "--backend=dask", *SMALL])
     (w,) = json.loads((tmp_path / "out/report.json").read_text())["workloads"]
     last = {run["arm"]: run["points"][-1] for run in w["runs"]}
-    assert last["uniform"]["step"] == 24
-    assert last["uniform"]["seconds"] == w["budget"]["amount"]
+    timing = json.loads((tmp_path / "out" / RECIPE / "timing/run.json").read_text())["points"][-1]
+    assert (timing["step"], timing["seconds"]) == (24, w["budget"]["amount"])
     assert all(point["seconds"] >= w["budget"]["amount"] for point in last.values())
+    assert len({point["step"] for point in last.values()}) > 1  # as many as each has time for
     assert "one seed says nothing" in (tmp_path / "out/report.html").read_text()
 
 
@@ -169,7 +180,7 @@ def test_what_is_wrong_with_one_arm_is_found_before_any_starts(tmp_path, monkeyp
     ("args", "message"),
     [
         (["nope"], "A recipe must be one of .*, or a file, but got 'nope'"),
-        ([RECIPE, "--methods=los"], "Argument `--methods` must name reducible_loss, recipe, full, .*but got 'los'"),
+        ([RECIPE, "--methods=los"], "Argument `--methods` must name reducible_loss, .*recipe, full, .*but got 'los'"),
         ([RECIPE, "--methods=broken.Absent"], "'broken.Absent' cannot be imported"),
         ([RECIPE, "--methods=os.path.join"], "must name callbacks or samplers, but 'os.path.join' is"),
         ([RECIPE, "--keep=1.5"], r"Argument `--keep` must be in \(0, 1\], but got 1.5"),
@@ -223,15 +234,15 @@ def configured(args, name, seed=3, keep=None):
 def test_an_arm_takes_the_place_of_the_recipes_selection():
     args = [f"--config={cli.find_recipe('sft_utility_diversity')}", "--data.seed={seed}"]
     config = configured(args, "importance")
-    assert names(config["trainer"]["callbacks"]) == ["RunMeter", "ExactResume", "HardSampleSelection"]
-    selection = config["trainer"]["callbacks"][-1]["init_args"]
+    assert names(config["trainer"]["callbacks"]) == ["ExactResume", "HardSampleSelection", "RunMeter"]
+    selection = config["trainer"]["callbacks"][-2]["init_args"]
     assert selection == {"keep": 0.25, "rule": "importance", "score": "grad_norm", "seed": 3}
     assert config["seed_everything"] == config["data"]["init_args"]["seed"] == 3
-    full = configured(args, "full")["trainer"]["callbacks"][-1]
+    full = configured(args, "full")["trainer"]["callbacks"][-2]
     assert full["init_args"]["keep"] == 1.0
     own = configured(args, "recipe", keep=0.5)["trainer"]["callbacks"]
-    assert names(own) == ["RunMeter", "ExactResume", "UtilityDiversitySelection"]
-    assert own[-1]["init_args"]["keep"] == 0.5
+    assert names(own) == ["ExactResume", "UtilityDiversitySelection", "RunMeter"]
+    assert own[-2]["init_args"]["keep"] == 0.5
 
 
 def test_arms_of_a_recipe_say_what_the_baselines_are():
@@ -241,7 +252,64 @@ def test_arms_of_a_recipe_say_what_the_baselines_are():
     assert names(full["trainer"]["callbacks"]) == ["RunMeter"]
     for config, delta in ((uniform, 1.0), (hard, 0.5)):
         assert config["data"]["init_args"]["sampler"]["init_args"] == {"delta": delta, "max_age": None, "seed": 3}
-        assert names(config["trainer"]["callbacks"]) == ["RunMeter", "HardBatchTraining"]
+        assert names(config["trainer"]["callbacks"]) == ["HardBatchTraining", "RunMeter"]
+
+
+def test_nothing_of_the_recipe_ends_a_run_or_stands_in_its_way(tmp_path):
+    recipe = yaml.safe_load(cli.find_recipe(RECIPE).read_text())
+    of_lightning = ["EarlyStopping", "Timer", "RichProgressBar", "OnExceptionCheckpoint", "LearningRateMonitor"]
+    arguments = {
+        "Timer": {"interval": "step"},
+        "EarlyStopping": {"monitor": "val_loss"},
+        "OnExceptionCheckpoint": {"dirpath": "x"},
+    }
+    recipe["trainer"]["callbacks"] += [
+        {"class_path": f"lightning.pytorch.callbacks.{name}", "init_args": arguments.get(name, {})}
+        for name in of_lightning
+    ]
+    recipe["trainer"] |= {"max_time": "00:00:01:00", "min_epochs": 3, "min_steps": 50}
+    recipe["trainer"]["logger"][-1]["init_args"] |= {"entity": "team", "offline": True, "tags": ["a"]}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    trainer = configured([f"--config={tmp_path / 'mine.yaml'}"], "loss")["trainer"]
+    kept = ["ExactResume", "CorruptedShare", "LearningRateMonitor", "HardSampleSelection", "RunMeter"]
+    assert names(trainer["callbacks"]) == kept
+    assert [trainer[name] for name in ("max_time", "min_epochs", "min_steps")] == [None] * 3
+    wandb = trainer["logger"][-1]["init_args"]
+    assert (wandb["entity"], wandb["offline"], wandb["tags"], wandb["name"]) == ("team", True, ["a"], "loss-3")
+
+
+def test_a_run_that_ends_before_its_budget_is_no_result(tmp_path):
+    meter = {"init_args": {"max_steps": 10}}
+    run = fits.Run("uniform", 0, tmp_path, {"trainer": {"callbacks": [meter]}})
+    options = compare.parse([RECIPE])[0]
+    w = compare.Workload(
+        "w", tmp_path, [], {}, [arms.Arm("uniform")], None, "val_loss", "min", {"uniform": run}, [run]
+    )
+    point = {"step": 7, "seconds": 1.0, "samples_trained": 1, "samples_scored": 0, "metrics": {"val_loss": 1.0}}
+    result = {"points": [point], "finished": True, "steps": 7, "flops_per_step": 1.0}
+    for changes, error in (
+        ({}, "it ended before its budget was spent, after 7 steps"),
+        ({"steps": 9}, "it ended without an evaluation of its last weights"),
+        ({"points": [{**point, "step": 10}], "steps": 10}, None),
+    ):
+        (tmp_path / "run.json").write_text(json.dumps({**result, **changes}))
+        assert compare.collect(w, options)["runs"][0]["error"] == error
+
+
+def test_an_unknown_length_needs_an_amount(tmp_path, monkeypatch):
+    here(tmp_path, monkeypatch)
+    options = compare.parse([RECIPE, "--methods=loss", "--out=out"])[0]
+    w = compare.make_workload(RECIPE, [], options)
+    for arm in w.arms:
+        w.rehearsals[arm.name] = run = fits.Run(arm.name, 0, tmp_path / arm.name, {})
+        run.folder.mkdir()
+        result = {"points": [{"step": 8, "samples_trained": 8}], "flops_per_step": 0.0, "total_steps": -1}
+        (run.folder / "run.json").write_text(json.dumps({**result, "finished": True}))
+    with pytest.raises(ValueError, match="Argument `--budget` must be an amount, such as steps=1000"):
+        compare.schedule(w, options)
+    options.budget = ("flops", None)
+    with pytest.raises(ValueError, match="Argument `--budget` must not be flops: torch counts none"):
+        compare.schedule(w, options)
 
 
 def test_a_sampler_is_compared_by_its_class_path(tmp_path, monkeypatch):
@@ -251,7 +319,7 @@ def test_a_sampler_is_compared_by_its_class_path(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     config = configured([f"--config={cli.find_recipe('sft_utility_diversity')}"], "mine.Mine")
     assert config["data"]["init_args"]["sampler"]["class_path"] == "mine.Mine"
-    assert names(config["trainer"]["callbacks"]) == ["RunMeter", "ExactResume"]
+    assert names(config["trainer"]["callbacks"]) == ["ExactResume", "RunMeter"]
 
 
 REHEARSED = {  # samples and operations of 8 steps
@@ -279,22 +347,26 @@ def test_every_arm_spends_the_same(tmp_path, monkeypatch, budget, steps):
     for name, (samples, flops) in REHEARSED.items():
         run = fits.Run(name, 0, tmp_path / name, {})
         run.folder.mkdir()
-        result = {"points": [{"step": 8, "samples_trained": samples}], "flops_per_step": flops, "total_steps": 1000}
+        result = {"points": [{"step": 8, "samples_trained": samples}], "flops_per_step": flops, "total_steps": 1000,
+                  "steps_per_epoch": 150}  # fmt: skip
         (run.folder / "run.json").write_text(json.dumps({**result, "finished": True, "seconds_per_step": 1.0}))
         w.rehearsals[name] = run
     compare.schedule(w, options)
     trainers = {(run.arm, run.seed): run.config["trainer"] for run in w.runs}
     for (arm, _), config in trainers.items():
-        assert config["max_steps"] == config["callbacks"][0]["init_args"]["max_steps"] == steps[arm]
-        assert config["max_epochs"] == -1
+        assert config["max_steps"] == config["callbacks"][-1]["init_args"]["max_steps"] == steps[arm]
+        assert config["val_check_interval"] == round(100 * steps[arm] / steps["uniform"])
     assert len(trainers) == 6
 
 
+CPU = {"trainer": {"accelerator": "cpu", "devices": 1}}
+
+
 def test_a_run_in_progress_is_waited_for_and_not_repeated(tmp_path):
-    run = fits.Run("uniform", 0, tmp_path, {"trainer": {}})
+    run = fits.Run("uniform", 0, tmp_path, CPU)
     run.prepare()
     with fits._lock(tmp_path / "lock"):
-        waiting = threading.Thread(target=run.execute, args=(0, None))
+        waiting = threading.Thread(target=run.execute, args=(".", None))
         waiting.start()
         waiting.join(0.5)
         assert waiting.is_alive()
@@ -330,12 +402,13 @@ def test_the_environment_of_a_fit_has_its_share_of_the_cores(tmp_path, monkeypat
 
     def record(command, **kwargs):
         seen.update(kwargs["env"], command=command)
+        return subprocess.CompletedProcess(command, -9)
 
     monkeypatch.setattr(subprocess, "run", record)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    run = fits.Run("uniform", 0, tmp_path, {})
-    run.execute(0, 3)
-    assert seen["OMP_NUM_THREADS"] == "3"
-    assert seen["command"][-3:] == ["fit", "--config", str(tmp_path / "config.yaml")]
-    assert "OMP_NUM_THREADS" not in os.environ
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as the processes of some backends have it
+    run = fits.Run("uniform", 0, tmp_path, CPU)
     assert fits.last_words(run) == "it was not run"
+    run.execute(".", 3)
+    assert seen["OMP_NUM_THREADS"] == "3"
+    assert seen["command"][-3:] == ["fit", "--config", str(tmp_path / "fit.yaml")]
+    assert fits.last_words(run) == "killed by signal 9"

@@ -36,14 +36,15 @@ def built(*runs, **kwargs):
 
 
 def test_the_summary_by_hand():
-    """Differences -1, -2, -3; uniform's best are 3, 4, 4, so it always reaches 4: in 2, 2, 2 seconds."""
+    """Differences -1, -2, -3; uniform's best are 3, 4, 4, so it always reaches 4: in 2 seconds."""
     w = built(*(run("x", s, values, seconds=0.5) for s, values in enumerate([[9, 4, 2], [9, 5, 2], [9, 3, 2]])))
     own = w["summary"]["x"]
     assert w["summary"]["target"] == 4
     assert own["final"] == 2
     half = 4.302653 * 1 / math.sqrt(3)
     assert own["difference"] == pytest.approx((-2, -2 - half, -2 + half), rel=1e-6)
-    assert own["time_ratio"] == 0.5  # 1.0, 1.5 and 1.0 seconds, of 2
+    assert own["time_to_target"] == 1.0  # of 1.0, 1.5 and 1.0
+    assert report.time_ratio(w, "x") == 0.5  # uniform takes 2
     assert (own["steps"], own["samples_trained"], own["seconds"], own["flops"]) == (30, 240, 1.5, 300)
     assert w["summary"]["hours"] == pytest.approx(0.06)
     assert w["summary"]["uniform"]["difference"] is None
@@ -65,17 +66,19 @@ def test_the_verdict_is_the_intervals(mode, finals, kind, sentence):
     assert said[0] == kind
     assert re.match(sentence, said[1])
     if kind == "even":
-        assert "One of less than about 2.5 would not have been seen" in said[1]
+        assert "Time to 4: " in said[1]
 
 
 def test_a_target_that_is_missed_is_missed():
     w = built(*(run("x", s, [9, 9, 9 if s else 1]) for s in range(3)), target=4.5)
-    assert w["summary"]["x"]["time_ratio"] == math.inf
-    assert w["summary"]["x"]["reached"] == 1
+    assert w["summary"]["x"]["time_to_target"] == math.inf
     assert "It does not reach 4.5 in most seeds" in report.verdict(w, "x")[1]
     nobody = built(*(run("x", s, [9, 9, 9]) for s in range(3)), target=1)
-    assert math.isnan(nobody["summary"]["x"]["time_ratio"])
-    assert "Time" not in report.verdict(nobody, "x")[1]
+    assert math.isnan(report.time_ratio(nobody, "x"))
+    assert "reach" not in report.verdict(nobody, "x")[1]
+    alone = built(*(run("x", s, [9, 9, 1]) for s in range(3)), target=1)
+    assert report.time_ratio(alone, "x") == 0
+    assert "It reaches 1, uniform does not in most seeds" in report.verdict(alone, "x")[1]
 
 
 def test_failed_and_diverged_runs_are_never_dropped_silently():
@@ -84,18 +87,31 @@ def test_failed_and_diverged_runs_are_never_dropped_silently():
     assert (own["failed"], own["diverged"], own["pairs"]) == (1, 1, 1)
     kind, said = report.verdict(w, "x")
     assert kind == "failed"
-    assert "no verdict, 1 of 3 runs failed, 1 of 3 runs diverged" in said
+    assert "no verdict, 1 of 3 runs of x failed, 1 of 3 runs of x diverged" in said
+    assert own["time_to_target"] == math.inf  # reached in one of three
     some = built(run("x", 0, [9, 9, 2]), run("x", 1, [9, 9, 2.9]), run("x", 2, [9], error="out of memory"))
     kind, said = report.verdict(some, "x")
     assert kind == "failed"
-    assert "1 of 3 runs failed, and the difference is that of the others only" in said
+    assert "1 of 3 runs of x failed. val_loss 2.45, minus uniform -1.05" in said
+    assert "over the 2 pairs that are left" in said
+
+
+@pytest.mark.parametrize("lost", [1, 3])
+def test_a_method_cannot_win_against_runs_that_failed(lost):
+    base = [{**r, "error": "killed by signal 9"} if r["seed"] < lost else r for r in UNIFORM]
+    w = workload(*base, *(run("x", s, [1, 1, 1]) for s in range(3)))
+    (w,) = report.build("curation compare a", [w])["workloads"]
+    kind, said = report.verdict(w, "x")
+    assert kind == "failed"
+    assert f"x: no verdict, {lost} of 3 runs of uniform failed" in said
+    assert report.verdict(w, "uniform")[0] == "failed"
 
 
 def test_nothing_that_ran_is_no_reason_to_fail(tmp_path):
     broken = [run(arm, 0, [], error="it was not run") for arm in ("full", "uniform", "x")]
     content = report.build("curation compare a", [workload(*broken)])
     report.write(content, tmp_path / "report")
-    assert "uniform: no verdict, 1 of 1 runs failed" in (tmp_path / "report.html").read_text()
+    assert "uniform: no verdict, 1 of 1 runs of uniform failed" in (tmp_path / "report.html").read_text()
 
 
 def test_one_page_needs_nothing_else_and_is_made_anew_from_its_json(tmp_path, capsys):
