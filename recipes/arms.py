@@ -5,6 +5,7 @@ import inspect
 import io
 import json
 import logging
+import re
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -56,13 +57,13 @@ def _import(class_path: str) -> Any:
     module, _, name = class_path.rpartition(".")
     try:
         return getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{class_path!r} cannot be imported: {error}") from error
+    except Exception as error:  # whatever a module of the user's own does
+        raise ValueError(f"{class_path!r} cannot be imported: {error!r}") from error
 
 
 def _with_defaults(callback: dict[str, Any], keep: float | None) -> dict[str, Any]:
     """A callback with the ``keep`` of the comparison and the seed of the run, where it takes them."""
-    given = dict(callback.get("init_args", {}))
+    given = dict(callback.get("init_args") or {})
     accepted = inspect.signature(_import(callback["class_path"])).parameters
     if "keep" in accepted and "keep" not in given:
         if keep is None:
@@ -89,8 +90,15 @@ def make_arm(name: str, recipe: dict[str, Any], keep: float | None) -> Arm:
     """
     arms = recipe.get("arms") or {}
     if name in arms:
-        overrides = dict(arms[name])
-        callbacks = overrides.pop("callbacks", None) or []
+        callbacks = arms[name].get("callbacks") or [] if isinstance(arms[name], dict) else None
+        if not isinstance(callbacks, list) or any(
+            not isinstance(c, dict) or "class_path" not in c for c in callbacks
+        ):
+            raise ValueError(
+                f"Argument `arms` must map a name to options, with `callbacks` a list of class paths, but {name!r} "
+                f"is {arms[name]!r}."
+            )
+        overrides = {key: value for key, value in arms[name].items() if key != "callbacks"}
         return Arm(name, [_with_defaults(c, keep) for c in callbacks], overrides)
     if name == "recipe":
         return Arm(name)
@@ -119,7 +127,11 @@ def resolve(args: list[str]) -> dict[str, Any]:
         with contextlib.redirect_stderr(said):
             made = cli.run(args, execute=False, instantiate=False)
     except SystemExit as error:
-        raise ValueError(said.getvalue().strip().split("error: ", 1)[-1]) from error
+        if not error.code:
+            raise  # help, or a configuration that was to be printed
+        text, cause = said.getvalue().strip().split("error: ", 1)[-1], cli.first_cause(error)
+        keys = re.findall(r'Parser key "([^"]+)"', text)  # what is around the cause is all else that was tried
+        raise ValueError(f"`{keys[-1]}`: {cause}" if keys and isinstance(cause, ValueError) else text) from error
     finally:
         logging.disable(logging.NOTSET)
     return yaml.safe_load(made.parser.dump(made.config, skip_unset=False))
@@ -161,7 +173,10 @@ def configure(
         group: Of the W&B runs.
         meter: Arguments of its ``RunMeter``.
     """
-    overrides = [f"--{name}={json.dumps(value)}" for name, value in with_seed(arm.overrides, seed).items()]
+    overrides = [
+        f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
+        for name, value in with_seed(arm.overrides, seed).items()
+    ]
     config = resolve([*with_seed(args, seed), *overrides, f"--seed_everything={seed}"])
     config.pop("arms", None)
     trainer = config["trainer"]

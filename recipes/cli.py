@@ -5,6 +5,7 @@
 """
 
 import argparse
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -141,7 +142,7 @@ def first_cause(error: BaseException) -> BaseException:
 def main(args: list[str] | None = None) -> None:
     """The console command."""
     args = sys.argv[1:] if args is None else args
-    sys.path.insert(0, "")  # a rule of the user's own is found by its class path, as with `python -m`
+    sys.path.insert(0, os.getcwd())  # a rule of the user's own is found by its class path, as with `python -m`
     try:
         if args[:1] == ["recipes"]:
             recipes(args[1:])
@@ -153,6 +154,8 @@ def main(args: list[str] | None = None) -> None:
             return
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"curation: {error}")
+    except KeyboardInterrupt:
+        sys.exit("curation: interrupted; the same command goes on where it was")
     try:
         run(args)
     except ValueError as error:

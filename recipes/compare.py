@@ -6,6 +6,7 @@ with it and an interrupted comparison goes on where it was.
 
 import argparse
 import math
+import re
 import shlex
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from curation.recipes import cli, report
 from curation.recipes.arms import METHODS, Arm, chooses, configure, entries, is_a, make_arm, resolve, with_seed
-from curation.recipes.fits import Run, execute, last_words
+from curation.recipes.fits import FIT, Run, execute, last_words
 from lightning.pytorch.loggers import WandbLogger
 
 BASELINES = ("full", "uniform")
@@ -45,7 +46,7 @@ class Workload:
         try:
             return configure(self.args, arm, seed, self.keep, folder, group, meter)
         except ValueError as error:
-            raise ValueError(f"{self.name}, arm {arm.name!r}: {cli.first_cause(error)}") from error
+            raise ValueError(f"{self.name}, arm {arm.name!r}: {error}") from error
 
     def arm(self, name: str) -> Arm:
         """By name."""
@@ -69,12 +70,24 @@ def make_workload(config: str, overrides: list[str], options: argparse.Namespace
     """
     file = config if Path(config).is_file() else str(cli.find_recipe(config))
     args = [f"--config={file}", *overrides]
-    recipe = resolve(with_seed(args, 0))
+    try:
+        recipe = resolve(with_seed(args, 0))
+    except ValueError as error:
+        raise ValueError(f"{config}: {error}") from error
+    if recipe["trainer"]["fast_dev_run"]:
+        raise ValueError("Argument `--trainer.fast_dev_run` must be false: it would end every run after a step.")
     callbacks = entries(recipe["trainer"]["callbacks"])
     keeps = [c["init_args"]["keep"] for c in callbacks if chooses(c) and "keep" in c["init_args"]]
     keep = options.keep if options.keep is not None else next(iter(keeps), None)
-    names = options.methods.split(",") if options.methods else list(recipe.get("arms") or {}) or ["recipe"]
-    names = list(dict.fromkeys([*BASELINES, *(name.strip() for name in names)]))
+    names = (
+        options.methods.split(",") if options.methods is not None else list(recipe.get("arms") or {}) or ["recipe"]
+    )
+    names = list(dict.fromkeys([*BASELINES, *(str(name).strip() for name in names)]))
+    for name in names:
+        if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
+            raise ValueError(
+                f"Argument `--methods` must hold names of letters, digits, _, ., + and -, but got {name!r}."
+            )
     if names[2:] == ["recipe"] and not any(map(chooses, callbacks)):
         raise ValueError(f"Argument `--methods` must be given: {config} has no selection of its own.")
     watched = [c["init_args"] for c in callbacks if c["init_args"].get("monitor")]
@@ -108,8 +121,13 @@ def rehearse(workloads: list[Workload], options: argparse.Namespace) -> None:
                 trainer["limit_val_batches"] = 2
             w.rehearsals[arm.name] = Run(arm.name, 0, folder, config)
     every = [run for w in workloads for run in w.rehearsals.values()]
-    for run in every:
-        run.prepare()
+    for w in workloads:
+        for name, run in w.rehearsals.items():
+            run.prepare()
+            try:
+                resolve([f"--config={run.folder / FIT}"])  # with its callbacks
+            except ValueError as error:
+                raise ValueError(f"{w.name}, arm {name!r}: {error}") from error
     execute(every, "rehearsal", options.backend, options.jobs)
     wrong = []
     for w in workloads:
@@ -125,6 +143,8 @@ def rehearse(workloads: list[Workload], options: argparse.Namespace) -> None:
                     f"is not; there is {found}"
                 )
     if wrong:
+        for run in every:
+            (run.folder / "run.json").unlink(missing_ok=True)  # what is mended is rehearsed again
         raise ValueError("nothing was started:\n" + "\n".join(wrong))
 
 
@@ -236,7 +256,8 @@ def _budget(text: str) -> tuple[str, float | None]:
         value = float(amount) if equals else None
     except ValueError:
         value = 0.0
-    if unit not in BUDGETS or (value is not None and not 0 < value < float("inf")):
+    least = 1.0 if unit in ("steps", "samples") else 0.0
+    if unit not in BUDGETS or (value is not None and not (least <= value < math.inf and value > 0)):
         raise ValueError(
             f"Argument `--budget` must be {', '.join(BUDGETS)}, "
             f"or one with an amount, as in steps=500, but got {text!r}."
@@ -298,6 +319,10 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise ValueError(f"Argument `--backend={options.backend}` needs `pip install {package}`.")
     if options.keep is not None and not 0 < options.keep <= 1:
         raise ValueError(f"Argument `--keep` must be in (0, 1], but got {options.keep!r}.")
+    if options.target is not None and not math.isfinite(options.target):
+        raise ValueError(f"Argument `--target` must be a finite number, but got {options.target!r}.")
+    if any(word.startswith("--seed_everything") for word in overrides):
+        raise ValueError("Argument `--seed_everything` must be left out: every run has its own; see `--seeds`.")
     if len({Path(r).stem for r in options.recipes}) < len(options.recipes):
         raise ValueError(f"Argument `recipes` must have different names, but got {' '.join(options.recipes)}.")
     return options, overrides
@@ -324,5 +349,5 @@ def main(args: list[str]) -> None:
     ]
     for project in {logger["init_args"].get("project", "lightning_logs") for logger in loggers}:
         report.log_to_wandb(content, options.out / "report", project, options.out.name)
-    if any(run["error"] for w in content["workloads"] for run in w["runs"]):
+    if any(report.broken(w, arm) for w in content["workloads"] for arm in w["arms"]):
         raise SystemExit(1)

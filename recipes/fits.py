@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import yaml
 
+KILLED, ENDED = "killed by signal", "ended with status"
 FIT = "fit.yaml"  # Lightning's own record of the configuration is config.yaml
 
 
@@ -65,9 +66,12 @@ class Run:
             new.replace(file)
         there = yaml.safe_load(file.read_text())
         if there != self.config:
+            if not self.finished:
+                file.unlink()
+                return self.prepare()
             raise ValueError(
-                "Argument `--out` must be a new folder, or that of the same comparison, but "
-                f"{str(file)!r} differs: {_first_difference(there, self.config)}."
+                "Argument `--out` must be a new folder, or that of the same comparison with the same budget, but in "
+                f"{str(file)!r} {_first_difference(there, self.config)}."
             )
 
     def execute(self, cwd: str, threads: int | None) -> None:
@@ -95,17 +99,21 @@ class Run:
                 # The fit keeps the locks if this process is killed: whoever comes back waits for it.
                 keep = [own.fileno(), *([] if gpu is None else [gpu.file.fileno()])]
                 how = {"stdout": log, "stderr": log, "env": environment, "cwd": cwd, "pass_fds": keep}
+                how["stdin"] = subprocess.DEVNULL
                 status = subprocess.run([*fit, *devices], check=False, **how).returncode  # type: ignore[call-overload]
-                if status < 0:
+                if not self.finished:
                     log.seek(0, os.SEEK_END)
-                    log.write(f"\nkilled by signal {-status}\n")
+                    log.write(f"\n{KILLED} {-status}\n" if status < 0 else f"\n{ENDED} {status}\n")
 
 
 def _first_difference(there: Any, here: Any) -> str:
+    if type(there) is type(here) is list and len(there) == len(here):
+        there, here = dict(enumerate(there)), dict(enumerate(here))
     if isinstance(there, dict) and isinstance(here, dict):
-        for key in here.keys() | there.keys():
+        for key in [*here, *there]:
             if there.get(key) != here.get(key):
-                return f"{key}: {_first_difference(there.get(key), here.get(key))}"
+                inner = _first_difference(there.get(key), here.get(key))
+                return inner if isinstance(key, int) else f"{key}: {inner}"
     return f"{there!r} there, {here!r} here"
 
 
@@ -148,10 +156,19 @@ def _free_gpu(count: int) -> Iterator[_Gpu | None]:
 
 
 def last_words(run: Run) -> str:
-    """The last line that a run wrote."""
+    """Why a run did not finish: the exception in its log, or how its process ended."""
     file = run.folder / "log.txt"
-    lines = file.read_text(errors="replace").split("\n") if file.is_file() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it was not run")
+    lines = [line for line in file.read_text(errors="replace").splitlines() if line.strip()] if file.is_file() else []
+    if not lines:
+        return "it was not run"
+    if lines[-1].startswith(KILLED):
+        return lines[-1]
+    for i in reversed(range(len(lines))):
+        if lines[i].startswith("Traceback "):
+            return next((line for line in lines[i + 1 :] if not line.startswith(" ")), lines[-1])
+        if lines[i].startswith("curation: "):
+            return " ".join(line.strip() for line in lines[i:-1])
+    return f"{lines[-1]}, without an error message"
 
 
 def execute(runs: list[Run], title: str, backend: str, jobs: int) -> None:
@@ -159,7 +176,8 @@ def execute(runs: list[Run], title: str, backend: str, jobs: int) -> None:
     from joblib import Parallel, delayed
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
+    # Some backends give their processes one thread each.
+    threads = None if backend == "loky" and jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
     total = sum(run.seconds for run in runs)
     shown = (
         TextColumn("{task.description}"),
@@ -174,15 +192,17 @@ def execute(runs: list[Run], title: str, backend: str, jobs: int) -> None:
         while not last:
             last = stop.wait(1)
             done = sum(run.seconds * (1.0 if run.finished else min(run.spent, 1.0)) for run in runs)
-            bar.update(task, completed=done, runs=f"{sum(run.finished for run in runs)} of {len(runs)}")
+            bar.update(
+                task, completed=total if last else done, runs=f"{sum(run.finished for run in runs)} of {len(runs)}"
+            )
 
     with Progress(*shown) as bar:
         task = bar.add_task(title, total=total, runs=f"0 of {len(runs)}")
         thread = threading.Thread(target=follow, args=(bar, task), daemon=True)
         thread.start()
         try:
-            with _backend(backend, jobs):
-                left = [run for run in runs if not run.finished]
+            left = [run for run in runs if not run.finished]
+            with _backend(backend, max(1, min(jobs, len(left)))):
                 Parallel(batch_size=1)(delayed(run.execute)(os.getcwd(), threads) for run in left)
         finally:
             stop.set()

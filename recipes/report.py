@@ -169,7 +169,9 @@ def verdict(w: dict[str, Any], arm: str) -> tuple[str, str]:
 
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {  # of the summary of an arm
-    "final": lambda own: f"{number(own['final'])} ± {own['deviation']:.2g}",
+    "final": lambda own: (
+        number(own["final"]) + ("" if math.isnan(own["deviation"]) else f" ± {own['deviation']:.2g}")
+    ),
     "minus uniform, 95 %": lambda own: interval(own["difference"]) if own["difference"] else "",
     "minus full, 95 %": lambda own: interval(own["minus_full"]) if own["minus_full"] else "",
     "seconds to target": lambda own: number(own["time_to_target"]),
@@ -208,6 +210,8 @@ def draw(content: dict[str, Any]) -> Any:
         for y, arm in enumerate(reversed(others)):
             mean, low, high = w["summary"][arm]["difference"]
             right.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", capsize=4, color=colours[arm])
+        if not others:
+            right.text(0, 0, "an interval needs two seeds", ha="center")
         right.axvline(0, color="black", linewidth=1)
         right.set(
             yticks=range(len(others)), yticklabels=others[::-1], xlabel=f"{w['metric']} minus {BASE}, paired, 95 %",
@@ -232,10 +236,8 @@ def _curve(axes: Any, runs: list[dict[str, Any]], unit: str, arm: str, colour: A
     curves = [(axis(run, unit), [point["value"] for point in run["points"]]) for run in runs]
     if not curves:
         return
-    low, high = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
-    if low > high:  # evaluated at places that do not overlap
-        low = high
-    places = np.unique([low, *(p for x, _ in curves for p in x if low <= p <= high), high])
+    low = max(x[0] for x, _ in curves)  # all have begun; a seed that has ended keeps its last value
+    places = np.unique([low, *(p for x, _ in curves for p in x if p >= low)])
     values = np.array([np.interp(places, x, y) for x, y in curves])
     marker = "o" if len(places) < 3 else None
     axes.plot(places, values.mean(0), color=colour, label=arm, marker=marker, markersize=4)
@@ -273,8 +275,8 @@ def notes(w: dict[str, Any]) -> list[str]:
     places = sorted({f"{run['device']}, torch {run['torch']}" for run in w["runs"] if run["device"]})
     estimated = ", by the cost of an arm's first steps" if unit in ("samples", "flops") else ""
     return [
-        f"Every run had {number(amount)} {unit}{estimated}; {seeds} seeds; {'; '.join(places)}; "
-        f"{w['summary']['hours']:.1f} hours of runs, {w['jobs']} side by side.",
+        f"Every run had {number(amount)} {unit}{estimated}; {seeds} seed{'s' * (seeds > 1)}; {'; '.join(places)}; "
+        f"{_duration(w['summary']['hours'])} of runs, {w['jobs']} side by side.",
         "Intervals are 95 % Student t intervals of differences between runs with the same seed, not corrected for "
         f"{compared} comparisons. What lies outside an interval is ruled out, at that confidence.",
         f"The target, {number(w['summary']['target'])}, is "
@@ -284,6 +286,10 @@ def notes(w: dict[str, Any]) -> list[str]:
         "FLOPs: matrix products, convolutions and attention, counted by torch in the first steps of each arm.",
         *(["Seconds are those of runs beside each other."] if w["jobs"] > 1 else []),
     ]
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
 
 
 def as_html(content: dict[str, Any], svg: str) -> str:
@@ -302,8 +308,9 @@ def as_html(content: dict[str, Any], svg: str) -> str:
             cells = "".join(f"<td>{html.escape(show(w['summary'][arm]))}</td>" for show in COLUMNS.values())
             parts.append(f"<tr><td>{html.escape(arm)}</td>{cells}</tr>")
         parts.append("</table></div><ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in notes(w)) + "</ul>")
-        parts.append("<details><summary>Every run</summary><table><tr><th>arm</th><th>seed</th><th>final</th>"
-                     "<th>steps</th><th>seconds</th><th></th></tr>")  # fmt: skip
+        is_open = " open" if any(broken(w, arm) for arm in w["arms"]) else ""
+        head = "".join(f"<th>{name}</th>" for name in ("arm", "seed", "final", "steps", "seconds", ""))
+        parts.append(f"<details{is_open}><summary>Every run</summary><table><tr>{head}</tr>")
         for run in w["runs"]:
             last = run["points"][-1] if run["points"] else {"step": 0, "seconds": 0.0}
             row = [run["arm"], run["seed"], number(final(run)), last["step"], number(last["seconds"])]
@@ -325,10 +332,9 @@ def write(content: dict[str, Any], stem: Path) -> None:
     """
     figure = draw(content)
     svg, png = _picture(figure, "svg"), _picture(figure, "png")
-    stem.with_suffix(".json").write_text(as_json(content))
-    stem.with_suffix(".svg").write_bytes(svg)
-    stem.with_suffix(".png").write_bytes(png)
-    stem.with_suffix(".html").write_text(as_html(content, svg.decode()), encoding="utf-8")
+    for kind, made in (("json", as_json(content).encode()), ("svg", svg), ("png", png),
+                       ("html", as_html(content, svg.decode()).encode())):  # fmt: skip
+        Path(f"{stem}.{kind}").write_bytes(made)
 
 
 def as_json(content: dict[str, Any]) -> str:
@@ -372,20 +378,25 @@ def show(content: dict[str, Any], stem: Path) -> None:
                 console.print(
                     f"{run['arm']}, seed {run['seed']} failed: {run['error']}", soft_wrap=True, markup=False
                 )
-    console.print(f"Report: {stem.with_suffix('.html')}", soft_wrap=True, highlight=False)
+    console.print(f"Report: {stem}.html", soft_wrap=True, highlight=False)
 
 
 def log_to_wandb(content: dict[str, Any], stem: Path, project: str | None, group: str) -> None:
     """The picture, the page and the table, as one more run of the group."""
     import wandb
+    from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-    run = wandb.init(project=project, group=group, name="report", job_type="report", dir=str(stem.parent))
+    try:
+        run = wandb.init(project=project, group=group, name="report", job_type="report", dir=str(stem.parent))
+    except wandb.Error as error:
+        rank_zero_warn(f"The report was not logged to W&B: {error}")
+        return
     rows = [[w["name"], arm, *(c(w["summary"][arm]) for c in COLUMNS.values()), verdict(w, arm)[1]]
             for w in content["workloads"] for arm in w["arms"]]  # fmt: skip
     run.log(
         {
-            "compare/report": wandb.Html(stem.with_suffix(".html").read_text(encoding="utf-8"), inject=False),
-            "compare/curves": wandb.Image(str(stem.with_suffix(".png"))),
+            "compare/report": wandb.Html(Path(f"{stem}.html").read_text(encoding="utf-8"), inject=False),
+            "compare/curves": wandb.Image(f"{stem}.png"),
             "compare/arms": wandb.Table(columns=["workload", "arm", *COLUMNS, "verdict"], data=rows),
         }
     )
@@ -407,7 +418,8 @@ def main(args: list[str]) -> None:
         try:
             content = json.loads(file.read_text())
             content = build(content["command"], content["workloads"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            draw(content)
+        except (ValueError, LookupError, TypeError) as error:
             raise ValueError(f"{str(file)!r} is not the report of a comparison ({error!r}).") from error
         write(content, file.with_suffix(""))
         show(content, file.with_suffix(""))

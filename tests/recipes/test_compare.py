@@ -150,7 +150,9 @@ def test_another_comparison_is_not_mixed_into_a_folder(whole, monkeypatch):
 
 def test_seconds_over_a_dask_cluster(tmp_path, monkeypatch):
     here(tmp_path, monkeypatch)
-    cli.main(["compare", RECIPE, "--methods=loss", "--seeds=1", "--budget=seconds", "--backend=dask", *SMALL])
+    options = [RECIPE, "--methods=loss", "--seeds=1", "--budget=seconds", "--backend=dask", *SMALL]
+    # In a process of its own, since dask leaves variables in the environment.
+    subprocess.run([sys.executable, "-m", "curation.recipes.cli", "compare", *options], cwd=tmp_path, check=True)
     (w,) = json.loads((tmp_path / "out/report.json").read_text())["workloads"]
     last = {run["arm"]: run["points"][-1] for run in w["runs"]}
     timing = json.loads((tmp_path / "out" / RECIPE / "timing/run.json").read_text())["points"][-1]
@@ -192,6 +194,12 @@ def test_what_is_wrong_with_one_arm_is_found_before_any_starts(tmp_path, monkeyp
         ([RECIPE, "--metric=f1"], "Argument `--mode` must be given: whether a 'f1' is better"),
         ([RECIPE, RECIPE], "Argument `recipes` must have different names"),
         ([RECIPE, "--backend=ray"], "Argument `--backend=ray` needs `pip install ray`"),
+        ([RECIPE, "--budget=steps=0.2"], "Argument `--budget` must be .*but got 'steps=0.2'"),
+        ([RECIPE, "--methods="], "Argument `--methods` must hold names of letters.*but got ''"),
+        ([RECIPE, "--methods=../x"], r"Argument `--methods` must hold names of letters.*but got '\.\./x'"),
+        ([RECIPE, "--target=nan"], "Argument `--target` must be a finite number, but got nan"),
+        ([RECIPE, "--seed_everything=7"], "Argument `--seed_everything` must be left out"),
+        ([RECIPE, "--trainer.fast_dev_run=true"], "Argument `--trainer.fast_dev_run` must be false"),
         ([RECIPE, "--trainer.max_stepz=3"], "max_stepz"),
         ([RECIPE, "--model.lr=fast"], "lr"),
         (["fashion_mnist_hard_batches", "--methods=loss"], "Argument `--keep` must be given"),
@@ -216,6 +224,54 @@ def test_a_recipe_without_a_selection_needs_methods(tmp_path, monkeypatch):
         SystemExit, match=r"Argument `--methods` must be given: plain\.yaml has no selection of its own"
     ):
         cli.main(["compare", "plain.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        (None, "'x' is None"),
+        ("loss", "'x' is 'loss'"),
+        ([1], r"'x' is \[1\]"),
+        ({"callbacks": {"class_path": "a.B"}}, "'x' is {'callbacks'"),
+        ({"callbacks": ["a.B"]}, "'x' is {'callbacks'"),
+        ({"callbacks": [{"init_args": {}}]}, "'x' is {'callbacks'"),
+        ({"callbacks": [{"class_path": "broken.Absent"}]}, "'broken.Absent' cannot be imported"),
+        ({"callbacks": [{"class_path": "torch.nn.Identity"}]}, "arm 'x': .*Identity"),
+        ({"callbacks": [{"class_path": "curation.callbacks.HardSampleSelection", "init_args": {"rule": "tp"}}]},
+         "arm 'x': .*rule"),
+        ({"model.lr": "fast"}, "arm 'x': .*lr"),
+    ],
+)  # fmt: skip
+def test_a_bad_arm_is_named(tmp_path, monkeypatch, arm, message):
+    here(tmp_path, monkeypatch)
+    monkeypatch.setattr(compare, "execute", lambda *_: pytest.fail("started"))
+    recipe = yaml.safe_load(cli.find_recipe(RECIPE).read_text())
+    Path("mine.yaml").write_text(yaml.safe_dump({**recipe, "arms": {"x": arm}}))
+    with pytest.raises(SystemExit, match=f"(?s)^curation: .*{message}"):
+        cli.main(["compare", "mine.yaml"])
+
+
+WORDS = {
+    "Traceback (most recent call last):\n  x\nKeyError: 1\nsecond\n\nended with status 1\n": "KeyError: 1",
+    "curation: Argument `lr` must be > 0.\n\nended with status 1\n": "curation: Argument `lr` must be > 0.",
+    "a warning\n\nended with status 0\n": "ended with status 0, without an error message",
+    "Traceback (most recent call last):\n  x\n\nkilled by signal 9\n": "killed by signal 9",
+}
+
+
+@pytest.mark.parametrize(("log", "words"), WORDS.items(), ids=range(len(WORDS)))
+def test_the_last_words_of_a_run_say_why_it_ended(tmp_path, log, words):
+    (tmp_path / "log.txt").write_text(log)
+    assert fits.last_words(fits.Run("uniform", 0, tmp_path, {})) == words
+
+
+def test_what_was_mended_is_tried_again_and_what_is_finished_is_kept(tmp_path):
+    for config in ({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}):
+        fits.Run("uniform", 0, tmp_path, config).prepare()
+        assert yaml.safe_load((tmp_path / "fit.yaml").read_text()) == config
+    (tmp_path / "run.json").write_text('{"finished": true, "points": []}')
+    with pytest.raises(ValueError, match=r"Argument `--out` must be a new folder.*a: b: 3 there, 4 here"):
+        fits.Run("uniform", 0, tmp_path, {"a": [1, {"b": 4}]}).prepare()
 
 
 # ---------------------------------------------------------------------- arms and lengths
@@ -247,6 +303,11 @@ def test_an_arm_takes_the_place_of_the_recipes_selection():
 
 def test_arms_of_a_recipe_say_what_the_baselines_are():
     args = [f"--config={cli.find_recipe('fashion_mnist_hard_batches')}"]
+    recipe = arms.resolve(args)
+    words = arms.Arm("words", [], {"data.data": "digits", "data.sampler": None, "model.lr": 1})
+    data = arms.configure(args, words, 0, None, Path("out"), "group", {})["data"]["init_args"]
+    assert (data["data"], data["sampler"]) == ("digits", None)
+    assert list(recipe["arms"]) == ["full", "uniform", "delta_0.8", "delta_0.5"]
     full, uniform, hard = (configured(args, name) for name in ("full", "uniform", "delta_0.5"))
     assert full["data"]["init_args"]["sampler"] is None
     assert names(full["trainer"]["callbacks"]) == ["RunMeter"]

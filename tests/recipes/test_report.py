@@ -134,7 +134,31 @@ def test_one_page_needs_nothing_else_and_is_made_anew_from_its_json(tmp_path, ca
     assert "no detectable difference" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"command": "x"}', '{"command": "x", "workloads": [{}]}'])
+def test_a_dot_in_the_name_is_part_of_it(tmp_path):
+    report.write(report.build("curation compare a", [workload(*UNIFORM)]), tmp_path / "my.v1")
+    (tmp_path / "my.json").write_text("another")
+    cli.main(["report", str(tmp_path / "my.v1.json")])
+    assert (tmp_path / "my.json").read_text() == "another"
+    assert sorted(f.name for f in tmp_path.iterdir()) == [
+        "my.json",
+        *(f"my.v1.{k}" for k in ("html", "json", "png", "svg")),
+    ]
+
+
+NO_POINTS = json.dumps({"command": "x", "workloads": [workload({**UNIFORM[0], "points": []})]})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"command": "x"}',
+        '{"command": "x", "workloads": []}',
+        '{"command": "x", "workloads": [{}]}',
+        NO_POINTS,
+    ],
+)
 def test_what_is_no_report_is_refused(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(SystemExit, match=r"curation: '.*x\.json' is not the report of a comparison"):
