@@ -387,7 +387,9 @@ def log_to_wandb(content: dict[str, Any], stem: Path, project: str | None, group
     from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
     try:
-        run = wandb.init(project=project, group=group, name="report", job_type="report", dir=str(stem.parent))
+        run = wandb.init(
+            project=project, group=group, name="report", job_type="report", dir=str(stem.parent), reinit=True
+        )
     except wandb.Error as error:
         rank_zero_warn(f"The report was not logged to W&B: {error}")
         return

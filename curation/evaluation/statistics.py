@@ -1,5 +1,6 @@
 """The statistics of a comparison between training methods. Needs SciPy, of the ``[recipes]`` extra."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -86,7 +87,7 @@ def performance_profile(times: Mapping[str, Mapping[str, float]], ratios: Sequen
     best = [min(w.values()) for w in workloads]
     return {
         method: [
-            sum(w[method] <= ratio * b and np.isfinite(b) for w, b in zip(workloads, best, strict=True)) / len(best)
+            sum(w[method] <= ratio * b and math.isfinite(b) for w, b in zip(workloads, best, strict=True)) / len(best)
             for ratio in ratios
         ]
         for method in workloads[0]
