@@ -289,8 +289,10 @@ def log_to_wandb(content: dict[str, Any], stem: Path, project: str | None, group
     from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
     try:
+        # absolute: a W&B service that this process shares with its parent has the parent's working directory
+        folder = str(stem.parent.absolute())
         run = wandb.init(
-            project=project, group=group, name="report", job_type="report", dir=str(stem.parent), reinit=True
+            project=project, group=group, name="report", job_type="report", dir=folder, reinit="create_new"
         )
     except wandb.Error as error:
         rank_zero_warn(f"The report was not logged to W&B: {error}")

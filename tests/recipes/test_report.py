@@ -3,6 +3,9 @@
 import json
 import math
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -185,3 +188,17 @@ def test_there_are_published_results():
 )  # fmt: skip
 def test_numbers_are_read_at_a_glance(value, text):
     assert report.number(value) == text
+
+
+def test_the_wandb_run_lies_beside_the_report_though_the_service_works_in_another_folder(tmp_path):
+    shutil.copy(REPORTS[0].with_suffix(".png"), tmp_path / "report.png")
+    (tmp_path / "report.html").write_text("<p>")
+    code = f"""
+import os, pathlib, wandb
+from curation.recipes import report
+wandb.setup()
+os.chdir({str(tmp_path)!r})
+report.log_to_wandb({{"workloads": []}}, pathlib.Path("report"), None, "group")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
