@@ -1,5 +1,7 @@
 """Lightning callbacks: when curation happens."""
 
+from curation.callbacks.concept_aware import ConceptAwareSelection
+from curation.callbacks.concept_coverage import ConceptCoverageMonitor
 from curation.callbacks.exact_resume import ExactResume
 from curation.callbacks.hard_batches import HardBatchTraining
 from curation.callbacks.hard_samples import HardSampleSelection
@@ -10,6 +12,8 @@ from curation.callbacks.uniform import UniformSelection
 from curation.callbacks.utility_diversity import UtilityDiversitySelection
 
 __all__ = [
+    "ConceptAwareSelection",
+    "ConceptCoverageMonitor",
     "ExactResume",
     "HardBatchTraining",
     "HardSampleSelection",

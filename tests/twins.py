@@ -156,3 +156,29 @@ def slow_length_trend(steps: list[list[tuple[list[float], list[int]]]]) -> float
                 above += 0.99**age * dx * dy
                 below += 0.99**age * dx * dx
     return above / below
+
+
+def slow_diverse(rows, k: int, targets, penalties, cap: int | None) -> list[int]:
+    """Concept-aware batches by brute force: every gain of every candidate before every choice."""
+    frequency = [sum(c in row for row in rows) for c in range(len(targets))]
+    chosen: list[int] = []
+    growth, limit = 1, cap or math.inf
+    while len(chosen) < k:
+        n = [sum(c in rows[i] for i in chosen) for c in range(len(targets))]
+
+        def gain(i: int, n=n, growth=growth) -> float:
+            total = 0.0
+            for c in sorted(rows[i]):
+                if n[c] < growth * targets[c]:
+                    total += (growth * targets[c] - n[c]) / (growth * targets[c]) + 1 / frequency[c]
+            return total / max(len(rows[i]), 1)
+
+        left = [i for i in range(len(rows)) if i not in chosen and all(n[c] < limit for c in rows[i])]
+        better = [i for i in left if gain(i) > 0]
+        if not left:
+            limit, growth = limit + cap, 1
+        elif not better and any(targets[c] > 0 for i in left for c in rows[i]):
+            growth += 1
+        else:
+            chosen.append(min(better or left, key=lambda i: (penalties[i] - gain(i), i)))
+    return chosen

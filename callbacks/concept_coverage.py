@@ -1,0 +1,178 @@
+"""What concept-aware batches do: the concepts and samples that a fit trained on."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from curation.callbacks.choice import Choice, SelectionListener
+from curation.callbacks.online_selection import OnlineSelection, logs_now
+from curation.callbacks.seam import BatchSeam, SeamClient
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from curation.metrics.concept_coverage import ConceptCoverage, plot_concepts
+from curation.samplers.concept_aware import ConceptAwareSampler
+from curation.samplers.concept_choice import Targets, target_counts
+from curation.samplers.concept_index import ConceptIndex
+
+
+class ConceptCoverageMonitor(Callback, SeamClient, SelectionListener):
+    """Logs which concepts and samples are trained on; chooses nothing.
+
+    Every ``log_every_n_steps``, of the batch of all processes: ``concepts/coverage``, ``concepts/entropy`` and
+    ``concepts/target_distance`` (:class:`~curation.metrics.concept_coverage.ConceptCoverage`); of the fit so far:
+    ``concepts/distinct_seen``, the share of the samples trained on at least once, and ``concepts/repeats``, how often
+    those were on average. At the end of the fit a picture of the concepts in the corpus and in what was trained on:
+    ``concepts.png`` in the folder of the logger, and in W&B. Needs sample ids, which it strips. Costs 4 bytes a
+    sample on the device, and a gather of ids per step where there are several processes.
+
+    Args:
+        concepts: Of every sample, or the file of :meth:`~curation.samplers.concept_index.ConceptIndex.save`. None for
+            those of the training data loader's ``ConceptAwareSampler``, else of the data module's ``concepts``.
+        targets: Of the distance. None for those of the sampler, else ``"uniform"``.
+
+    Attributes:
+        visits: int32 ``[N]``, how often each sample was trained on; the same on every rank.
+
+    Raises:
+        ValueError: If there are no concepts, or not as many as samples.
+        TypeError: If the samples have no ids.
+    """
+
+    def __init__(self, concepts: ConceptIndex | str | None = None, targets: Targets | None = None) -> None:
+        self.concepts = concepts
+        self.targets = targets
+        self.visits: Tensor | None = None
+        self._index: ConceptIndex | None = None
+        self._weights: np.ndarray | None = None
+        self._ids: Tensor | None = None
+        self._most: int | None = None
+        self._selected = self._fitting = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier fit; install the seam."""
+        BatchSeam.attach(trainer, self)
+        self._fitting = stage == "fit"
+        if self._fitting:
+            self.visits = self._ids = self._most = None
+            self._index = ConceptIndex.load(self.concepts) if isinstance(self.concepts, str) else self.concepts
+            self._selected = any(isinstance(c, OnlineSelection) for c in trainer.callbacks)  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the concepts of the sampler or the data module."""
+        sampler = getattr(trainer.train_dataloader, "sampler", None)
+        targets = self.targets
+        if isinstance(sampler, ConceptAwareSampler):
+            self._index = self._index or sampler.concepts
+            targets = sampler.targets if targets is None else targets
+        self._index = self._index or getattr(trainer.datamodule, "concepts", None)  # type: ignore[attr-defined]
+        if self._index is None:
+            raise ValueError(
+                "Argument `concepts` must be given where neither the sampler is a ConceptAwareSampler nor the data "
+                "module has `concepts`, but got None."
+            )
+        check_length(self._index, trainer)
+        # Only the ratios of the targets matter here.
+        self._weights = target_counts(self._index, "uniform" if targets is None else targets, 1)
+        visits = torch.zeros(len(self._index), dtype=torch.int32) if self.visits is None else self.visits
+        self.visits = visits.to(pl_module.device)
+
+    def curate(self, trainer: Trainer, pl_module: LightningModule, batch: Any, sample_ids: Tensor | None) -> Any:
+        """Take note of the ids."""
+        self._ids = sample_ids
+        return batch
+
+    def on_selection(self, trainer: Trainer, pl_module: LightningModule, step: int, choice: Choice) -> None:
+        """Count what an online selection kept."""
+        ids = choice.sample_ids
+        self._count(trainer, pl_module, ids if ids is None or choice.rows is None else ids[choice.rows])
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the batch."""
+        if not self._selected:
+            self._count(trainer, pl_module, self._ids)
+
+    def _count(self, trainer: Trainer, pl_module: LightningModule, ids: Tensor | None) -> None:
+        if ids is None:
+            raise TypeError(
+                "ConceptCoverageMonitor needs sample ids: wrap the training data set in `curation.batch.SampleIds`."
+            )
+        assert self.visits is not None
+        if trainer.world_size > 1:
+            if self._most is None:  # as in a selection, the first batch tells how many rows there are at most
+                size = torch.tensor(float(len(ids)), device=ids.device)
+                self._most = int(trainer.strategy.reduce(size, reduce_op="max"))
+            ids = torch.nn.functional.pad(ids[: self._most], (0, max(self._most - len(ids), 0)), value=-1)
+            ids = trainer.strategy.all_gather(ids).flatten()
+            ids = ids[ids >= 0]
+        self.visits.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
+        if not logs_now(trainer):
+            return
+        assert self._index is not None
+        metric = ConceptCoverage(len(self._index.names), torch.from_numpy(self._weights))
+        metric.update(torch.from_numpy(self._index.take(ids.cpu().numpy()).ids))
+        seen = self.visits.gt(0).sum()
+        values = {
+            **metric.compute(),
+            "distinct_seen": seen / len(self.visits),
+            "repeats": self.visits.sum() / seen,
+        }
+        for name, value in values.items():
+            pl_module.log(f"concepts/{name}", value, on_step=True, on_epoch=False, batch_size=1)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw."""
+        self._draw(trainer)
+
+    def _draw(self, trainer: Trainer) -> None:
+        if self.visits is None or self._index is None or not trainer.is_global_zero or not trainer.loggers:
+            return
+        visits = self.visits.cpu().numpy()
+        seen = np.flatnonzero(visits)
+        if not len(seen):
+            return
+        rows = self._index.take(seen)
+        trained = np.bincount(rows.ids, np.repeat(visits[seen], rows.sizes), len(self._index.names))
+        try:
+            figure = plot_concepts(self._index.frequencies, trained, self._weights)
+        except ImportError as error:
+            rank_zero_warn(str(error))
+            return
+        path = Path(trainer.log_dir or trainer.default_root_dir) / "concepts.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("concepts/picture", [str(path)])
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove the seam."""
+        BatchSeam.detach(trainer, self)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove the seam and draw: Lightning calls neither ``teardown`` nor ``on_fit_end`` then."""
+        self.teardown(trainer, pl_module, "")
+        self._draw(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The visits, the same on every rank."""
+        return {"visits": self.visits}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting, in a fit."""
+        if self._fitting:
+            self.visits = state_dict["visits"]
+
+
+def check_length(index: ConceptIndex, trainer: Trainer) -> None:
+    """Raise unless the index has a row for every training sample."""
+    samples = len(trainer.train_dataloader.dataset)  # type: ignore[union-attr]
+    if len(index) != samples:
+        raise ValueError(
+            f"Argument `concepts` must have a row for each of the {samples} samples, but got {len(index)}."
+        )

@@ -1,0 +1,1 @@
+"""Torchmetrics of what was trained on."""

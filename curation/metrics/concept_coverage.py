@@ -1,0 +1,105 @@
+"""How the concepts of what was trained on are spread."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class ConceptCoverage(Metric):
+    """Coverage, normalised entropy, and distance to a target, of the concepts that were seen.
+
+    With ``n_c`` samples of concept ``c`` and ``p = n / sum(n)``:
+
+    - ``coverage``: the share of concepts with ``n_c > 0``;
+    - ``entropy``: ``-sum p log p / log V``, 1 where all concepts are seen equally often;
+    - ``target_distance``: ``sum |p - q| / 2`` in [0, 1], the total variation distance to the target ``q``.
+
+    Args:
+        num_concepts: ``V``.
+        targets: Weights of the target, ``[V]``; None for equal ones.
+
+    Raises:
+        ValueError: If ``num_concepts`` is below 1, or ``targets`` has another length.
+
+    Example:
+        >>> metric = ConceptCoverage(4)
+        >>> metric.update(torch.tensor([[0, 1], [1, -1]]))  # -1 where a sample has fewer concepts
+        >>> {name: round(value.item(), 3) for name, value in metric.compute().items()}
+        {'coverage': 0.5, 'entropy': 0.459, 'target_distance': 0.5}
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+    counts: Tensor
+    targets: Tensor
+
+    def __init__(self, num_concepts: int, targets: Tensor | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if num_concepts < 1:
+            raise ValueError(f"Argument `num_concepts` must be >= 1, but got {num_concepts!r}.")
+        weights = torch.ones(num_concepts) if targets is None else torch.as_tensor(targets, dtype=torch.float32)
+        if weights.shape != (num_concepts,):
+            raise ValueError(f"Argument `targets` must have shape [{num_concepts}], but got {list(weights.shape)}.")
+        self.num_concepts = num_concepts
+        self.add_state("counts", torch.zeros(num_concepts, dtype=torch.int64), dist_reduce_fx="sum")
+        self.register_buffer("targets", weights / weights.sum(), persistent=False)
+
+    def update(self, concepts: Tensor) -> None:
+        """Count concepts: integers of any shape, negative ones are left out."""
+        flat = concepts.flatten().long()
+        self.counts.index_add_(0, flat.clamp(min=0), (flat >= 0).long())
+
+    def compute(self) -> dict[str, Tensor]:
+        """The three values, fp32 scalars; NaN entropy and distance where nothing was seen."""
+        shares = self.counts / self.counts.sum()
+        entropy = torch.special.entr(shares).sum() / torch.log(shares.new_tensor(max(self.num_concepts, 2)))
+        return {
+            "coverage": self.counts.gt(0).float().mean(),
+            "entropy": entropy,
+            "target_distance": (shares - self.targets).abs().sum() / 2,
+        }
+
+
+def plot_concepts(corpus: Any, trained: Any, targets: Any) -> Any:
+    """Shares of the concepts, from the most to the least frequent: of the corpus, of what was trained on, and wanted.
+
+    Args:
+        corpus: Samples with each concept, ``[V]``.
+        trained: The same of what was trained on, ``[V]``.
+        targets: Weights of the target, ``[V]``.
+
+    Returns:
+        A ``matplotlib`` figure.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("A picture needs matplotlib: `pip install 'lightning-curation[recipes]'`.") from error
+    order = np.argsort(-np.asarray(corpus), kind="stable")
+    shares = {name: np.asarray(counts, float)[order] / max(np.sum(counts), 1e-12)
+              for name, counts in (("corpus", corpus), ("trained on", trained), ("wanted", targets))}  # fmt: skip
+    edges = np.unique(np.geomspace(1, len(order) + 1, 40).astype(int)) - 1  # each point is a mean over such ranks
+    thirds = (0, -(-len(order) // 10), -(-len(order) // 2), len(order))
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    lines, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+    for i, (name, share) in enumerate(shares.items()):
+        style = {"color": ("0.45", "C0", "C1")[i], "label": name, "linestyle": ("-", "-", "--")[i]}
+        means = np.add.reduceat(share, edges[:-1]) / np.diff(edges)
+        lines.plot((edges[:-1] + edges[1:] + 1) / 2, np.where(means > 0, means, np.nan), marker=".", **style)
+        heights = [share[a:b].sum() for a, b in itertools.pairwise(thirds)]
+        bars.bar(np.arange(3) + 0.27 * (i - 1), heights, 0.25, color=style["color"], label=name)
+    lines.set(xscale="log", yscale="log", xlabel="concept, by its frequency in the corpus", ylabel="share")
+    lines.legend(frameon=False)
+    names = ("head\n(first tenth)", "middle", "tail\n(last half)")
+    bars.set(xticks=range(3), xticklabels=names, ylabel="share of all occurrences")
+    for axes in (lines, bars):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure

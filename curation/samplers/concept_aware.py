@@ -1,0 +1,202 @@
+"""Batches with the concepts asked for, chosen before anything is decoded (arXiv 2511.20643)."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DistributedSampler
+
+from curation.samplers.concept_choice import (
+    ConceptObjective,
+    Diversity,
+    FirstCome,
+    Frequency,
+    Targets,
+    choose_diverse,
+    round_targets,
+    target_counts,
+)
+from curation.samplers.concept_index import ConceptIndex
+
+__all__ = [
+    "ConceptAwareSampler",
+    "ConceptIndex",
+    "ConceptObjective",
+    "Diversity",
+    "FirstCome",
+    "Frequency",
+    "choose_diverse",
+    "target_counts",
+]
+
+
+class ConceptAwareSampler(DistributedSampler):
+    """Yields the indices of batches, each the best ``batch_size`` of a random super-batch by their concepts.
+
+    An epoch is one shuffled pass over the data set in super-batches; its rest is left out. Give it to a
+    ``DataLoader`` as ``sampler``, with the same ``batch_size`` and without ``shuffle``: alone, or under DDP, where
+    every process chooses the same global batch of ``batch_size`` times the number of processes without communication
+    and takes its part. So the batches are those of one process with the whole batch size. They depend on ``seed`` and
+    epoch only: a run resumes with :class:`curation.callbacks.ExactResume`, outside of Lightning with ``state_dict``.
+
+    Memory: the index, and 8 bytes a sample for the order of the epoch.
+
+    Args:
+        concepts: Of every sample of the data set, in its order.
+        batch_size: Samples of a batch, per process.
+        super_batch_size: Candidates for a batch, per process; ``1 - batch_size / super_batch_size`` of the data is
+            discarded undecoded, 0.8 in the paper.
+        objective: ``"diversity"`` approaches the targets, ``"frequency"`` takes the samples with most concepts. Or an
+            objective of your own.
+        targets: Concepts wanted: ``"uniform"``, ``"proportional"`` to the corpus, or weights by name
+            (:func:`~curation.samplers.concept_choice.target_counts`); all but the first are rounded at random, to be
+            met on average (:func:`~curation.samplers.concept_choice.round_targets`).
+        visit_penalty: Subtracted from the gain of a candidate for every time it was in a batch before, so that rare
+            samples are not seen over and over; gains of the diversity objective lie in [0, 2]. To begin in a later
+            epoch, the choices of those before are made again.
+        seed: Of the order, which also breaks ties.
+
+    Raises:
+        ValueError: If an argument is out of its range, or a target is unknown.
+        TypeError: If ``concepts`` is no :class:`~curation.samplers.concept_index.ConceptIndex`.
+    """
+
+    def __init__(
+        self,
+        concepts: ConceptIndex,
+        batch_size: int,
+        super_batch_size: int,
+        objective: Literal["diversity", "frequency"] | ConceptObjective = "diversity",
+        targets: Targets = "uniform",
+        visit_penalty: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(concepts, ConceptIndex):
+            raise TypeError(f"Argument `concepts` must be a ConceptIndex, but got {type(concepts).__name__}.")
+        if batch_size < 1:
+            raise ValueError(f"Argument `batch_size` must be >= 1, but got {batch_size!r}.")
+        if not batch_size <= super_batch_size <= len(concepts):
+            raise ValueError(
+                f"Argument `super_batch_size` must be in [{batch_size}, {len(concepts)}], from `batch_size` to the "
+                f"size of the data set, but got {super_batch_size!r}."
+            )
+        if not (visit_penalty >= 0 and math.isfinite(visit_penalty)):
+            raise ValueError(f"Argument `visit_penalty` must be finite and >= 0, but got {visit_penalty!r}.")
+        if seed < 0:
+            raise ValueError(f"Argument `seed` must be >= 0, but got {seed!r}.")
+        if isinstance(objective, str):
+            named: dict[str, type[ConceptObjective]] = {"diversity": Diversity, "frequency": Frequency}
+            objective = named[objective]() if objective in named else objective
+        if not isinstance(objective, ConceptObjective):
+            raise ValueError(
+                f"Argument `objective` must be 'diversity', 'frequency' or a ConceptObjective, but got {objective!r}."
+            )
+        target_counts(concepts, targets, batch_size)  # raises now, not in the first step
+        super().__init__(concepts, num_replicas=1, rank=0, seed=seed)  # type: ignore[arg-type]  # what Lightning asks of a distributed sampler
+        self.concepts = concepts
+        self.batch_size = batch_size
+        self.super_batch_size = super_batch_size
+        self.objective: ConceptObjective = objective
+        self.targets = targets
+        self.visit_penalty = visit_penalty
+        self._yielded = 0  # batches of this epoch
+        self._start = 0
+        self._visits = 0, 0, np.zeros(0, np.int64)  # processes, an epoch, and how often samples were chosen before it
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        # Asked for late: the process group may come after the sampler.
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return 0, 1
+
+    def __len__(self) -> int:
+        """Indices of an epoch, per process."""
+        return len(self.concepts) // (self.super_batch_size * self._place[1]) * self.batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that is iterated next; Lightning does."""
+        if epoch != self.epoch:
+            self.epoch, self._start, self._yielded = epoch, 0, 0
+
+    def __iter__(self) -> Iterator[int]:
+        rank, processes = self._place
+        if len(self.concepts) < self.super_batch_size * processes:
+            raise ValueError(
+                f"Argument `super_batch_size` must be at most {len(self.concepts) // processes}, the data set over "
+                f"{processes} processes, but got {self.super_batch_size}."
+            )
+        start, self._start, self._yielded = self._start, 0, self._start
+        for batch in self._batches(self.epoch, processes, start):
+            self._yielded += 1
+            yield from batch[rank::processes].tolist()
+
+    def _batches(self, epoch: int, processes: int, start: int = 0) -> Iterator[np.ndarray]:
+        """The global batches of an epoch from ``start``: int64 ``[batch_size * processes]``, in order of choice."""
+        k, size = self.batch_size * processes, self.super_batch_size * processes
+        targets = target_counts(self.concepts, self.targets, k)
+        draw = np.random.default_rng((self.seed, epoch))
+        order = draw.permutation(len(self.concepts))
+        draws = draw.random(len(order) // size)
+        visits = self._visits_before(epoch, processes).copy() if self.visit_penalty else None
+        nothing = np.zeros(size)
+        for step in range(0 if self.visit_penalty else start, len(draws)):
+            drawn = order[step * size : (step + 1) * size]
+            penalties = nothing if visits is None else self.visit_penalty * visits[drawn]
+            wanted = targets if self.targets == "uniform" else round_targets(targets, draws[step])
+            rows = np.asarray(self.objective.choose(self.concepts.take(drawn), k, wanted, penalties))
+            chosen = drawn[_checked(rows, k, size, self.objective)]
+            if visits is not None:
+                visits[chosen] += 1
+            if step >= start:
+                yield chosen
+        if visits is not None:
+            self._visits = processes, epoch + 1, visits
+
+    def _visits_before(self, epoch: int, processes: int) -> np.ndarray:
+        """How often every sample was chosen before an epoch: int64 ``[N]``. Chooses again where that is not known."""
+        if self._visits[0] != processes or self._visits[1] > epoch:
+            self._visits = processes, 0, np.zeros(len(self.concepts), np.int64)
+        for earlier in range(self._visits[1], epoch):
+            for _ in self._batches(earlier, processes):
+                pass
+        return self._visits[2]
+
+    def state_dict(self, batches: int | None = None) -> dict[str, Any]:
+        """Where the run is: epoch and batches of it.
+
+        Args:
+            batches: Trained on in this epoch. None for those yielded, which loader workers ask for in advance.
+        """
+        return {
+            "epoch": self.epoch,
+            "batches": self._yielded if batches is None else batches,
+            "of": [len(self.concepts), self.batch_size * self._place[1], self.seed],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the next iteration go on from :meth:`state_dict`, on any number of processes of one global batch size.
+
+        Raises:
+            ValueError: If it is of other data, another global batch size or another seed.
+        """
+        mine = self.state_dict()["of"]
+        if state["of"] != mine:
+            raise ValueError(
+                "The state is of another stream: samples, global batch size and seed were "
+                f"{state['of']} and now are {mine}."
+            )
+        self.epoch = state["epoch"]
+        self._start = self._yielded = state["batches"]
+
+
+def _checked(rows: np.ndarray, k: int, size: int, objective: ConceptObjective) -> np.ndarray:
+    inside = rows.dtype.kind in "iu" and rows.shape == (k,) and rows.min() >= 0 and rows.max() < size
+    if not inside or len(np.unique(rows)) != k:
+        raise ValueError(
+            f"{type(objective).__name__}.choose must give {k} different positions in [0, {size}), but gave "
+            f"{rows.dtype} {list(rows.shape)}."
+        )
+    return rows

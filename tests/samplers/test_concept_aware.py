@@ -1,0 +1,227 @@
+"""The sampler: one stream of batches, whoever asks for it and whenever."""
+
+import json
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from twins import slow_diverse
+
+from curation.metrics.concept_coverage import ConceptCoverage
+from curation.samplers.concept_aware import ConceptAwareSampler, ConceptIndex, ConceptObjective, FirstCome
+from curation.samplers.concept_choice import round_targets
+
+
+def tags(samples=400, count=30, seed=0):
+    draw = np.random.default_rng(seed)
+    return ConceptIndex.from_lists([set(draw.zipf(1.5, draw.integers(0, 6)) % count) for _ in range(samples)])
+
+
+def epoch(sampler, number):
+    sampler.set_epoch(number)
+    return np.array(list(sampler)).reshape(-1, sampler.batch_size)
+
+
+def test_an_epoch_is_one_shuffled_pass_over_the_candidates():
+    index = tags(410)
+    first, second = (epoch(ConceptAwareSampler(index, 8, 40), number) for number in (0, 1))
+    assert len(first) == 10
+    assert len(ConceptAwareSampler(index, 8, 40)) == first.size
+    assert len(np.unique(first)) == first.size  # no candidate comes twice
+    assert (first != second).any()
+    everything = epoch(ConceptAwareSampler(index, 40, 40), 0)
+    assert (everything != np.arange(400).reshape(10, 40)).any()
+    for batch, super_batch in zip(first, everything, strict=True):
+        assert set(batch) < set(super_batch)
+
+
+def test_the_batches_are_the_greedy_ones():
+    index = tags()
+    sampler = ConceptAwareSampler(index, 8, 40, targets={str(c): c for c in index.names}, visit_penalty=0.2, seed=5)
+    visits = np.zeros(400)
+    total = sum(float(c) for c in index.names)
+    targets = np.array([8 * c / total for c in index.names])
+    for number in range(2):
+        draw = np.random.default_rng((5, number))
+        order, draws = draw.permutation(400), draw.random(10)
+        for step, batch in enumerate(epoch(sampler, number)):
+            drawn = order[40 * step : 40 * step + 40]
+            rows = [set(index[i].tolist()) for i in drawn]
+            whole = round_targets(targets, draws[step])
+            expected = drawn[slow_diverse(rows, 8, whole, 0.2 * visits[drawn], None)]
+            assert batch.tolist() == expected.tolist()
+            visits[batch] += 1
+    assert visits.max() == 2
+
+
+def test_a_data_loader_gives_these_batches():
+    sampler = ConceptAwareSampler(tags(), 8, 40)
+    expected = epoch(sampler, 3).tolist()
+    for workers in (0, 2):
+        assert [b.tolist() for b in DataLoader(range(400), 8, sampler=sampler, num_workers=workers)] == expected
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.3])
+def test_it_goes_on_where_a_killed_run_was(penalty):
+    make = lambda batch_size=8: ConceptAwareSampler(tags(), batch_size, 40, visit_penalty=penalty, seed=3)  # noqa: E731
+    whole = make()
+    expected = [epoch(whole, number) for number in range(4)]
+    for number, done in ((0, 0), (0, 3), (2, 9), (2, 10), (3, 1)):
+        killed = make()
+        for earlier in range(number):
+            epoch(killed, earlier)
+        killed.set_epoch(number)
+        batches = iter(DataLoader(range(400), 8, sampler=killed))
+        for _ in range(done):
+            next(batches)
+        state = pickle.loads(pickle.dumps(killed.state_dict()))
+        assert (state["epoch"], state["batches"]) == (number, done)
+        resumed = make()
+        resumed.load_state_dict(state)
+        resumed.set_epoch(number)
+        assert list(resumed) == expected[number][done:].ravel().tolist()
+        if number < 3:
+            assert (epoch(resumed, number + 1) == expected[number + 1]).all()
+    ahead = make()
+    ahead.load_state_dict(ahead.state_dict(batches=2))
+    assert len(list(ahead)) == 8 * 8
+    with pytest.raises(ValueError, match=r"of another stream.* were \[400, 8, 3\] and now are \[400, 4, 3\]"):
+        make(4).load_state_dict(state)
+
+
+RANK = """
+import json, os, sys, torch
+from torch.utils.data import DataLoader
+from curation.samplers.concept_aware import ConceptAwareSampler, ConceptIndex
+
+rank, ranks = map(int, sys.argv[1:])
+torch.distributed.init_process_group("gloo", f"file://{os.getcwd()}/store", rank=rank, world_size=ranks)
+make = lambda: ConceptAwareSampler(ConceptIndex.load("tags.arrow"), 16 // ranks, 80 // ranks, visit_penalty=0.1)
+sampler = make()
+loader = DataLoader(range(400), sampler.batch_size, sampler=sampler)
+batches = []
+for number in range(2):
+    sampler.set_epoch(number)
+    assert len(loader) == 5
+    batches += [batch.tolist() for batch in loader]
+resumed = make()
+resumed.load_state_dict({"epoch": 1, "batches": 2, "of": [400, 16, 0]})  # of any number of processes
+batches += torch.tensor(list(resumed)).view(3, -1).tolist()
+json.dump(batches, open(f"{rank}.json", "w"))
+"""
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_several_processes_share_the_batches_of_one(ranks, tmp_path):
+    sampler = ConceptAwareSampler(tags(), 16, 80, visit_penalty=0.1)
+    expected = np.concatenate([epoch(sampler, 0), epoch(sampler, 1), epoch(sampler, 1)[2:]])
+    tags().save(tmp_path / "tags.arrow")
+    processes = [
+        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(ranks)], cwd=tmp_path) for rank in range(ranks)
+    ]
+    assert [process.wait(120) for process in processes] == [0] * ranks
+    parts = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(ranks)]
+    for step, batch in enumerate(expected):
+        assert [parts[i % ranks][step][i // ranks] for i in range(16)] == batch.tolist()
+
+
+def coverage_and_entropy(labels, batches, count):
+    metric = ConceptCoverage(count)
+    values = [metric(torch.from_numpy(labels[batch])) for batch in batches]
+    return [np.mean([v[name].item() for v in values]) for name in ("coverage", "entropy")]
+
+
+@pytest.mark.parametrize("imbalance", [1, 100])
+def test_single_labels_cover_what_the_super_batch_has(imbalance):
+    """100 classes as in (long-tailed) CIFAR-100; b = 128 of 640."""
+    sizes = (500 * imbalance ** (-np.arange(100) / 99)).astype(int)
+    labels = np.repeat(np.arange(100), sizes)
+    index = ConceptIndex.from_labels(labels)
+    supers = epoch(ConceptAwareSampler(index, 640, 640), 0)
+    upper = np.mean([len(np.unique(labels[s])) for s in supers]) / 100
+    coverage, entropy = coverage_and_entropy(labels, epoch(ConceptAwareSampler(index, 128, 640), 0), 100)
+    assert coverage >= 0.99 * upper
+    assert entropy >= 0.93
+    iid = coverage_and_entropy(labels, epoch(ConceptAwareSampler(index, 128, 640, FirstCome()), 0), 100)
+    assert iid[0] < 0.75
+    assert iid[1] < 0.91
+
+
+@pytest.mark.parametrize("targets", ["proportional", {str(c): float(c % 3) for c in range(100)}])
+def test_targets_below_one_sample_are_met_on_average(targets):
+    """Batches of 128 with 100 classes of an imbalance of 100; the rarest are not in every super-batch."""
+    labels = np.repeat(np.arange(100), (500 * 100 ** (-np.arange(100) / 99)).astype(int))
+    index = ConceptIndex.from_labels(labels)
+    weights = np.bincount(labels) if targets == "proportional" else np.arange(100) % 3
+    distance = {}
+    for name, objective in (("aware", "diversity"), ("random", FirstCome())):
+        sampler = ConceptAwareSampler(index, 128, 1280, objective, targets)
+        found = np.concatenate([epoch(sampler, number) for number in range(10)])
+        metric = ConceptCoverage(100, torch.from_numpy(weights))
+        each = np.mean([metric(torch.from_numpy(labels[b]))["target_distance"].item() for b in found])
+        distance[name] = each, metric.compute()["target_distance"].item()
+    assert distance["aware"][0] < 0.5 * distance["random"][0]
+    assert distance["aware"][1] < 0.15
+
+
+def test_a_visit_penalty_shows_more_samples():
+    index = tags()
+    seen = []
+    for penalty in (0.0, 0.5):
+        sampler = ConceptAwareSampler(index, 8, 40, visit_penalty=penalty)
+        seen.append(len(np.unique(np.concatenate([epoch(sampler, number) for number in range(5)]))))
+    assert seen[0] < 0.8 * seen[1]
+
+
+def test_ties_are_not_always_the_first_sample():
+    index = ConceptIndex.from_labels(np.zeros(40, int))
+    firsts = {epoch(ConceptAwareSampler(index, 1, 40, seed=seed), 0)[0, 0] for seed in range(20)}
+    assert len(firsts) > 10
+
+
+class Odd(ConceptObjective):
+    def choose(self, candidates, k, targets, penalties):
+        assert targets.shape == (len(candidates.names),)
+        assert penalties.shape == (len(candidates),)
+        return np.flatnonzero(candidates.sizes % 2)[:k]
+
+
+class Twice(ConceptObjective):
+    def choose(self, candidates, k, targets, penalties):
+        return np.zeros(k, int)
+
+
+def test_an_objective_of_ones_own():
+    index = ConceptIndex.from_lists([["a"], ["a", "b"]] * 20)
+    assert (epoch(ConceptAwareSampler(index, 2, 20, Odd()), 0) % 2 == 0).all()
+    with pytest.raises(ValueError, match=r"Twice.choose must give 2 different positions in \[0, 20\)"):
+        epoch(ConceptAwareSampler(index, 2, 20, Twice()), 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "`batch_size` must be >= 1, but got 0"),
+        ({"super_batch_size": 7}, r"`super_batch_size` must be in \[8, 400\].* but got 7"),
+        ({"super_batch_size": 401}, r"`super_batch_size` must be in \[8, 400\].* but got 401"),
+        ({"objective": "variety"}, "`objective` must be 'diversity', 'frequency' or .* but got 'variety'"),
+        ({"targets": "even"}, "`targets` must be .* but got 'even'"),
+        ({"targets": {"x": 1.0}}, "`targets` must name concepts of the index, but got 'x'"),
+        ({"targets": {"1": -2.0}}, "`targets` must have finite weights >= 0, but got -2.0 for '1'"),
+        ({"visit_penalty": -1.0}, "`visit_penalty` must be finite and >= 0, but got -1.0"),
+        ({"visit_penalty": float("nan")}, "`visit_penalty` must be finite and >= 0, but got nan"),
+        ({"seed": -1}, "`seed` must be >= 0, but got -1"),
+    ],
+)
+def test_a_bad_argument_is_named_with_its_value(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ConceptAwareSampler(tags(), **{"batch_size": 8, "super_batch_size": 40, **changes})
+
+
+def test_a_list_is_no_index():
+    with pytest.raises(TypeError, match="`concepts` must be a ConceptIndex, but got list"):
+        ConceptAwareSampler([["a"]], 1, 1)
