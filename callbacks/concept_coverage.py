@@ -72,7 +72,7 @@ class ConceptCoverageMonitor(Callback, SeamClient, SelectionListener):
         if self._index is None:
             raise ValueError(
                 "Argument `concepts` must be given where neither the sampler is a ConceptAwareSampler nor the data "
-                "module has `concepts`, but got None."
+                "module has `concepts`, but got None. (`overfit_batches` takes samplers away.)"
             )
         check_length(self._index, trainer)
         # Only the ratios of the targets matter here.

@@ -26,7 +26,6 @@ class HardBatchTraining(Callback, SeamClient):
     def __init__(self) -> None:
         self.sampler: HardBatchSampler | None = None
         self._state: dict[str, Any] | None = None
-        self._processes = 1
         self._fitting = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -35,7 +34,6 @@ class HardBatchTraining(Callback, SeamClient):
         self._fitting = stage == "fit"
         if self._fitting:
             self.sampler = self._state = None
-            self._processes = trainer.world_size
 
     def watch(self, dataloader: Any) -> None:
         """Find the sampler, and restore its state before it is iterated."""
@@ -45,11 +43,9 @@ class HardBatchTraining(Callback, SeamClient):
                 "HardBatchTraining needs a training `DataLoader(sampler=HardBatchSampler(...))`, but its sampler is "
                 f"{type(sampler).__name__}. (`overfit_batches` takes samplers away.)"
             )
-        expected = sampler.global_batch_size // self._processes
-        if dataloader.batch_size != expected:
+        if dataloader.batch_size != sampler.batch_size:
             raise ValueError(
-                f"The data loader must have `batch_size={expected}`, that of the sampler "
-                f"({sampler.global_batch_size}) over the number of processes ({self._processes}), but has "
+                f"The data loader must have the `batch_size` of its sampler, {sampler.batch_size}, but has "
                 f"{dataloader.batch_size!r}."
             )
         if sampler is not self.sampler:  # the first of the fit, or one of a reloaded data loader

@@ -52,11 +52,10 @@ def sampled(
     """How a ``DataLoader`` draws: its ``sampler``, or ``shuffle``.
 
     Args:
-        datamodule: With the ``batch_size`` of one process.
-        dataset: To draw from.
-        sampler: Makes the sampler from the data set and the batch size of all processes together; None shuffles.
+        datamodule: With the ``batch_size``, per process.
+        dataset: What the sampler is made from: the data set, or the concepts of its samples.
+        sampler: Makes the sampler from it and the batch size; None shuffles.
     """
     if sampler is None:
         return {"shuffle": True}
-    processes = datamodule.trainer.world_size if datamodule.trainer is not None else 1
-    return {"sampler": sampler(dataset, datamodule.batch_size * processes)}  # type: ignore[attr-defined]
+    return {"sampler": sampler(dataset, datamodule.batch_size)}  # type: ignore[attr-defined]

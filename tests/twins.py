@@ -158,6 +158,25 @@ def slow_length_trend(steps: list[list[tuple[list[float], list[int]]]]) -> float
     return above / below
 
 
+def tags(i: int) -> list[int]:
+    """Concepts of a sample."""
+    return [i % 3, 5 + i % 7] if i % 5 else []
+
+
+class ConceptAwareTwin(UniformTwin):
+    """Of a data set of 38 samples; the batch it is asked for is that of ``samples``."""
+
+    samples: list[int]
+
+    def score(self, step: int, rank: int, logits: Tensor, targets: Tensor) -> Tensor:
+        return torch.zeros(len(logits))
+
+    def choose(self, step: int, rank: int, scores: Tensor, k: int) -> tuple[list[int], list[float]]:
+        k = min(k, len(self.samples))
+        chosen = slow_diverse([set(tags(i)) for i in self.samples], k, [1.0] * 12, [0.0] * len(self.samples), None)
+        return sorted(chosen), [1.0] * k
+
+
 def slow_diverse(rows, k: int, targets, penalties, cap: int | None) -> list[int]:
     """Concept-aware batches by brute force: every gain of every candidate before every choice."""
     frequency = [sum(c in row for row in rows) for c in range(len(targets))]

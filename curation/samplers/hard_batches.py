@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,20 +13,21 @@ from torch.utils.data import DistributedSampler
 class HardBatchSampler(DistributedSampler):
     """Yields the indices of fixed mini-batches, the hardest ones more often.
 
-    The data set is cut once, by the seed, into ``b`` mini-batches. The first round visits all of them; every later
-    round ranks them by the last loss each had and visits the ``max(1, int(delta b))`` hardest, in the order of the
-    cut. An epoch stays ``b`` steps long, whatever the length of a round, so that progress bar, schedules and
-    validation keep their meaning; rounds go on across epochs.
+    The data set is cut once, by the seed, into ``b`` mini-batches of ``batch_size`` samples for each process, which
+    takes its part of every mini-batch. The first round visits all of them; every later round ranks them by the last
+    loss each had and visits the ``max(1, int(delta b))`` hardest, in the order of the cut. An epoch stays ``b`` steps
+    long, whatever the length of a round, so that progress bar, schedules and validation keep their meaning; rounds go
+    on across epochs.
 
-    Give it to a ``DataLoader`` as ``sampler``, with the ``batch_size`` of one process, and add
-    :class:`curation.callbacks.HardBatchTraining`, which pushes the losses, to the trainer. Under DDP each process
-    takes its part of every mini-batch. If the data set does not divide, the last mini-batch is filled up with the
-    first samples of the cut. With loader workers a round is ranked before the last losses of the round before are
-    known, by as many batches as the loader fetches ahead; a mini-batch without a loss yet ranks last.
+    Give it to a ``DataLoader`` as ``sampler``, with the same ``batch_size``, and add
+    :class:`curation.callbacks.HardBatchTraining`, which pushes the losses, to the trainer. If the data set does not
+    divide, the last mini-batch is filled up with the first samples of the cut. With loader workers a round is ranked
+    before the last losses of the round before are known, by as many batches as the loader fetches ahead; a mini-batch
+    without a loss yet ranks last.
 
     Args:
         dataset: Anything with a length.
-        batch_size: Samples of a mini-batch, of all processes together.
+        batch_size: Samples of a mini-batch, per process.
         delta: Fraction of the mini-batches in a round, in (0, 1]; 1 is plain training on fixed mini-batches.
         max_age: A mini-batch that was left out of so many rounds in a row is in the next; None for the paper's rule.
         seed: Of the cut.
@@ -34,8 +36,8 @@ class HardBatchSampler(DistributedSampler):
         losses: fp32 ``[b]``, the last loss of every mini-batch; NaN before the first.
 
     Raises:
-        ValueError: If ``delta`` is outside (0, 1], ``max_age`` or ``batch_size`` is below 1, or the data set is
-            smaller than a mini-batch.
+        ValueError: If ``delta`` is outside (0, 1], ``max_age`` or ``batch_size`` is below 1, or, when the processes
+            are known, the data set is smaller than a mini-batch.
     """
 
     def __init__(
@@ -51,19 +53,41 @@ class HardBatchSampler(DistributedSampler):
         if max_age is not None and max_age < 1:
             raise ValueError(f"Argument `max_age` must be >= 1 or None, but got {max_age!r}.")
         super().__init__(dataset, num_replicas=1, rank=0, seed=seed)  # what Lightning asks of a distributed sampler
-        self.global_batch_size = batch_size
+        self.batch_size = batch_size
         self.delta = delta
         self.max_age = max_age
-        self._key = [len(dataset), batch_size, seed]
-        self.count = -(-len(dataset) // batch_size)
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-        self._cut = torch.cat([order, order])[: self.count * batch_size].view(self.count, batch_size)
         self.reset()
+
+    @property
+    def count(self) -> int:
+        """Mini-batches, ``b``."""
+        return len(self._cut)
+
+    @cached_property
+    def _cut(self) -> Tensor:
+        """Indices ``[b, batch_size * processes]``. Asked for late: the process group may come after the sampler."""
+        samples, size = len(self.dataset), self.batch_size * self._place[1]  # type: ignore[arg-type]
+        if size > samples:
+            raise ValueError(
+                f"Argument `batch_size` times {self._place[1]} processes must be at most {samples}, the size of the "
+                f"data set, but got {self.batch_size}."
+            )
+        count = -(-samples // size)
+        order = torch.randperm(samples, generator=torch.Generator().manual_seed(self.seed))
+        return torch.cat([order, order])[: count * size].view(count, size)
+
+    @cached_property
+    def losses(self) -> Tensor:  # noqa: D102 - see Attributes
+        return torch.full((self.count,), torch.nan)
+
+    @cached_property
+    def _ages(self) -> list[int]:
+        return [0] * self.count
 
     def reset(self) -> None:
         """Forget every loss; the next round is the first."""
-        self.losses = torch.full((self.count,), torch.nan)
-        self._ages = [0] * self.count
+        for cached in ("_cut", "losses", "_ages"):  # there may be more processes now than when they were asked for
+            vars(self).pop(cached, None)
         self._warm = True
         self._round: deque[int] = deque()  # mini-batches of the round that are still to be drawn
         self._drawn: deque[int] = deque()  # drawn, and not trained on yet
@@ -78,18 +102,13 @@ class HardBatchSampler(DistributedSampler):
         return 0, 1
 
     def __len__(self) -> int:
-        return self.count * (self.global_batch_size // self._place[1])
+        return self.count * self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
         """Nothing: rounds go on across epochs."""
 
     def __iter__(self) -> Iterator[int]:
         rank, processes = self._place
-        if self.global_batch_size % processes:
-            raise ValueError(
-                f"Argument `batch_size` must be a multiple of the number of processes, {processes}, but got "
-                f"{self.global_batch_size}."
-            )
         left = self.count - self._in_epoch
         drawn = list(self._drawn)[:left]  # by an iteration that was cut off, maybe in another process
         for batch in drawn:
@@ -130,10 +149,13 @@ class HardBatchSampler(DistributedSampler):
         """An epoch has ended, maybe before its last mini-batch."""
         self._in_epoch = 0
 
+    def _key(self) -> list[int]:
+        return [len(self.dataset), self._cut.size(1), self.seed]  # type: ignore[arg-type]
+
     def state_dict(self) -> dict[str, Any]:
         """Losses and the place in the round, the same in every process."""
         return {
-            "cut": self._key,
+            "cut": self._key(),
             "losses": self.losses,
             "ages": self._ages,
             "warm": self._warm,
@@ -148,10 +170,11 @@ class HardBatchSampler(DistributedSampler):
         Raises:
             ValueError: If it was cut in another way.
         """
-        if state["cut"] != self._key:
+        self.reset()
+        if state["cut"] != self._key():
             raise ValueError(
-                "The mini-batches of the checkpoint are others: samples, batch size and seed were "
-                f"{state['cut']} and now are {self._key}."
+                "The mini-batches of the checkpoint are others: samples, global batch size and seed were "
+                f"{state['cut']} and now are {self._key()}."
             )
         self.losses = state["losses"]
         self._ages, self._warm, self._in_epoch = state["ages"], state["warm"], state["in_epoch"]

@@ -1,11 +1,14 @@
 """Every public callback, and what the contract suite needs to know of it."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from curation.callbacks import (
+    ConceptAwareSelection,
+    ConceptCoverageMonitor,
     ExactResume,
     HardBatchTraining,
     HardSampleSelection,
@@ -18,9 +21,10 @@ from curation.callbacks import (
 from helpers import data
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader, Sampler
-from twins import HardSampleTwin, UniformTwin, UtilityDiversityTwin
+from twins import ConceptAwareTwin, HardSampleTwin, UniformTwin, UtilityDiversityTwin, tags
 
 from curation.batch import SampleIds
+from curation.samplers.concept_aware import ConceptAwareSampler, ConceptIndex
 from curation.samplers.hard_batches import HardBatchSampler
 
 
@@ -31,7 +35,9 @@ class Entry:
     bad: dict[str, Any] = field(default_factory=dict)
     twin: Callable[[], UniformTwin] | None = None
     records: bool = False  # a selection, which has to stand beside it
-    sampler: Callable[..., Sampler] | None = None  # of the training data, by data set and global batch size
+    sampler: Callable[..., Sampler] | None = None  # of the training data, by data set and batch size
+    candidates: int = 1  # batches of samples that the sampler asks for to make one
+    ids: bool = False  # it needs them
     refuses: tuple[str, ...] = ()  # kinds of runs
 
     def make(self, **changes: Any) -> Callback:
@@ -49,16 +55,30 @@ class Entry:
         return "keep" in self.arguments
 
     def dataset(self, samples: Any) -> Any:
-        return SampleIds(samples) if self.curates else samples
+        return SampleIds(samples) if self.curates or self.ids else samples
 
-    def loader(self, samples: Any = None, processes: int = 1, **kwargs: Any) -> DataLoader:
-        dataset = self.dataset(data() if samples is None else samples)
-        how = {"shuffle": True} if self.sampler is None else {"sampler": self.sampler(dataset, 8 * processes)}
+    def loader(self, samples: Any = None, **kwargs: Any) -> DataLoader:
+        dataset = self.dataset(data(64 * self.candidates) if samples is None else samples)
+        how = {"shuffle": True} if self.sampler is None else {"sampler": self.sampler(dataset, 8)}
         return DataLoader(dataset, 8, **how, **kwargs)
 
     @property
     def curates(self) -> bool:
         return self.selects or self.records
+
+
+TAGS = "tags.arrow"  # in the current folder
+
+
+def write_tags(samples: int) -> None:
+    """Concepts for some tests' callbacks; other processes may be reading the file."""
+    ConceptIndex.from_lists(map(tags, range(samples))).save(f"{os.getpid()}.arrow")
+    os.replace(f"{os.getpid()}.arrow", TAGS)
+
+
+def concept_aware_sampler(dataset: Any, batch_size: int) -> Sampler:
+    concepts = ConceptIndex.from_lists(map(tags, range(len(dataset))))
+    return ConceptAwareSampler(concepts, batch_size, 2 * batch_size, visit_penalty=0.1)
 
 
 CALLBACKS = {
@@ -79,6 +99,14 @@ CALLBACKS = {
                 "cdf": {},
                 "importance": {"score": "grad_norm"},
             }.items()
+        ),
+        Entry(ConceptAwareSelection, {"keep": 0.25, "concepts": TAGS}, {"keep": -1.0}, ConceptAwareTwin),
+        Entry(
+            ConceptCoverageMonitor,
+            sampler=concept_aware_sampler,
+            candidates=2,
+            ids=True,
+            refuses=("overfit_batches",),
         ),
         Entry(ExactResume),
         Entry(HardBatchTraining, sampler=HardBatchSampler, refuses=("manual", "overfit_batches")),

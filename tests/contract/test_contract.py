@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.loggers import WandbLogger
 
 from contract import worker
-from contract.registry import CALLBACKS, NOT_CALLBACKS
+from contract.registry import CALLBACKS, NOT_CALLBACKS, write_tags
 
 every = pytest.mark.parametrize("entry", CALLBACKS.values(), ids=CALLBACKS)
 selecting = [e for e in CALLBACKS.values() if e.selects]
@@ -26,6 +26,7 @@ each_selection = pytest.mark.parametrize("entry", selecting, ids=[e.name for e i
 @pytest.fixture(autouse=True)
 def folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    write_tags(64)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def test_keeping_everything_is_bit_identical_to_no_callback(entry):
     def run(*callbacks):
         seed_everything(5, verbose=False)
         module = Classifier()
-        trainer(*callbacks).fit(module, loader(ids=False), loader(ids=False, shuffle=False))
+        trainer(*callbacks).fit(module, loader(ids=bool(callbacks)), loader(ids=False, shuffle=False))
         return weights(module), torch.get_rng_state()
 
     (expected, stream), (got, after) = run(), run(entry.make(keep=1.0))
@@ -119,7 +120,8 @@ def test_selecting_leaves_the_random_streams_of_training_alone(entry):
 
     for callbacks in ([], [entry.make()]):
         seed_everything(5, verbose=False)
-        trainer(*callbacks, Stream(), max_epochs=1, limit_train_batches=1).fit(Classifier(), loader(ids=False))
+        batches = loader(ids=bool(callbacks))
+        trainer(*callbacks, Stream(), max_epochs=1, limit_train_batches=1).fit(Classifier(), batches)
     assert torch.equal(*streams)
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from curation.callbacks import ExactResume, SelectionLedger
@@ -14,10 +15,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, default_collate
-from twins import UniformTwin, slow_hard_batches
+from twins import UniformTwin, slow_diverse, slow_hard_batches, tags
 
-from contract.registry import CALLBACKS
+from contract.registry import CALLBACKS, write_tags
 from curation.records.ledger import Ledger
+from curation.samplers.hard_batches import HardBatchSampler
 
 LR = 0.01  # the products with a trained head are 100 batches old at most; the twin's are new
 
@@ -57,6 +59,7 @@ def run_until(
     entry = CALLBACKS[name]
     folder.mkdir(exist_ok=True)
     os.chdir(folder)
+    write_tags(64)
     callbacks = [*entry.in_trainer(), *([] if entry.cls is ExactResume else [ExactResume()]), kept]
     callbacks.append(ModelCheckpoint(folder, "{step}", every_n_train_steps=5, save_top_k=-1))
     if kill_at is not None:
@@ -115,8 +118,9 @@ def two_ranks(rank: int, port: int, folder: Path) -> None:
             here = folder / f"{name}-{strategy}"
             here.mkdir(exist_ok=True)
             os.chdir(here)
+            write_tags(2 * 19)
             run = trainer(*entry.in_trainer(), *resumer, kept, strategy=how, devices=2, max_epochs=2)
-            run.fit(module, entry.loader(texts(2 * 19), processes=2, collate_fn=short_on_rank_one))
+            run.fit(module, entry.loader(texts(2 * 19), collate_fn=short_on_rank_one))
             if rank == 1:
                 torch.distributed.barrier()
             states = _states(run)  # one rank at a time: a collective in `state_dict` would meet the barrier
@@ -135,17 +139,16 @@ def weighted_loss(module: LanguageModel, batch: dict, weights: list[float]) -> t
     return (torch.tensor(weights)[:, None] * losses).sum() / (targets != -100).sum()
 
 
-def hard_batches_in_one_process() -> dict:
-    """The delta rule on 3 mini-batches of 16; each of two ranks has every second row."""
+def batches_in_one_process(sampler: type) -> dict:
+    """Batches of 16; each of two ranks has every second row."""
     module, samples = LanguageModel(lr=LR), texts(2 * 19)
     optimizer = module.configure_optimizers()
-    order = torch.randperm(38, generator=torch.Generator().manual_seed(0)).repeat(2)
     rows: list[list] = [[], []]
 
-    def train(step: int, batch: int) -> float:
+    def train(indices: list[int]) -> float:
         losses = []
         for rank in (0, 1):
-            part = default_collate([samples[i] for i in order[16 * batch : 16 * batch + 16][rank::2]])
+            part = default_collate([samples[i] for i in indices[rank::2]])
             rows[rank].append(first_tokens(part))
             losses.append(module.training_step(part, 0))
         loss = sum(losses) / 2
@@ -154,14 +157,27 @@ def hard_batches_in_one_process() -> dict:
         optimizer.step()
         return loss.item()
 
-    slow_hard_batches(3, 0.5, train, 6)
+    if sampler is HardBatchSampler:
+        order = torch.randperm(38, generator=torch.Generator().manual_seed(0)).repeat(2).tolist()
+        slow_hard_batches(3, 0.5, lambda step, batch: train(order[16 * batch : 16 * batch + 16]), 6)
+    else:
+        visits = np.zeros(38)
+        for epoch in (0, 1):  # of one batch of 32 candidates
+            drawn = np.random.default_rng((0, epoch)).permutation(38)[:32]
+            concepts = [tags(i) for i in drawn]
+            count = len(set().union(*map(tags, range(38))))
+            number = {name: c for c, name in enumerate(dict.fromkeys(n for i in range(38) for n in tags(i)))}
+            ids = [{number[name] for name in names} for names in concepts]
+            chosen = drawn[slow_diverse(ids, 16, [max(1.0, 16 / count)] * count, 0.1 * visits[drawn], None)]
+            visits[chosen] += 1
+            train(chosen.tolist())
     return {"rows": rows, "weights": module.state_dict()}
 
 
 def one_process(name: str) -> dict:
     """What two ranks must give: k of each rank's candidates by the memory at the start of the step."""
     if CALLBACKS[name].sampler is not None:
-        return hard_batches_in_one_process()
+        return batches_in_one_process(CALLBACKS[name].sampler)
     twin = (CALLBACKS[name].twin or UniformTwin)()
     keeps = 2 if CALLBACKS[name].curates else 8
     module, samples = LanguageModel(lr=LR), texts(2 * 19)
@@ -180,6 +196,7 @@ def one_process(name: str) -> dict:
                 with torch.no_grad():
                     logits = module.eval().model(batch["input_ids"], batch["attention_mask"]).logits[:, :-1]
                 scores = twin.score(step, rank, logits, batch["labels"][:, 1:])
+                twin.samples = chosen.tolist()
                 best, weights = twin.choose(step, rank, scores, keeps)
                 twin.keep(best)
                 kept = {key: value[best] for key, value in batch.items()}

@@ -21,7 +21,7 @@ def cut(sampler):
 
 def epoch(sampler, table, visited, stop=None):
     """Train as a loader without workers does: a batch is loaded after the loss of the one before is known."""
-    size = sampler.global_batch_size
+    size = sampler.batch_size
     which = {rows: b for b, rows in enumerate(cut(sampler))}
     order = iter(sampler)
     for step in range(sampler.count):
@@ -110,3 +110,15 @@ def test_a_checkpoint_of_other_data_is_refused():
     ):
         with pytest.raises(ValueError, match=r"mini-batches of the checkpoint are others: .* now are \[8, 2, 0\]"):
             HardBatchSampler(range(8), 2).load_state_dict(other.state_dict())
+
+
+def test_the_mini_batches_are_cut_for_the_processes_of_the_fit(monkeypatch):
+    sampler = HardBatchSampler(range(12), 3)
+    assert (sampler.count, len(sampler)) == (4, 12)  # asked for before there are two processes
+    monkeypatch.setattr(HardBatchSampler, "_place", (1, 2))
+    sampler.reset()
+    assert (sampler.count, len(sampler)) == (2, 6)
+    assert list(sampler) == sampler._cut[:, 1::2].flatten().tolist()
+    monkeypatch.setattr(HardBatchSampler, "_place", (0, 5))
+    with pytest.raises(ValueError, match=r"`batch_size` times 5 processes must be at most 12, .* but got 3"):
+        len(HardBatchSampler(range(12), 3))
