@@ -1,0 +1,81 @@
+"""Embeddings of a data set, by any LightningModule."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from curation.callbacks.seam import BatchSeam, SeamClient
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler
+
+
+def embed(trainer: Trainer, pl_module: LightningModule, dataloader: DataLoader, layer: str | None = None) -> Tensor:
+    """One embedding for each sample, in the order of the data set, by ``trainer.predict``.
+
+    A sequence of vectors ``[B, T, D]`` is averaged over its positions, those of the batch's ``attention_mask`` where
+    there is one, and a picture of them ``[B, D, H, W]`` over its pixels. Sample ids are stripped.
+
+    Args:
+        trainer: Of one process.
+        pl_module: The module; its ``predict_step`` is run.
+        dataloader: Of all samples, not shuffled.
+        layer: Path of the submodule whose output is taken, such as ``"net.5"``; None for what ``predict_step``
+            returns.
+
+    Returns:
+        fp32 ``[N, D]`` on the CPU.
+
+    Raises:
+        ValueError: If the loader shuffles, there are several processes, or a batch does not give a vector per row.
+        TypeError: If the layer, or ``predict_step``, gives no tensor.
+        AttributeError: If there is no such layer.
+    """
+    if trainer.world_size > 1:
+        raise ValueError(f"Argument `trainer` must have one process, but has {trainer.world_size}.")
+    if isinstance(dataloader.sampler, RandomSampler):
+        raise ValueError("Argument `dataloader` must keep the order of the data set, but shuffles.")
+    collect, client = _Collect(layer or "predict_step"), SeamClient()
+    hook = pl_module.get_submodule(layer).register_forward_hook(collect.on_forward) if layer else None
+    trainer.callbacks.append(collect)  # type: ignore[attr-defined]
+    BatchSeam.attach(trainer, client)
+    try:
+        trainer.predict(pl_module, dataloader, return_predictions=False)
+    finally:
+        BatchSeam.detach(trainer, client)
+        trainer.callbacks.remove(collect)  # type: ignore[attr-defined]
+        if hook is not None:
+            hook.remove()
+    return torch.cat(collect.embeddings)
+
+
+class _Collect(Callback):
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.outputs: list[Any] = []
+        self.embeddings: list[Tensor] = []
+
+    def on_forward(self, module: Any, args: Any, output: Any) -> None:
+        self.outputs.append(output)
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        if self.source == "predict_step":
+            self.outputs.append(outputs)
+        if len(self.outputs) != 1:
+            raise ValueError(f"`{self.source}` must run once for a batch, but ran {len(self.outputs)} times.")
+        vectors = self.outputs.pop()
+        vectors = vectors[0] if isinstance(vectors, tuple) else vectors
+        if not isinstance(vectors, Tensor):
+            raise TypeError(f"`{self.source}` must give a tensor, but gave {type(vectors).__name__}.")
+        vectors = vectors.float()
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        if vectors.dim() == 3:
+            weights = torch.ones_like(vectors[..., 0]) if mask is None else mask.to(vectors.dtype)
+            vectors = (vectors * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
+        elif vectors.dim() == 4:
+            vectors = vectors.mean((2, 3))
+        if vectors.dim() != 2:
+            raise ValueError(f"`{self.source}` must give one vector per row, but gave shape {list(vectors.shape)}.")
+        self.embeddings.append(vectors.cpu())
