@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 from torchmetrics import Accuracy
 
 from curation.batch import SampleIds
+from curation.samplers.concept_index import ConceptIndex
 
 FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
 
@@ -97,13 +98,17 @@ class Images(LightningDataModule):
             trains on.
         swap: Train on the held-out images and validate on the others, for irreducible losses.
         holdout_noise: As ``label_noise``, of the held-out images where ``swap`` trains on them.
+        imbalance: How many times as many training images the first class has as the last, with an exponential in
+            between, as in long-tailed CIFAR (arXiv 1901.05555).
         batch_size: Candidates per training batch and device.
-        sampler: Of the training batches, made from the data set and the global batch size, such as
+        sampler: Of the training batches, made from ``concepts`` and the batch size, such as
+            :class:`~curation.samplers.concept_aware.ConceptAwareSampler` or
             :class:`~curation.samplers.hard_batches.HardBatchSampler`; None reshuffles every epoch.
         num_workers: Of the data loaders.
-        seed: Of the split and the noise.
+        seed: Of the split, the noise and the imbalance.
 
     Attributes:
+        concepts: The training labels, by sample id.
         corrupted: bool ``[N]`` by sample id, whether a training label is wrong.
 
     Raises:
@@ -117,6 +122,7 @@ class Images(LightningDataModule):
         holdout: float = 0.1,
         swap: bool = False,
         holdout_noise: float = 0.0,
+        imbalance: float = 1.0,
         batch_size: int = 128,
         sampler: Callable[[Any, int], Sampler] | None = None,
         num_workers: int = 0,
@@ -128,6 +134,8 @@ class Images(LightningDataModule):
                 raise ValueError(f"Argument `{name}` must be in [0, 1), but got {value!r}.")
         if not 0 < holdout < 1:
             raise ValueError(f"Argument `holdout` must be in (0, 1), but got {holdout!r}.")
+        if not imbalance >= 1:
+            raise ValueError(f"Argument `imbalance` must be >= 1, but got {imbalance!r}.")
         if batch_size < 1:
             raise ValueError(f"Argument `batch_size` must be >= 1, but got {batch_size!r}.")
         if seed < 0:
@@ -137,6 +145,7 @@ class Images(LightningDataModule):
         self.holdout = holdout
         self.swap = swap
         self.holdout_noise = holdout_noise
+        self.imbalance = imbalance
         self.batch_size = batch_size
         self.sampler = sampler
         self.num_workers = num_workers
@@ -164,9 +173,12 @@ class Images(LightningDataModule):
         validation = labels
         if self.swap:
             rest, out, validation = out, rest, noisy
+        if self.imbalance > 1:
+            rest = rest[long_tailed(labels[rest], self.imbalance)]
         images, test_images = (images - mean) / deviation, (test_images - mean) / deviation
         self.corrupted = corrupted[rest]
         self.train = SampleIds(TensorDataset(images[rest], noisy[rest]))
+        self.concepts = ConceptIndex.from_labels(noisy[rest], range(classes))
         self.val = TensorDataset(images[out], validation[out])
         self.test = TensorDataset(test_images, test_labels)
 
@@ -174,7 +186,7 @@ class Images(LightningDataModule):
         """Candidate batches, as the sampler draws them."""
         assert self.train is not None
         return DataLoader(
-            self.train, self.batch_size, num_workers=self.num_workers, **sampled(self, self.train, self.sampler)
+            self.train, self.batch_size, num_workers=self.num_workers, **sampled(self, self.concepts, self.sampler)
         )
 
     def val_dataloader(self) -> DataLoader:
@@ -221,6 +233,22 @@ class CorruptedShare(Callback, SelectionListener):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
         self._sums = state_dict["sums"]
+
+
+def long_tailed(labels: Tensor, imbalance: float) -> Tensor:
+    """The first ``max(1, n imbalance^(-c / (C - 1)))`` samples of each class ``c``: int64 positions, ascending.
+
+    Args:
+        labels: int64 ``[N]`` in ``[0, C)``.
+        imbalance: Of the first class over the last.
+    """
+    counts = labels.bincount()
+    last = max(len(counts) - 1, 1)
+    kept = [
+        (labels == c).nonzero().flatten()[: max(1, round(int(counts.max()) * imbalance ** (-c / last)))]
+        for c in range(len(counts))
+    ]
+    return torch.cat(kept).sort().values
 
 
 def load(data: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -96,10 +96,10 @@ def plot_concepts(corpus: Any, trained: Any, targets: Any) -> Any:
         lines.plot((edges[:-1] + edges[1:] + 1) / 2, np.where(means > 0, means, np.nan), marker=".", **style)
         heights = [share[a:b].sum() for a, b in itertools.pairwise(thirds)]
         bars.bar(np.arange(3) + 0.27 * (i - 1), heights, 0.25, color=style["color"], label=name)
-    lines.set(xscale="log", yscale="log", xlabel="concept, by its frequency in the corpus", ylabel="share")
+    lines.set(xscale="log", yscale="log", xlabel="rank of the concept in the corpus", ylabel="share of occurrences")
     lines.legend(frameon=False)
     names = ("head\n(first tenth)", "middle", "tail\n(last half)")
-    bars.set(xticks=range(3), xticklabels=names, ylabel="share of all occurrences")
+    bars.set(xticks=range(3), xticklabels=names, ylabel="share of occurrences")
     for axes in (lines, bars):
         axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,6 +46,31 @@ def test_label_noise_is_the_share_asked_for_and_is_known():
     assert counts.min() > 0.6 * counts.float().mean()
     assert torch.equal(clean.val.tensors[1], noisy.val.tensors[1])
     assert not clean.corrupted.any()
+
+
+def test_a_long_tail_is_of_the_training_images_only():
+    whole, tailed = Images(data="digits"), Images(data="digits", imbalance=10)
+    for data in (whole, tailed):
+        data.setup("fit")
+    (x, y), (few, labels) = (d.train.dataset.tensors for d in (whole, tailed))
+    most = int(y.bincount().max())
+    expected = [min(round(most * 10 ** (-c / 9)), int((y == c).sum())) for c in range(10)]
+    assert labels.bincount().tolist() == expected
+    assert {row.numpy().tobytes() for row in few} < {row.numpy().tobytes() for row in x}
+    assert torch.equal(whole.val.tensors[0], tailed.val.tensors[0])
+    assert tailed.concepts.ids.tolist() == labels.tolist()
+    assert tailed.concepts.names == range(10)
+
+
+def test_the_long_tail_is_trained_on_evenly_and_drawn():
+    args = [*DIGITS, *QUIET[1:], "--data.imbalance=10"]
+    logger = ["--trainer.logger=lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir=logs"]
+    run = cli.run(["fit", "--config", "fashion_mnist_long_tail", *args, *logger, "--trainer.max_steps=12",
+                   "--trainer.log_every_n_steps=1"])  # fmt: skip
+    metrics = run.trainer.callback_metrics
+    assert metrics["concepts/coverage"] == 1
+    assert metrics["concepts/entropy"] > 0.97
+    assert Path(run.trainer.log_dir, "concepts.png").is_file()
 
 
 def test_swapped_data_train_on_what_was_held_out_and_validate_on_the_training_set():
@@ -149,7 +175,14 @@ def test_files_in_the_format_of_mnist_are_read(tmp_path, zipped):
 
 
 def test_bad_data_arguments_are_named(tmp_path):
-    for bad in ({"label_noise": 1.0}, {"holdout_noise": -0.1}, {"holdout": 0.0}, {"batch_size": 0}, {"seed": -1}):
+    for bad in (
+        {"label_noise": 1.0},
+        {"holdout_noise": -0.1},
+        {"holdout": 0.0},
+        {"batch_size": 0},
+        {"seed": -1},
+        {"imbalance": 0.5},
+    ):
         ((name, value),) = bad.items()
         with pytest.raises(ValueError, match=f"Argument `{name}` must be .* but got {value}"):
             Images(**bad)
