@@ -27,6 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },  # bit-identical to no callback
     "uniform": {"class_path": CALLBACKS + "UniformSelection"},
     "utility_diversity": {"class_path": CALLBACKS + "UtilityDiversitySelection"},
+    "concept_aware": {"class_path": CALLBACKS + "ConceptAwareSelection"},
     "loss": {"class_path": CALLBACKS + "HardSampleSelection", "init_args": {"rule": "top"}},
     "grad_norm": {
         "class_path": CALLBACKS + "HardSampleSelection",
