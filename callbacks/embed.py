@@ -7,7 +7,7 @@ import torch
 from curation.callbacks.seam import BatchSeam, SeamClient
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, SequentialSampler
 
 
 def embed(trainer: Trainer, pl_module: LightningModule, dataloader: DataLoader, layer: str | None = None) -> Tensor:
@@ -17,9 +17,9 @@ def embed(trainer: Trainer, pl_module: LightningModule, dataloader: DataLoader, 
     there is one, and a picture of them ``[B, D, H, W]`` over its pixels. Sample ids are stripped.
 
     Args:
-        trainer: Of one process.
+        trainer: Of one process, that predicts all batches.
         pl_module: The module; its ``predict_step`` is run.
-        dataloader: Of all samples, not shuffled.
+        dataloader: Of all samples, in their order; not the one of training.
         layer: Path of the submodule whose output is taken, such as ``"net.5"``; None for what ``predict_step``
             returns.
 
@@ -27,14 +27,21 @@ def embed(trainer: Trainer, pl_module: LightningModule, dataloader: DataLoader, 
         fp32 ``[N, D]`` on the CPU.
 
     Raises:
-        ValueError: If the loader shuffles, there are several processes, or a batch does not give a vector per row.
+        ValueError: If the loader shuffles or has a sampler, there are several processes, samples are left out by
+            ``limit_predict_batches`` or ``fast_dev_run``, or a batch does not give a vector per row.
         TypeError: If the layer, or ``predict_step``, gives no tensor.
         AttributeError: If there is no such layer.
     """
     if trainer.world_size > 1:
         raise ValueError(f"Argument `trainer` must have one process, but has {trainer.world_size}.")
-    if isinstance(dataloader.sampler, RandomSampler):
-        raise ValueError("Argument `dataloader` must keep the order of the data set, but shuffles.")
+    limit = trainer.limit_predict_batches
+    if isinstance(limit, int) or limit < 1:  # positions would no longer be those of the data set
+        raise ValueError(f"Argument `trainer` must predict all batches, but has `limit_predict_batches={limit}`.")
+    if not isinstance(dataloader.sampler, SequentialSampler):
+        raise ValueError(
+            "Argument `dataloader` must keep the order of the data set, but its sampler is "
+            f"{type(dataloader.sampler).__name__}."
+        )
     collect, client = _Collect(layer or "predict_step"), SeamClient()
     hook = pl_module.get_submodule(layer).register_forward_hook(collect.on_forward) if layer else None
     trainer.callbacks.append(collect)  # type: ignore[attr-defined]

@@ -82,6 +82,10 @@ class ImageClassifier(LightningModule):
         self.test_accuracy(self(x), y)
         self.log("test_accuracy", self.test_accuracy)
 
+    def predict_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        """Logits."""
+        return self(batch[0])
+
     def configure_optimizers(self) -> Any:
         """AdamW."""
         return torch.optim.AdamW(self.parameters(), lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"])

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from curation.samplers.concept_index import ConceptIndex
 
@@ -14,21 +15,23 @@ def cluster_concepts(embeddings: Any, k: int, iterations: int = 20, seed: int = 
     the best of three starts is taken.
 
     Args:
-        embeddings: Floating ``[N, D]``, a tensor on the CPU or an array.
+        embeddings: Floating ``[N, D]``, a tensor or an array; computed in fp32.
         k: Number of clusters, in [1, N].
         iterations: Of k-means.
         seed: Of the first centres; the same one gives the same clusters.
 
     Raises:
         ImportError: If faiss is missing.
-        ValueError: If the embeddings are no finite matrix, or ``k`` is out of its range.
+        ValueError: If the embeddings are empty or no finite matrix, or ``k`` is out of its range.
     """
     try:
         import faiss
     except ImportError as error:
         raise ImportError("Clusters need faiss: `pip install 'lightning-curation[select]'`.") from error
+    if isinstance(embeddings, Tensor):
+        embeddings = embeddings.detach().float().cpu()  # NumPy has no bf16
     points = np.ascontiguousarray(embeddings, dtype=np.float32)
-    if points.ndim != 2 or not np.isfinite(points).all():
+    if points.ndim != 2 or not points.size or not np.isfinite(points).all():
         raise ValueError(f"Argument `embeddings` must be a matrix of finite numbers, but got shape {points.shape}.")
     if not 1 <= k <= len(points):
         raise ValueError(f"Argument `k` must be in [1, {len(points)}], the number of samples, but got {k!r}.")

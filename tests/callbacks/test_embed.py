@@ -5,9 +5,10 @@ import torch
 from curation.callbacks.embed import embed
 from helpers import Classifier, LanguageModel, data, loader, texts, trainer
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 
 from curation.batch import SampleIds
+from curation.samplers.hard_batches import HardBatchSampler
 
 
 def test_what_predict_step_returns():
@@ -74,7 +75,11 @@ def test_nothing_is_left_behind_after_an_exception_and_rubbish_is_named():
     assert "batch_to_device" not in vars(run.strategy)
     with pytest.raises(TypeError, match="`predict_step` must give a tensor, but gave NoneType"):
         embed(trainer(), Nothing(), loader(shuffle=False))
-    with pytest.raises(ValueError, match="must keep the order of the data set, but shuffles"):
-        embed(trainer(), Classifier(), loader())
+    for sampler in (RandomSampler(data()), HardBatchSampler(data(), 8)):
+        with pytest.raises(ValueError, match=f"keep the order .* but its sampler is {type(sampler).__name__}"):
+            embed(trainer(), Classifier(), DataLoader(data(), 8, sampler=sampler))
+    for part in ({"limit_predict_batches": 1}, {"limit_predict_batches": 0.5}, {"fast_dev_run": True}):
+        with pytest.raises(ValueError, match="`trainer` must predict all batches, but has `limit_predict_batches="):
+            embed(trainer(**part), Classifier(), loader(shuffle=False))
     with pytest.raises(AttributeError, match="nowhere"):
         embed(trainer(), Classifier(), loader(shuffle=False), layer="nowhere")

@@ -20,7 +20,7 @@ def test_as_tight_as_those_of_scikit_learn():
     assert (index.sizes == 1).all()
     assert len(index.names) == 30
     theirs = KMeans(30, n_init=1, max_iter=20, random_state=0).fit(points).labels_
-    assert inertia(points, index.ids) <= 1.05 * inertia(points, theirs)
+    assert inertia(points, index.ids) <= 1.02 * inertia(points, theirs)
     assert (cluster_concepts(points, 30).ids == index.ids).all()
     assert (cluster_concepts(points, 30, seed=1).ids != index.ids).any()
 
@@ -29,7 +29,7 @@ def test_planted_clusters_are_found_in_any_dtype():
     draw = np.random.default_rng(0)
     planted = draw.integers(0, 5, 500)
     points = torch.from_numpy(10 * np.eye(8)[planted] + draw.normal(size=(500, 8)))
-    for dtype in (torch.float64, torch.float32, torch.float16):
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         assert adjusted_rand_score(planted, cluster_concepts(points.to(dtype), 5).ids) > 0.99
 
 
@@ -37,7 +37,7 @@ def test_rubbish_is_named(monkeypatch):
     for k in (0, 4):
         with pytest.raises(ValueError, match=rf"Argument `k` must be in \[1, 3\], .* but got {k}"):
             cluster_concepts(np.zeros((3, 2)), k)
-    for bad in (np.zeros(3), np.full((3, 2), np.nan), np.array([[np.inf, 0]])):
+    for bad in (np.zeros(3), np.zeros((0, 2)), np.zeros((3, 0)), np.full((3, 2), np.nan), np.array([[np.inf, 0]])):
         with pytest.raises(ValueError, match="`embeddings` must be a matrix of finite numbers"):
             cluster_concepts(bad, 1)
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)
