@@ -109,7 +109,8 @@ def memory() -> None:
         print("| | 10M, measured | 128M, extrapolated |\n|---|---|---|")
         print(f"| file | {on_disk / 1e6:,.0f} MB | {on_disk * scale / 1e9:.1f} GB |")
         print(f"| load | {(loaded - before) / 1e6:.1f} MB, {load_seconds:.3f} s | the same |")
-        print(f"| running, besides | {(running - loaded) / 1e6:,.0f} MB | {(running - loaded) * scale / 1e9:.1f} GB |")
+        besides = running - loaded
+        print(f"| running, besides | {besides / 1e6:,.0f} MB | {besides * scale / 1e9:.1f} GB |")
         print(f"| first super-batch of an epoch | {first:.2f} s | {first * scale:.1f} s |")
         print(f"| later ones, median | {1e3 * statistics.median(later):.1f} ms | the same, or the disk's |")
 

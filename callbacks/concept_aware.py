@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from curation.callbacks.concept_coverage import check_length
+from curation.callbacks.concept_coverage import check_length, loaded
 from curation.callbacks.online_selection import OnlineSelection
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -69,8 +69,7 @@ class ConceptAwareSelection(OnlineSelection):
         """Load the concepts."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            index = ConceptIndex.load(self.concepts) if isinstance(self.concepts, str) else self.concepts
-            self._index = index or getattr(trainer.datamodule, "concepts", None)  # type: ignore[attr-defined]
+            self._index = loaded(self.concepts) or getattr(trainer.datamodule, "concepts", None)  # type: ignore[attr-defined]
             if self._index is None:
                 raise ValueError(
                     "Argument `concepts` must be given where the data module has no `concepts`, but got None."

@@ -1,5 +1,6 @@
 """What concept-aware batches do: the concepts and samples that a fit trained on."""
 
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from curation.metrics.concept_coverage import ConceptCoverage, plot_concepts
 from curation.samplers.concept_aware import ConceptAwareSampler
 from curation.samplers.concept_choice import Targets, target_counts
 from curation.samplers.concept_index import ConceptIndex
+
+CHUNK = 2**20  # samples counted at a time
 
 
 class ConceptCoverageMonitor(Callback, SeamClient, SelectionListener):
@@ -38,8 +41,9 @@ class ConceptCoverageMonitor(Callback, SeamClient, SelectionListener):
         visits: int32 ``[N]``, how often each sample was trained on; the same on every rank.
 
     Raises:
-        ValueError: If there are no concepts, or not as many as samples.
-        TypeError: If the samples have no ids.
+        ValueError: If there are no concepts, not as many as samples, or the data loader has another batch size than
+            its sampler.
+        TypeError: If the samples have no ids, or the training data no length.
     """
 
     def __init__(self, concepts: ConceptIndex | str | None = None, targets: Targets | None = None) -> None:
@@ -50,6 +54,7 @@ class ConceptCoverageMonitor(Callback, SeamClient, SelectionListener):
         self._weights: np.ndarray | None = None
         self._ids: Tensor | None = None
         self._most: int | None = None
+        self._folder: Path | None = None
         self._selected = self._fitting = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -58,26 +63,37 @@ class ConceptCoverageMonitor(Callback, SeamClient, SelectionListener):
         self._fitting = stage == "fit"
         if self._fitting:
             self.visits = self._ids = self._most = None
-            self._index = ConceptIndex.load(self.concepts) if isinstance(self.concepts, str) else self.concepts
+            self._index = loaded(self.concepts)
             self._selected = any(isinstance(c, OnlineSelection) for c in trainer.callbacks)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the concepts of the sampler or the data module."""
-        sampler = getattr(trainer.train_dataloader, "sampler", None)
+        batches = getattr(trainer.train_dataloader, "batch_sampler", None)
+        sampler = getattr(batches, "sampler", None)
         targets = self.targets
         if isinstance(sampler, ConceptAwareSampler):
+            if batches.batch_size != sampler.batch_size:  # type: ignore[union-attr]
+                raise ValueError(
+                    f"The data loader must have the `batch_size` of its sampler, {sampler.batch_size}, but has "
+                    f"{batches.batch_size!r}."  # type: ignore[union-attr]
+                )
             self._index = self._index or sampler.concepts
             targets = sampler.targets if targets is None else targets
         self._index = self._index or getattr(trainer.datamodule, "concepts", None)  # type: ignore[attr-defined]
         if self._index is None:
             raise ValueError(
                 "Argument `concepts` must be given where neither the sampler is a ConceptAwareSampler nor the data "
-                "module has `concepts`, but got None. (`overfit_batches` takes samplers away.)"
+                "module has `concepts`, but got None. (`overfit_batches` takes samplers away; and it is an argument "
+                "`sampler` of the data loader, not `batch_sampler`.)"
             )
         check_length(self._index, trainer)
+        folder = trainer.log_dir or trainer.default_root_dir  # a broadcast, so not where rank 0 draws
+        self._folder = None if trainer.fast_dev_run or not trainer.loggers else Path(folder)  # type: ignore[attr-defined]
         # Only the ratios of the targets matter here.
         self._weights = target_counts(self._index, "uniform" if targets is None else targets, 1)
         visits = torch.zeros(len(self._index), dtype=torch.int32) if self.visits is None else self.visits
+        if len(visits) != len(self._index):
+            raise ValueError(f"The checkpoint counts {len(visits)} samples, but now there are {len(self._index)}.")
         self.visits = visits.to(pl_module.device)
 
     def curate(self, trainer: Trainer, pl_module: LightningModule, batch: Any, sample_ids: Tensor | None) -> Any:
@@ -94,7 +110,7 @@ class ConceptCoverageMonitor(Callback, SeamClient, SelectionListener):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the batch."""
-        if not self._selected:
+        if not self._selected and not trainer.fit_loop._skip_backward:  # the ids are of another batch then
             self._count(trainer, pl_module, self._ids)
 
     def _count(self, trainer: Trainer, pl_module: LightningModule, ids: Tensor | None) -> None:
@@ -109,10 +125,10 @@ class ConceptCoverageMonitor(Callback, SeamClient, SelectionListener):
                 self._most = int(trainer.strategy.reduce(size, reduce_op="max"))
             ids = torch.nn.functional.pad(ids[: self._most], (0, max(self._most - len(ids), 0)), value=-1)
             ids = trainer.strategy.all_gather(ids).flatten()
-            ids = ids[ids >= 0]
-        self.visits.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
+        self.visits.index_add_(0, ids.clamp(min=0), (ids >= 0).int())
         if not logs_now(trainer):
             return
+        ids = ids[ids >= 0]
         assert self._index is not None
         metric = ConceptCoverage(len(self._index.names), torch.from_numpy(self._weights))
         metric.update(torch.from_numpy(self._index.take(ids.cpu().numpy()).ids))
@@ -130,20 +146,23 @@ class ConceptCoverageMonitor(Callback, SeamClient, SelectionListener):
         self._draw(trainer)
 
     def _draw(self, trainer: Trainer) -> None:
-        if self.visits is None or self._index is None or not trainer.is_global_zero or not trainer.loggers:
+        if self.visits is None or self._index is None or self._folder is None or not trainer.is_global_zero:
             return
         visits = self.visits.cpu().numpy()
         seen = np.flatnonzero(visits)
         if not len(seen):
             return
-        rows = self._index.take(seen)
-        trained = np.bincount(rows.ids, np.repeat(visits[seen], rows.sizes), len(self._index.names))
+        trained = np.zeros(len(self._index.names))
+        for start in range(0, len(seen), CHUNK):
+            part = seen[start : start + CHUNK]
+            rows = self._index.take(part)
+            trained += np.bincount(rows.ids, np.repeat(visits[part], rows.sizes), len(trained))
         try:
             figure = plot_concepts(self._index.frequencies, trained, self._weights)
         except ImportError as error:
             rank_zero_warn(str(error))
             return
-        path = Path(trainer.log_dir or trainer.default_root_dir) / "concepts.png"
+        path = self._folder / "concepts.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)
         for logger in trainer.loggers:
@@ -157,7 +176,10 @@ class ConceptCoverageMonitor(Callback, SeamClient, SelectionListener):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove the seam and draw: Lightning calls neither ``teardown`` nor ``on_fit_end`` then."""
         self.teardown(trainer, pl_module, "")
-        self._draw(trainer)
+        try:
+            self._draw(trainer)
+        except Exception as error:  # whatever it is, it must not hide the other one
+            rank_zero_warn(f"The picture of the concepts was not drawn: {error!r}")
 
     def state_dict(self) -> dict[str, Any]:
         """The visits, the same on every rank."""
@@ -169,9 +191,29 @@ class ConceptCoverageMonitor(Callback, SeamClient, SelectionListener):
             self.visits = state_dict["visits"]
 
 
+def loaded(concepts: Any) -> ConceptIndex | None:
+    """The index that a callback's argument ``concepts`` means.
+
+    Raises:
+        TypeError: If it is no index, file or None.
+        ValueError: If there is no such file.
+    """
+    if isinstance(concepts, str):
+        try:
+            return ConceptIndex.load(concepts)
+        except FileNotFoundError as error:
+            raise ValueError(f"Argument `concepts` must name a file, but there is no {concepts!r}.") from error
+    if concepts is not None and not isinstance(concepts, ConceptIndex):
+        raise TypeError(f"Argument `concepts` must be a ConceptIndex or a file, but got {type(concepts).__name__}.")
+    return concepts
+
+
 def check_length(index: ConceptIndex, trainer: Trainer) -> None:
     """Raise unless the index has a row for every training sample."""
-    samples = len(trainer.train_dataloader.dataset)  # type: ignore[union-attr]
+    dataset = getattr(trainer.train_dataloader, "dataset", None)
+    if not isinstance(dataset, Sized):
+        raise TypeError("Concepts need one training `DataLoader` of a data set with a length.")
+    samples = len(dataset)
     if len(index) != samples:
         raise ValueError(
             f"Argument `concepts` must have a row for each of the {samples} samples, but got {len(index)}."

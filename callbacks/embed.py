@@ -7,7 +7,7 @@ import torch
 from curation.callbacks.seam import BatchSeam, SeamClient
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 
 def embed(trainer: Trainer, pl_module: LightningModule, dataloader: DataLoader, layer: str | None = None) -> Tensor:
@@ -37,11 +37,11 @@ def embed(trainer: Trainer, pl_module: LightningModule, dataloader: DataLoader, 
     limit = trainer.limit_predict_batches
     if isinstance(limit, int) or limit < 1:  # positions would no longer be those of the data set
         raise ValueError(f"Argument `trainer` must predict all batches, but has `limit_predict_batches={limit}`.")
-    if not isinstance(dataloader.sampler, SequentialSampler):
-        raise ValueError(
-            "Argument `dataloader` must keep the order of the data set, but its sampler is "
-            f"{type(dataloader.sampler).__name__}."
-        )
+    for sampler, kind in ((dataloader.sampler, SequentialSampler), (dataloader.batch_sampler, BatchSampler)):
+        if type(sampler) not in (kind, type(None)):
+            raise ValueError(
+                f"Argument `dataloader` must keep the order of the data set, but has a {type(sampler).__name__}."
+            )
     collect, client = _Collect(layer or "predict_step"), SeamClient()
     hook = pl_module.get_submodule(layer).register_forward_hook(collect.on_forward) if layer else None
     trainer.callbacks.append(collect)  # type: ignore[attr-defined]
@@ -53,6 +53,8 @@ def embed(trainer: Trainer, pl_module: LightningModule, dataloader: DataLoader, 
         trainer.callbacks.remove(collect)  # type: ignore[attr-defined]
         if hook is not None:
             hook.remove()
+    if not collect.embeddings:
+        raise ValueError("Argument `dataloader` must have a batch, but has none.")
     return torch.cat(collect.embeddings)
 
 

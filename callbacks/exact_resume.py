@@ -43,6 +43,7 @@ class ExactResume(Callback, SeamClient):
         self._skip = 0
         self._length: int | None = None
         self._fitting = False
+        self._unrestored: Trainer | None = None
         self._sampler_resumes = False
         self._samplers: list[Any] = []
         self._generators: list[torch.Generator] = []
@@ -57,13 +58,15 @@ class ExactResume(Callback, SeamClient):
         seed = torch.tensor(torch.initial_seed() % 2**63, device=trainer.strategy.root_device)
         self._seeds = trainer.strategy.all_gather(seed).flatten().tolist()
         self._rank = trainer.global_rank
-        self.epoch = trainer.current_epoch
+        self.epoch, self._unrestored = 0, trainer
         self.batches = self.batches_in_epoch = self._skip = 0
         self._length = None
         self._sampler_resumes = any(isinstance(c, HardBatchTraining) for c in trainer.callbacks)  # type: ignore[attr-defined]
 
     def watch(self, loader: Any) -> None:
         """Let the order of the training data loader depend on the epoch, and begin after what was trained on."""
+        if self._unrestored is not None:  # a new run, or one that goes on with what had no such callback
+            self.epoch, self._unrestored = self._unrestored.current_epoch, None
         if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
             return
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
@@ -157,6 +160,7 @@ class ExactResume(Callback, SeamClient):
         while self._undo:
             self._undo.pop()()
         self._samplers, self._generators = [], []
+        self._unrestored = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """As :meth:`teardown`, which Lightning does not call then."""
@@ -185,6 +189,7 @@ class ExactResume(Callback, SeamClient):
                 f"The checkpoint was saved by {len(state_dict['seeds'])} processes and cannot be resumed exactly by "
                 f"{len(self._seeds)}; remove ExactResume to resume anyway."
             )
+        self._unrestored = None
         self._seeds = state_dict["seeds"]
         self.batches = state_dict["batches"]
         self.epoch = state_dict["epoch"]

@@ -59,11 +59,12 @@ def _rebuild(node: Any, values: Sequence[Any]) -> Any:
     return type(node)(values)
 
 
-def _leaves(node: Any, path: str = "batch") -> list[tuple[str, Any]]:
+def leaves(node: Any, path: str = "batch") -> list[tuple[str, Any]]:
+    """The leaves of a nested batch, each with its path; a column of rows that are no tensors is one."""
     children = _children(node)
     if children is None:
         return [(path, node)]
-    return [leaf for name, child in children for leaf in _leaves(child, f"{path}.{name}")]
+    return [leaf for name, child in children for leaf in leaves(child, f"{path}.{name}")]
 
 
 def _map_leaves(node: Any, fn: Callable[[Any, str], Any], path: str = "batch") -> Any:
@@ -90,7 +91,7 @@ def batch_size(batch: Any) -> int:
         >>> batch_size({"x": torch.zeros(4, 3), "meta": [torch.zeros(4), "train"]})
         4
     """
-    sizes = {path: leaf.size(0) for path, leaf in _leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() > 0}
+    sizes = {path: leaf.size(0) for path, leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() > 0}
     if not sizes:
         raise TypeError(f"The batch holds no tensor with a batch dimension, but is {type(batch).__name__}.")
     if len(set(sizes.values())) > 1:

@@ -138,8 +138,8 @@ class Images(LightningDataModule):
                 raise ValueError(f"Argument `{name}` must be in [0, 1), but got {value!r}.")
         if not 0 < holdout < 1:
             raise ValueError(f"Argument `holdout` must be in (0, 1), but got {holdout!r}.")
-        if not imbalance >= 1:
-            raise ValueError(f"Argument `imbalance` must be >= 1, but got {imbalance!r}.")
+        if not 1 <= imbalance < float("inf"):
+            raise ValueError(f"Argument `imbalance` must be finite and >= 1, but got {imbalance!r}.")
         if batch_size < 1:
             raise ValueError(f"Argument `batch_size` must be >= 1, but got {batch_size!r}.")
         if seed < 0:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from curation.samplers.concept_choice import check_integer
+
 
 class ConceptCoverage(Metric):
     """Coverage, normalised entropy, and distance to a target, of the concepts that were seen.
@@ -23,7 +25,7 @@ class ConceptCoverage(Metric):
         targets: Weights of the target, ``[V]``; None for equal ones.
 
     Raises:
-        ValueError: If ``num_concepts`` is below 1, or ``targets`` has another length.
+        ValueError: If ``num_concepts`` is below 1, or ``targets`` has another length, a number below 0 or no other.
 
     Example:
         >>> metric = ConceptCoverage(4)
@@ -40,11 +42,12 @@ class ConceptCoverage(Metric):
 
     def __init__(self, num_concepts: int, targets: Tensor | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if num_concepts < 1:
-            raise ValueError(f"Argument `num_concepts` must be >= 1, but got {num_concepts!r}.")
+        check_integer("num_concepts", num_concepts, 1)
         weights = torch.ones(num_concepts) if targets is None else torch.as_tensor(targets, dtype=torch.float32)
         if weights.shape != (num_concepts,):
             raise ValueError(f"Argument `targets` must have shape [{num_concepts}], but got {list(weights.shape)}.")
+        if not (weights.isfinite().all() and (weights >= 0).all() and weights.any()):
+            raise ValueError(f"Argument `targets` must be finite, >= 0 and not all 0, but got {weights}.")
         self.num_concepts = num_concepts
         self.add_state("counts", torch.zeros(num_concepts, dtype=torch.int64), dist_reduce_fx="sum")
         self.register_buffer("targets", weights / weights.sum(), persistent=False)

@@ -14,6 +14,7 @@ from curation.samplers.concept_choice import (
     FirstCome,
     Frequency,
     Targets,
+    check_integer,
     choose_diverse,
     round_targets,
     target_counts,
@@ -41,7 +42,9 @@ class ConceptAwareSampler(DistributedSampler):
     and takes its part. So the batches are those of one process with the whole batch size. They depend on ``seed`` and
     epoch only: a run resumes with :class:`curation.callbacks.ExactResume`, outside of Lightning with ``state_dict``.
 
-    Memory: the index, and 8 bytes a sample for the order of the epoch.
+    Memory: the index, and 8 bytes a sample for the order of the epoch, 16 with a visit penalty. A sampler cannot see
+    whether the loader has its batch size and the data set as many samples;
+    :class:`curation.callbacks.ConceptCoverageMonitor` checks both.
 
     Args:
         concepts: Of every sample of the data set, in its order.
@@ -75,17 +78,21 @@ class ConceptAwareSampler(DistributedSampler):
     ) -> None:
         if not isinstance(concepts, ConceptIndex):
             raise TypeError(f"Argument `concepts` must be a ConceptIndex, but got {type(concepts).__name__}.")
-        if batch_size < 1:
-            raise ValueError(f"Argument `batch_size` must be >= 1, but got {batch_size!r}.")
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("super_batch_size", super_batch_size, 1),
+            ("seed", seed, 0),
+        ):
+            check_integer(name, value, least)
         if not batch_size <= super_batch_size <= len(concepts):
             raise ValueError(
                 f"Argument `super_batch_size` must be in [{batch_size}, {len(concepts)}], from `batch_size` to the "
                 f"size of the data set, but got {super_batch_size!r}."
             )
-        if not (visit_penalty >= 0 and math.isfinite(visit_penalty)):
+        if not (
+            isinstance(visit_penalty, (int, float, np.number)) and visit_penalty >= 0 and math.isfinite(visit_penalty)
+        ):
             raise ValueError(f"Argument `visit_penalty` must be finite and >= 0, but got {visit_penalty!r}.")
-        if seed < 0:
-            raise ValueError(f"Argument `seed` must be >= 0, but got {seed!r}.")
         if isinstance(objective, str):
             named: dict[str, type[ConceptObjective]] = {"diversity": Diversity, "frequency": Frequency}
             objective = named[objective]() if objective in named else objective
@@ -103,7 +110,7 @@ class ConceptAwareSampler(DistributedSampler):
         self.visit_penalty = visit_penalty
         self._yielded = 0  # batches of this epoch
         self._start = 0
-        self._visits = 0, 0, np.zeros(0, np.int64)  # processes, an epoch, and how often samples were chosen before it
+        self._visits = 0, 0, np.zeros(0, np.int32)  # processes, an epoch, and how often samples were chosen before it
 
     @property
     def _place(self) -> tuple[int, int]:
@@ -113,7 +120,17 @@ class ConceptAwareSampler(DistributedSampler):
         return 0, 1
 
     def __len__(self) -> int:
-        """Indices of an epoch, per process."""
+        """Indices of an epoch, per process.
+
+        Raises:
+            ValueError: If the data set is smaller than the super-batch of all processes.
+        """
+        processes = self._place[1]
+        if len(self.concepts) < self.super_batch_size * processes:
+            raise ValueError(
+                f"Argument `super_batch_size` must be at most {len(self.concepts) // processes}, the data set over "
+                f"{processes} processes, but got {self.super_batch_size}."
+            )
         return len(self.concepts) // (self.super_batch_size * self._place[1]) * self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
@@ -123,11 +140,7 @@ class ConceptAwareSampler(DistributedSampler):
 
     def __iter__(self) -> Iterator[int]:
         rank, processes = self._place
-        if len(self.concepts) < self.super_batch_size * processes:
-            raise ValueError(
-                f"Argument `super_batch_size` must be at most {len(self.concepts) // processes}, the data set over "
-                f"{processes} processes, but got {self.super_batch_size}."
-            )
+        len(self)  # raises where there are too few samples
         start, self._start, self._yielded = self._start, 0, self._start
         for batch in self._batches(self.epoch, processes, start):
             self._yielded += 1
@@ -150,15 +163,15 @@ class ConceptAwareSampler(DistributedSampler):
             chosen = drawn[_checked(rows, k, size, self.objective)]
             if visits is not None:
                 visits[chosen] += 1
+                if step == len(draws) - 1:  # now, since a loader may not ask for more
+                    self._visits = processes, epoch + 1, visits
             if step >= start:
                 yield chosen
-        if visits is not None:
-            self._visits = processes, epoch + 1, visits
 
     def _visits_before(self, epoch: int, processes: int) -> np.ndarray:
-        """How often every sample was chosen before an epoch: int64 ``[N]``. Chooses again where that is not known."""
+        """How often every sample was chosen before an epoch: int32 ``[N]``. Chooses again where that is not known."""
         if self._visits[0] != processes or self._visits[1] > epoch:
-            self._visits = processes, 0, np.zeros(len(self.concepts), np.int64)
+            self._visits = processes, 0, np.zeros(len(self.concepts), np.int32)
         for earlier in range(self._visits[1], epoch):
             for _ in self._batches(earlier, processes):
                 pass
@@ -170,23 +183,24 @@ class ConceptAwareSampler(DistributedSampler):
         Args:
             batches: Trained on in this epoch. None for those yielded, which loader workers ask for in advance.
         """
+        sizes = [size * self._place[1] for size in (self.batch_size, self.super_batch_size)]
         return {
             "epoch": self.epoch,
             "batches": self._yielded if batches is None else batches,
-            "of": [len(self.concepts), self.batch_size * self._place[1], self.seed],
+            "of": [len(self.concepts), *sizes, self.visit_penalty, self.seed],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next iteration go on from :meth:`state_dict`, on any number of processes of one global batch size.
 
         Raises:
-            ValueError: If it is of other data, another global batch size or another seed.
+            ValueError: If it is of other data, other global sizes, another penalty or another seed.
         """
         mine = self.state_dict()["of"]
         if state["of"] != mine:
             raise ValueError(
-                "The state is of another stream: samples, global batch size and seed were "
-                f"{state['of']} and now are {mine}."
+                "The state is of another stream: samples, batch and super-batch of all processes, penalty and seed "
+                f"were {state['of']} and now are {mine}."
             )
         self.epoch = state["epoch"]
         self._start = self._yielded = state["batches"]

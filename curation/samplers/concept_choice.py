@@ -51,13 +51,19 @@ class Diversity(ConceptObjective):
     """
 
     def __init__(self, cap: int | None = None) -> None:
-        if cap is not None and cap < 1:
-            raise ValueError(f"Argument `cap` must be >= 1 or None, but got {cap!r}.")
+        if cap is not None:
+            check_integer("cap", cap, 1)
         self.cap = cap
 
     def choose(self, candidates: ConceptIndex, k: int, targets: np.ndarray, penalties: np.ndarray) -> np.ndarray:
         """See :class:`ConceptObjective`."""
         return choose_diverse(candidates, k, targets, penalties, self.cap)
+
+
+def check_integer(name: str, value: Any, least: int) -> None:
+    """Raise unless an argument is an integer, of Python or NumPy, from ``least`` on."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+        raise ValueError(f"Argument `{name}` must be an integer >= {least}, but got {value!r}.")
 
 
 class Frequency(ConceptObjective):
@@ -91,10 +97,12 @@ def target_counts(concepts: ConceptIndex, targets: Targets | Mapping[Hashable, f
         k: Size of the batch.
 
     Raises:
-        ValueError: If a name is unknown, a weight is negative or not finite, all are zero, or ``targets`` is
-            something else.
+        ValueError: If no sample has a concept, a name is unknown, a weight is negative or not finite, all are zero,
+            or ``targets`` is something else.
     """
     count = len(concepts.names)
+    if not count:
+        raise ValueError("Argument `concepts` must have a sample with a concept, but has none.")
     if isinstance(targets, Mapping):
         weights = np.zeros(count)
         place: dict[Hashable, int] = {str(name): i for i, name in enumerate(concepts.names)}  # as in a config file
@@ -110,11 +118,12 @@ def target_counts(concepts: ConceptIndex, targets: Targets | Mapping[Hashable, f
     elif targets == "proportional":
         weights = concepts.frequencies.astype(np.float64)
     elif targets == "uniform":
-        return np.full(count, max(1.0, k / max(count, 1)))
+        return np.full(count, max(1.0, k / count))
     else:
         raise ValueError(f"Argument `targets` must be 'uniform', 'proportional' or a mapping, but got {targets!r}.")
-    if not weights.sum() > 0:
+    if not weights.any():
         raise ValueError(f"Argument `targets` must have a weight > 0, but got {targets!r}.")
+    weights /= weights.max()  # so that their sum is finite
     return k * weights / weights.sum()
 
 
@@ -153,59 +162,50 @@ def choose_diverse(
     grow by another ``t_c``, as often as needed. Candidates without a wanted concept come last. A candidate with a
     concept that was chosen ``cap`` times waits until no other is left; then ``cap`` doubles, triples and so on.
 
-    As ``h`` never rises while candidates are chosen, a queue of old values gives the exact maximum (lazy greedy).
-    Where no candidate has more than one concept the order is a sort. Cost: ``O(B P log B)`` in practice, for ``P``
-    concepts per candidate.
+    As ``h`` never rises while candidates are chosen, a queue of old values gives the exact maximum (lazy greedy). Of
+    candidates with the same concepts only the next is in the queue. Cost: ``O(B P log B)`` in practice, for ``P``
+    concepts per candidate, and ``O(V)``.
 
     Args:
         candidates: Concepts of ``B`` candidates.
         k: At most ``B``.
-        targets: fp64 ``[V]``, as from :func:`target_counts`.
+        targets: fp64 ``[V]``, as from :func:`target_counts`; 0, or at least 1e-9.
         penalties: fp64 ``[B]``; None for none.
         cap: See above; None for none.
+
+    Raises:
+        ValueError: If an argument has another shape, or is out of its range.
     """
     size = len(candidates)
+    targets = np.asarray(targets, np.float64)
+    if (
+        targets.shape != (len(candidates.names),)
+        or not (((targets >= 1e-9) & (targets < np.inf)) | (targets == 0)).all()
+    ):
+        raise ValueError(
+            f"Argument `targets` must be [{len(candidates.names)}] numbers, 0 or from 1e-9 on, but got {targets}."
+        )
+    if penalties is not None and (np.shape(penalties) != (size,) or not np.isfinite(penalties).all()):
+        raise ValueError(f"Argument `penalties` must be [{size}] finite numbers, but got {penalties}.")
+    if cap is not None:
+        check_integer("cap", cap, 1)
     if not 0 <= k <= size:
         raise ValueError(f"Argument `k` must be in [0, {size}], the number of candidates, but got {k!r}.")
-    penalties = np.zeros(size) if penalties is None else penalties
-    limit = _NO_CAP if cap is None else cap
+    penalties = np.zeros(size) if penalties is None else np.asarray(penalties, np.float64)
     offsets, ids = candidates.offsets, candidates.ids
-    frequencies = np.bincount(ids, minlength=len(targets))
-    rarity = 1 / np.maximum(frequencies, 1)
-    if (np.diff(offsets) <= 1).all():
-        return _sorted_classes(offsets, ids, targets, rarity, penalties, limit)[:k]
-    counts, taken, chosen = np.zeros(len(targets), np.int64), np.zeros(size, np.bool_), np.zeros(k, np.int64)
+    rarity = 1 / np.maximum(np.bincount(ids, minlength=len(targets)), 1)
+    # Candidates with the same concepts, one after the other, the cheapest first; the choice compares them.
+    hashes = ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    hashes = (hashes ^ (hashes >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(hashes ^ (hashes >> np.uint64(32)))])
+    order = np.lexsort((penalties, np.diff(sums[offsets])))
+    chosen, following, counts = np.zeros(k, np.int64), np.full(size, -1), np.zeros(len(targets), np.int64)
+    arrays = [offsets, ids, targets, rarity, penalties, order, following, counts, chosen]
     greedy = _compiled()
-    if greedy is not _greedy:
-        greedy(offsets, ids, targets, rarity, penalties, counts, taken, chosen, limit)
-        return chosen
-    arrays = (offsets, ids, targets, rarity, penalties, counts, taken, chosen)  # items of lists are read faster
-    lists = [array.tolist() for array in arrays]
-    greedy(*lists, limit)
-    return np.array(lists[-1], np.int64)
-
-
-def _sorted_classes(
-    offsets: np.ndarray, ids: np.ndarray, targets: np.ndarray, rarity: np.ndarray, penalties: np.ndarray, cap: int
-) -> np.ndarray:
-    """All candidates with at most one concept each, in the order in which the greedy choice would take them."""
-    size = len(offsets) - 1
-    concept = np.full(size, -1)
-    concept[np.diff(offsets) == 1] = ids
-    # The n-th candidate of a concept is the one that is chosen when n of it are.
-    order = np.lexsort((penalties, concept))
-    first = np.flatnonzero(np.diff(concept[order], prepend=-2))
-    n = np.empty(size, np.int64)
-    n[order] = np.arange(size) - np.repeat(first, np.diff(first, append=size))
-    n[concept < 0] = 0
-    wanted = (concept >= 0) & (targets[concept] > 0)
-    t = np.where(wanted, targets[concept], 1.0)
-    rounds = np.floor(n / t) + 1
-    rounds += n >= rounds * t
-    rounds -= (rounds > 1) & (n < (rounds - 1) * t)
-    gain = (rounds * t - n) / (rounds * t) + rarity[concept]
-    gain[~wanted], rounds[~wanted] = 0, np.inf
-    return np.lexsort((np.arange(size), penalties - gain, rounds, n // cap))
+    if greedy is _greedy:
+        arrays = [array.tolist() for array in arrays]  # whose items are read faster
+    greedy(*arrays, _NO_CAP if cap is None else min(cap, _NO_CAP))
+    return np.asarray(arrays[-1], np.int64)
 
 
 def _greedy(
@@ -214,75 +214,66 @@ def _greedy(
     targets: Any,
     rarity: Any,
     penalties: Any,
+    order: Any,
+    following: Any,
     counts: Any,
-    taken: Any,
     chosen: Any,
     cap: int,
 ) -> None:
     """Fill ``chosen``. Compiled by numba where there is numba, hence plain loops."""
 
-    def is_full(i, limit):  # type: ignore[no-untyped-def]
-        for j in range(offsets[i], offsets[i + 1]):  # noqa: SIM110 - numba has no any()
-            if counts[ids[j]] >= limit:
-                return True
-        return False
-
-    def gain(i, rounds):  # type: ignore[no-untyped-def]
-        total = 0.0
-        for j in range(offsets[i], offsets[i + 1]):
-            target = rounds * targets[ids[j]]
-            if counts[ids[j]] < target:
-                total += (target - counts[ids[j]]) / target + rarity[ids[j]]
-        return total / max(offsets[i + 1] - offsets[i], 1)
-
-    def rounds_needed(i):  # type: ignore[no-untyped-def]
-        """After how many growths of the targets one of its concepts is wanted."""
-        fewest = np.inf
-        for j in range(offsets[i], offsets[i + 1]):
+    def entry(i):  # type: ignore[no-untyped-def]
+        """Smallest first: how often the cap and the targets have to grow, the penalty less the gain, the position."""
+        begin, end = offsets[i], offsets[i + 1]
+        full, rounds = 0, np.inf
+        for j in range(begin, end):
             target, count = targets[ids[j]], counts[ids[j]]
+            if count >= cap:
+                full = max(full, count // cap)
             if target > 0:
-                rounds = count // target + 1.0
-                if count >= rounds * target:
-                    rounds += 1
-                elif rounds > 1 and count < (rounds - 1) * target:
-                    rounds -= 1
-                fewest = min(fewest, rounds)
-        return fewest
+                grown = 1.0
+                if count >= target:
+                    grown = math.floor(count / target) + 1.0
+                    if count >= grown * target:
+                        grown += 1
+                    elif count < (grown - 1) * target:
+                        grown -= 1
+                rounds = min(rounds, grown)
+        gain = 0.0
+        for j in range(begin, end):
+            if targets[ids[j]] > 0:
+                target = rounds * targets[ids[j]]
+                if counts[ids[j]] < target:
+                    gain += (target - counts[ids[j]]) / target + rarity[ids[j]]
+        return full, rounds, penalties[i] - gain / max(end - begin, 1), i
 
-    size, filled, limit, rounds = len(taken), 0, cap, 1.0
-    while filled < len(chosen):
-        nearest = np.inf
-        heap = [(0.0, 0) for _ in range(0)]
-        for i in range(size):
-            if not taken[i] and not is_full(i, limit):
-                nearest = min(nearest, rounds_needed(i))
-        if nearest < np.inf:
-            rounds = max(rounds, nearest)
-        for i in range(size):
-            if not taken[i] and not is_full(i, limit):
-                now = gain(i, rounds)
-                if now > 0 or nearest == np.inf:
-                    heap.append((penalties[i] - now, i))
-        if len(heap) == 0:
-            limit += cap
-            rounds = 1.0
-        heapq.heapify(heap)
-        while len(heap) > 0 and filled < len(chosen):
-            _, i = heapq.heappop(heap)
-            if is_full(i, limit):
-                continue
-            now = gain(i, rounds)
-            if now <= 0 and nearest < np.inf:
-                continue  # waits for the next round
-            entry = (penalties[i] - now, i)
-            if len(heap) > 0 and entry > heap[0]:
-                heapq.heappush(heap, entry)
-                continue
-            chosen[filled] = i
-            filled += 1
-            taken[i] = True
-            for j in range(offsets[i], offsets[i + 1]):
-                counts[ids[j]] += 1
+    def same(i, other):  # type: ignore[no-untyped-def]
+        size = offsets[i + 1] - offsets[i]
+        if size != offsets[other + 1] - offsets[other]:
+            return False
+        for j in range(size):  # noqa: SIM110 - numba has no all()
+            if ids[offsets[i] + j] != ids[offsets[other] + j]:
+                return False
+        return True
+
+    heap = [entry(i) for i in order[:1]]
+    for place in range(1, len(order)):
+        if same(order[place], order[place - 1]):
+            following[order[place - 1]] = order[place]
+        else:
+            heap.append(entry(order[place]))
+    heapq.heapify(heap)
+    for step in range(len(chosen)):
+        i = heapq.heappop(heap)[3]
+        now = entry(i)
+        while len(heap) > 0 and now > heap[0]:
+            i = heapq.heapreplace(heap, now)[3]
+            now = entry(i)
+        chosen[step] = i
+        for j in range(offsets[i], offsets[i + 1]):
+            counts[ids[j]] += 1
+        if following[i] >= 0:
+            heapq.heappush(heap, entry(following[i]))
 
 
 @functools.cache
@@ -296,4 +287,7 @@ def _compiled() -> Callable[..., None]:
             stacklevel=3,
         )
         return _greedy
-    return numba.njit(cache=True)(_greedy)
+    try:
+        return numba.njit(cache=True)(_greedy)
+    except RuntimeError:  # there is no folder that can be written
+        return numba.njit(_greedy)

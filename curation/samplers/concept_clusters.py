@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from curation.samplers.concept_choice import check_integer
 from curation.samplers.concept_index import ConceptIndex
 
 
@@ -33,7 +34,9 @@ def cluster_concepts(embeddings: Any, k: int, iterations: int = 20, seed: int = 
     points = np.ascontiguousarray(embeddings, dtype=np.float32)
     if points.ndim != 2 or not points.size or not np.isfinite(points).all():
         raise ValueError(f"Argument `embeddings` must be a matrix of finite numbers, but got shape {points.shape}.")
-    if not 1 <= k <= len(points):
+    for name, value, least in (("k", k, 1), ("iterations", iterations, 1), ("seed", seed, 0)):
+        check_integer(name, value, least)
+    if k > len(points):
         raise ValueError(f"Argument `k` must be in [1, {len(points)}], the number of samples, but got {k!r}.")
     kmeans = faiss.Kmeans(points.shape[1], k, niter=iterations, seed=seed, nredo=3, min_points_per_centroid=1)
     kmeans.train(points)

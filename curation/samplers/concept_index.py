@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import cached_property
 from os import PathLike
@@ -30,14 +31,48 @@ class ConceptIndex:
     """
 
     def __init__(self, offsets: np.ndarray, ids: np.ndarray, names: Sequence[Hashable]) -> None:
-        if not (offsets.ndim == ids.ndim == 1 and len(offsets) and offsets[0] == 0 and offsets[-1] == len(ids)):
+        offsets, ids = np.asarray(offsets), np.asarray(ids)
+        if not (offsets.ndim == ids.ndim == 1 and offsets.dtype.kind in "iu" and ids.dtype.kind in "iu"):
             raise ValueError(
-                "Argument `offsets` must be one-dimensional, begin with 0 and end with the length of `ids`, "
-                f"{len(ids)}, but got shape {offsets.shape}."
+                "Arguments `offsets` and `ids` must be integers in one dimension, but got "
+                f"{offsets.dtype} {list(offsets.shape)} and {ids.dtype} {list(ids.shape)}."
             )
+        if not (len(offsets) and offsets[0] == 0 and offsets[-1] == len(ids) and (np.diff(offsets) >= 0).all()):
+            raise ValueError(
+                f"Argument `offsets` must rise from 0 to the number of `ids`, {len(ids)}, but got {offsets}."
+            )
+        if len(ids) and not 0 <= ids.min() <= ids.max() < len(names):
+            raise ValueError(
+                f"Argument `ids` must be in [0, {len(names)}), the concepts with a name, but got {ids.min()} to "
+                f"{ids.max()}."
+            )
+        rises = np.diff(ids) > 0
+        rises[offsets[(offsets > 0) & (offsets < len(ids))] - 1] = True
+        if not rises.all():
+            raise ValueError("Argument `ids` must rise strictly within each sample, but does not.")
+        if not isinstance(names, range) and len(set(names)) < len(names):
+            raise ValueError("Argument `names` must have each name once, but has one several times.")
+        self._set(offsets.astype(np.int64, copy=False), ids.astype(np.int32, copy=False), names)
+
+    def _set(self, offsets: np.ndarray, ids: np.ndarray, names: Sequence[Hashable]) -> "ConceptIndex":
         self.offsets = offsets
         self.ids = ids
         self.names = names
+        self._path: str | None = None
+        return self
+
+    def __reduce__(self) -> Any:
+        """A memory-mapped index stays on disk when it goes to another process."""
+        return (
+            (ConceptIndex.load, (self._path,))
+            if self._path
+            else (ConceptIndex._of, (self.offsets, self.ids, self.names))
+        )
+
+    @classmethod
+    def _of(cls, offsets: np.ndarray, ids: np.ndarray, names: Sequence[Hashable]) -> "ConceptIndex":
+        """Of parts that are known to fit: checking reads them all."""
+        return cls.__new__(cls)._set(offsets, ids, names)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -63,10 +98,11 @@ class ConceptIndex:
 
     def take(self, samples: np.ndarray) -> "ConceptIndex":
         """The index of some samples, int64 ``[n]``, in that order and with the same concepts."""
+        samples = np.asarray(samples)
         starts = self.offsets[samples]
         sizes = self.offsets[samples + 1] - starts
         offsets = np.concatenate([[0], np.cumsum(sizes)])
-        return ConceptIndex(offsets, self.ids[_ranges(starts, sizes, offsets)], self.names)
+        return self._of(offsets, self.ids[_ranges(starts, sizes, offsets)], self.names)
 
     def padded(self) -> np.ndarray:
         """Concepts as int32 ``[N, max(1, max |C_i|)]``, -1 where a sample has fewer."""
@@ -100,7 +136,7 @@ class ConceptIndex:
             if isinstance(names, (str, bytes, Mapping)) or not isinstance(names, Iterable):
                 raise TypeError(f"The concepts of sample {i} must be a list of names, but got {names!r}.")
             row = set()
-            for name in names:
+            for name in names.tolist() if hasattr(names, "tolist") else names:  # tensors are hashed by identity
                 _check_name(name, i)
                 row.add(known.setdefault(name, len(known)))
             ids += sorted(row)
@@ -113,10 +149,10 @@ class ConceptIndex:
 
         Args:
             labels: Integers ``[N]`` in ``[0, V)`` (a tensor, an array, a list), or names.
-            names: Of the classes, ``[V]``; None for the integers up to the largest label.
+            names: Of the classes, ``[V]``; None for the numbers up to the largest label.
 
         Raises:
-            ValueError: If there are no samples, or a label is no class.
+            ValueError: If there are no samples, a label is no class, or the largest is far above their number.
         """
         array = np.asarray(labels)
         if array.ndim != 1:
@@ -134,10 +170,15 @@ class ConceptIndex:
                 return cls.from_labels(np.array([place[label] for label in array.tolist()], np.int32), names)
             return cls.from_lists([[label] for label in array.tolist()])
         count = int(array.max()) + 1 if names is None else len(names)
+        if names is None and count > 1_000_000 + len(array):  # there is an entry for every class in many places
+            raise ValueError(
+                f"Argument `names` must be given for labels up to {count - 1} of {len(array)} samples, but got None; "
+                "or take `from_lists`."
+            )
         if not 0 <= array.min() <= array.max() < count:
             raise ValueError(f"Argument `labels` must be in [0, {count}), but got {array.min()} to {array.max()}.")
         offsets, ids = _checked(np.arange(len(array) + 1), array)
-        return cls(offsets, ids, list(range(count)) if names is None else names)
+        return cls(offsets, ids, range(count) if names is None else names)
 
     @classmethod
     def from_column(cls, dataset: Any, column: str) -> "ConceptIndex":
@@ -150,8 +191,13 @@ class ConceptIndex:
             column: Its column.
 
         Raises:
+            TypeError: If it is no ``datasets.Dataset``, but several splits, say.
             ValueError: If there is no such column, it is of another type, or a list holds a null.
         """
+        if not hasattr(dataset, "select_columns") or not isinstance(dataset.column_names, list):
+            raise TypeError(
+                f"Argument `dataset` must be a datasets.Dataset, one split, but got {type(dataset).__name__}."
+            )
         if column not in dataset.column_names:
             raise ValueError(f"Argument `column` must be one of {dataset.column_names}, but got {column!r}.")
         feature: Any = dataset.features[column]
@@ -165,7 +211,9 @@ class ConceptIndex:
             else:
                 sizes.append(chunk.is_valid().to_numpy(zero_copy_only=False).astype(np.int64))
                 values.append(chunk.drop_null())
-        flat = pa.chunked_array(values, type=values[0].type if values else pa.int64())
+        flat = pa.chunked_array(values, type=values[0].type if values else pa.null())
+        if pa.types.is_null(flat.type) and not len(flat):
+            flat = flat.cast(pa.int64())  # no sample has a concept
         if flat.null_count:
             raise ValueError(f"Column {column!r} has a list with a null in it.")
         if not any(check(flat.type) for check in (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string)):
@@ -209,7 +257,9 @@ class ConceptIndex:
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
             names = json.loads((reader.schema.metadata or {})[b"names"])
             rows = reader.get_batch(0).column("concepts")
-            return cls(rows.offsets.to_numpy(), rows.values.to_numpy(), names)
+            index = cls._of(rows.offsets.to_numpy(), rows.values.to_numpy(), names)
+            index._path = os.path.abspath(path)
+            return index
         except (pa.ArrowInvalid, KeyError) as error:
             raise ValueError(f"{path} was not written by `ConceptIndex.save`.") from error
 

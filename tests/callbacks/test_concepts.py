@@ -1,13 +1,12 @@
 """Concepts in a Lightning run: what was trained on is counted, and online the sampler's objective chooses it."""
 
-import warnings
-
 import numpy as np
 import pytest
 import torch
-from curation.callbacks import ConceptAwareSelection, ConceptCoverageMonitor, UniformSelection
+from curation.callbacks import ConceptAwareSelection, ConceptCoverageMonitor, UniformSelection, concept_coverage
 from helpers import Classifier, Watch, data, trainer
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch.utils.data import DataLoader
 from twins import slow_diverse
@@ -132,28 +131,44 @@ def test_the_picture_is_saved_after_an_exception_and_missing_matplotlib_is_told(
 
     fit()
     assert (tmp_path / "csv/version_0/concepts.png").is_file()
+    with monkeypatch.context() as patch:
+        patch.setattr(concept_coverage, "plot_concepts", lambda *_: 1 / 0)
+        with pytest.warns(UserWarning, match="was not drawn: ZeroDivisionError"):
+            fit()
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.warns(UserWarning, match="A picture needs matplotlib"):
         fit()
 
 
-def test_validation_and_tuners_are_not_counted():
-    monitor = ConceptCoverageMonitor(concepts())
-    run = trainer(monitor, max_epochs=1, limit_train_batches=2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        run.fit(Classifier(), loader(), loader())
-    assert monitor.visits.sum() == 16
+def test_validation_and_the_last_pass_of_weight_averaging_are_not_counted():
+    for callbacks in ([], [StochasticWeightAveraging(0.01, swa_epoch_start=1)]):
+        monitor = ConceptCoverageMonitor(concepts())
+        trainer(monitor, *callbacks, max_epochs=2, limit_train_batches=2).fit(Classifier(), loader(), loader())
+        assert monitor.visits.sum() == 32
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path):
+    run = trainer(ConceptCoverageMonitor(concepts()), max_epochs=1)
+    run.fit(Classifier(), loader())
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    few = DataLoader(SampleIds(data(32)), 8)
+    with pytest.raises(ValueError, match="The checkpoint counts 64 samples, but now there are 32"):
+        trainer(ConceptCoverageMonitor(concepts().take(np.arange(32)))).fit(
+            Classifier(), few, ckpt_path=tmp_path / "x.ckpt", weights_only=True
+        )
 
 
 def test_rubbish_is_named():
-    few = ConceptIndex.from_labels([0, 1])
+    few, small = ConceptIndex.from_labels([0, 1]), ConceptAwareSampler(concepts(), 4, 16)
     for callback, batches, error, message in (
         (ConceptCoverageMonitor(), loader(), ValueError, "Argument `concepts` must be given where neither"),
         (ConceptCoverageMonitor(few), loader(), ValueError, "a row for each of the 64 samples, but got 2"),
         (ConceptCoverageMonitor(concepts(), {"x": 1.0}), loader(), ValueError, "`targets` must name concepts"),
         (ConceptCoverageMonitor(concepts()), DataLoader(data(), 8), TypeError, "Monitor needs sample ids"),
-        (ConceptCoverageMonitor("missing.arrow"), loader(), FileNotFoundError, "missing.arrow"),
+        (ConceptCoverageMonitor("missing.arrow"), loader(), ValueError, "must name a file, .*missing"),
+        (ConceptCoverageMonitor([["a"]]), loader(), TypeError, "must be a ConceptIndex or a file, but got list"),
+        (ConceptCoverageMonitor(), loader(small), ValueError, "the `batch_size` of its sampler, 4, but has 8"),
+        (ConceptCoverageMonitor(concepts()), [loader(), loader()], TypeError, "need one training `DataLoader`"),
         (ConceptAwareSelection(0.5), loader(), ValueError, "Argument `concepts` must be given where the data module"),
         (ConceptAwareSelection(0.5, few), loader(), ValueError, "a row for each of the 64 samples, but got 2"),
         (ConceptAwareSelection(0.5, concepts(), targets={"x": 1.0}), loader(), ValueError, "`targets` must name"),

@@ -58,6 +58,11 @@ def test_pictures_are_averaged_over_their_pixels():
     assert embed(trainer(), Convolution(), loader(shuffle=False)).shape == (64, 5)
 
 
+class Reversed:
+    def __iter__(self):
+        yield from ([7, 6, 5, 4], [3, 2, 1, 0])
+
+
 def test_nothing_is_left_behind_after_an_exception_and_rubbish_is_named():
     class Twice(Classifier):
         def predict_step(self, batch, batch_idx):
@@ -76,10 +81,14 @@ def test_nothing_is_left_behind_after_an_exception_and_rubbish_is_named():
     with pytest.raises(TypeError, match="`predict_step` must give a tensor, but gave NoneType"):
         embed(trainer(), Nothing(), loader(shuffle=False))
     for sampler in (RandomSampler(data()), HardBatchSampler(data(), 8)):
-        with pytest.raises(ValueError, match=f"keep the order .* but its sampler is {type(sampler).__name__}"):
+        with pytest.raises(ValueError, match=f"keep the order .* but has a {type(sampler).__name__}"):
             embed(trainer(), Classifier(), DataLoader(data(), 8, sampler=sampler))
     for part in ({"limit_predict_batches": 1}, {"limit_predict_batches": 0.5}, {"fast_dev_run": True}):
         with pytest.raises(ValueError, match="`trainer` must predict all batches, but has `limit_predict_batches="):
             embed(trainer(**part), Classifier(), loader(shuffle=False))
+    with pytest.raises(ValueError, match="must have a batch, but has none"):
+        embed(trainer(), Classifier(), DataLoader([], 4))
+    with pytest.raises(ValueError, match="must keep the order of the data set, but has a Reversed"):
+        embed(trainer(), Classifier(), DataLoader(data(8), batch_sampler=Reversed()))
     with pytest.raises(AttributeError, match="nowhere"):
         embed(trainer(), Classifier(), loader(shuffle=False), layer="nowhere")

@@ -6,7 +6,15 @@ from curation.callbacks import ExactResume, UniformSelection, UtilityDiversitySe
 from helpers import Classifier, Watch, assert_same_weights, data, loader, trainer, weights
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+)
 
 
 def fit(folder, make_loader, resume=None, seed=1, module=Classifier, options=None, **checkpoint):
@@ -244,3 +252,18 @@ def test_the_data_loader_and_the_strategy_are_as_they_were():
     assert mine
     assert batches.batch_sampler is before
     assert changed == [8] * 8 + [4] * 8  # the epoch's length is Lightning's and was fixed before
+
+
+def test_it_can_be_added_to_a_run_that_did_without(tmp_path):
+    """Epoch 2 has the order that the sampler has in epoch 2, not that of epoch 0."""
+    sampler = DistributedSampler(data(), num_replicas=1, rank=0, shuffle=True)
+    first = trainer(max_epochs=2)
+    first.fit(Classifier(), DataLoader(data(), 8, sampler=sampler))
+    first.save_checkpoint(tmp_path / "x.ckpt")
+    watch = Watch()
+    trainer(ExactResume(), watch, max_epochs=3).fit(
+        Classifier(), DataLoader(data(), 8, sampler=sampler), ckpt_path=tmp_path / "x.ckpt", weights_only=True
+    )
+    sampler.set_epoch(2)
+    expected = data().tensors[0][list(sampler)]
+    assert torch.equal(torch.cat([x for x, _ in watch.batches]), expected)

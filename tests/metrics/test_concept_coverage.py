@@ -36,10 +36,13 @@ def test_forward_is_of_the_batch_and_compute_of_all():
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match="`num_concepts` must be >= 1, but got 0"):
+    with pytest.raises(ValueError, match="`num_concepts` must be an integer >= 1, but got 0"):
         ConceptCoverage(0)
     with pytest.raises(ValueError, match=r"`targets` must have shape \[3\], but got \[2\]"):
         ConceptCoverage(3, torch.ones(2))
+    for targets in ([0.0, 0.0], [-1.0, 2.0], [float("nan"), 1.0]):
+        with pytest.raises(ValueError, match="`targets` must be finite, >= 0 and not all 0"):
+            ConceptCoverage(2, torch.tensor(targets))
 
 
 def test_the_picture_has_the_shares_of_head_middle_and_tail():

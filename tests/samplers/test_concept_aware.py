@@ -89,7 +89,9 @@ def test_it_goes_on_where_a_killed_run_was(penalty):
     ahead = make()
     ahead.load_state_dict(ahead.state_dict(batches=2))
     assert len(list(ahead)) == 8 * 8
-    with pytest.raises(ValueError, match=r"of another stream.* were \[400, 8, 3\] and now are \[400, 4, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"of another stream.* were \[400, 8, 40, .*, 3\] and now are \[400, 4, 40, "
+    ):
         make(4).load_state_dict(state)
 
 
@@ -109,7 +111,7 @@ for number in range(2):
     assert len(loader) == 5
     batches += [batch.tolist() for batch in loader]
 resumed = make()
-resumed.load_state_dict({"epoch": 1, "batches": 2, "of": [400, 16, 0]})  # of any number of processes
+resumed.load_state_dict({"epoch": 1, "batches": 2, "of": [400, 16, 80, 0.1, 0]})  # of any number of processes
 batches += torch.tensor(list(resumed)).view(3, -1).tolist()
 json.dump(batches, open(f"{rank}.json", "w"))
 """
@@ -205,7 +207,11 @@ def test_an_objective_of_ones_own():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 0}, "`batch_size` must be >= 1, but got 0"),
+        ({"batch_size": 0}, "`batch_size` must be an integer >= 1, but got 0"),
+        ({"batch_size": 8.0}, "`batch_size` must be an integer >= 1, but got 8.0"),
+        ({"batch_size": True}, "`batch_size` must be an integer >= 1, but got True"),
+        ({"super_batch_size": "40"}, "`super_batch_size` must be an integer >= 1, but got '40'"),
+        ({"seed": None}, "`seed` must be an integer >= 0, but got None"),
         ({"super_batch_size": 7}, r"`super_batch_size` must be in \[8, 400\].* but got 7"),
         ({"super_batch_size": 401}, r"`super_batch_size` must be in \[8, 400\].* but got 401"),
         ({"objective": "variety"}, "`objective` must be 'diversity', 'frequency' or .* but got 'variety'"),
@@ -214,12 +220,14 @@ def test_an_objective_of_ones_own():
         ({"targets": {"1": -2.0}}, "`targets` must have finite weights >= 0, but got -2.0 for '1'"),
         ({"visit_penalty": -1.0}, "`visit_penalty` must be finite and >= 0, but got -1.0"),
         ({"visit_penalty": float("nan")}, "`visit_penalty` must be finite and >= 0, but got nan"),
-        ({"seed": -1}, "`seed` must be >= 0, but got -1"),
+        ({"seed": -1}, "`seed` must be an integer >= 0, but got -1"),
+        ({"concepts": ConceptIndex.from_lists([[]] * 400)}, "`concepts` must have a sample with a concept"),
+        ({"visit_penalty": "0.3"}, "`visit_penalty` must be finite and >= 0, but got '0.3'"),
     ],
 )
 def test_a_bad_argument_is_named_with_its_value(changes, message):
     with pytest.raises(ValueError, match=message):
-        ConceptAwareSampler(tags(), **{"batch_size": 8, "super_batch_size": 40, **changes})
+        ConceptAwareSampler(**{"concepts": tags(), "batch_size": 8, "super_batch_size": 40, **changes})
 
 
 def test_a_list_is_no_index():

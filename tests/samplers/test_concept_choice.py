@@ -140,5 +140,27 @@ def test_a_bad_target_is_named(targets, message):
 def test_other_bad_arguments_are_named():
     with pytest.raises(ValueError, match=r"Argument `k` must be in \[0, 1\], .* but got 2"):
         choose_diverse(index([{0}], 1), 2, np.ones(1))
-    with pytest.raises(ValueError, match="Argument `cap` must be >= 1 or None, but got 0"):
-        Diversity(cap=0)
+    for cap in (0, -1, 1.5):
+        for refuse in (
+            lambda cap: Diversity(cap=cap),
+            lambda cap: choose_diverse(index([{0}], 1), 1, np.ones(1), cap=cap),
+        ):
+            with pytest.raises(ValueError, match=f"Argument `cap` must be an integer >= 1, but got {cap}"):
+                refuse(cap)
+    for targets in (np.ones(3), np.array([np.inf]), np.array([np.nan]), np.array([-1.0]), np.array([1e-300])):
+        with pytest.raises(ValueError, match=r"Argument `targets` must be \[1\] numbers, 0 or from 1e-9 on"):
+            choose_diverse(index([{0}, {0}], 1), 1, targets)
+    for penalties in (np.ones(3), np.array([np.nan, 0])):
+        with pytest.raises(ValueError, match=r"Argument `penalties` must be \[2\] finite numbers"):
+            choose_diverse(index([{0}, {0}], 1), 1, np.ones(1), penalties)
+
+
+def test_the_smallest_targets_end():
+    rows = [{i % 3, 3 + i % 4} for i in range(50)]
+    chosen = choose_diverse(index(rows, 7), 50, np.array([1e-9, 1e-9, 1, 5, 1e-9, 0, 1e9]))
+    assert sorted(chosen) == list(range(50))
+
+
+def test_weights_of_any_size_are_targets():
+    corpus = ConceptIndex.from_lists([["a"], ["b"]])
+    assert target_counts(corpus, {"a": 1e308, "b": 1e308}, 8).tolist() == [4, 4]

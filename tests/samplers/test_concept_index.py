@@ -53,7 +53,7 @@ def test_a_file_is_read_in_pages(tmp_path):
 def test_labels():
     for labels in ([2, 0, 0], np.array([2, 0, 0], np.uint8), torch.tensor([2, 0, 0])):
         index = ConceptIndex.from_labels(labels)
-        assert (index.names, index.ids.tolist(), index.sizes.tolist()) == ([0, 1, 2], [2, 0, 0], [1, 1, 1])
+        assert (index.names, index.ids.tolist(), index.sizes.tolist()) == (range(3), [2, 0, 0], [1, 1, 1])
     assert sets(ConceptIndex.from_labels([2, 0], ["a", "b", "c"])) == [{"c"}, {"a"}]
     assert sets(ConceptIndex.from_labels(["x", "y", "x"])) == [{"x"}, {"y"}, {"x"}]
     index = ConceptIndex.from_labels(["x", "y"], names=["y", "z", "x"])
@@ -84,6 +84,13 @@ def test_columns_of_other_types():
         ConceptIndex.from_column(unlabelled, "c")
 
 
+def test_tensors_and_columns_without_any_concept():
+    assert sets(ConceptIndex.from_lists([torch.tensor([1, 2]), np.array([1])])) == [{1, 2}, {1}]
+    nothing = datasets.Dataset.from_dict({"none": [None, None], "empty": [[], []]})
+    for column in ("none", "empty"):
+        assert sets(ConceptIndex.from_column(nothing, column)) == [set(), set()]
+
+
 def test_rubbish_is_named(tmp_path):
     with pytest.raises(ValueError, match="no samples"):
         ConceptIndex.from_lists([])
@@ -106,8 +113,23 @@ def test_rubbish_is_named(tmp_path):
         ConceptIndex.from_labels(np.eye(2, dtype=int))
     with pytest.raises(ValueError, match="`names` must hold every label, but lacks 'y'"):
         ConceptIndex.from_labels(["x", "y"], names=["x"])
-    with pytest.raises(ValueError, match="Argument `offsets` must"):
-        ConceptIndex(np.array([0, 2]), np.array([1], np.int32), ["a", "b"])
+    with pytest.raises(ValueError, match=r"`names` must be given for labels up to 2147483648 of 2 samples"):
+        ConceptIndex.from_labels([2**31, 0])
+    with pytest.raises(TypeError, match=r"`dataset` must be a datasets.Dataset, one split, but got DatasetDict"):
+        ConceptIndex.from_column(datasets.DatasetDict(train=datasets.Dataset.from_dict({"t": ["a"]})), "t")
+    for offsets, ids, names, message in (
+        ([0, 2], [1], "ab", "`offsets` must rise from 0 to the number of `ids`, 1"),
+        ([0, 2, 1], [1], "ab", "`offsets` must rise"),
+        ([0.0, 1.0], [1], "ab", "must be integers in one dimension, but got float64"),
+        ([0, 1], [5], "ab", r"`ids` must be in \[0, 2\), the concepts with a name, but got 5 to 5"),
+        ([0, 1], [-1], "ab", r"`ids` must be in \[0, 2\)"),
+        ([0, 2], [1, 0], "ab", "`ids` must rise strictly within each sample"),
+        ([0, 2], [1, 1], "ab", "`ids` must rise strictly within each sample"),
+        ([0, 1], [1], "aa", "`names` must have each name once"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ConceptIndex(np.array(offsets), np.array(ids), names)
+    assert sets(ConceptIndex([0, 1, 1, 2, 3], [1, 1, 0], "ab")) == [{"b"}, set(), {"b"}, {"a"}]
     with pytest.raises(IndexError, match="Sample 1 of 1"):
         ConceptIndex.from_labels([0])[1]
     with pytest.raises(TypeError, match=r"strings or numbers can be saved, but got \(1, 2\)"):
