@@ -225,26 +225,28 @@ def _greedy(
     def entry(i):  # type: ignore[no-untyped-def]
         """Smallest first: how often the cap and the targets have to grow, the penalty less the gain, the position."""
         begin, end = offsets[i], offsets[i + 1]
-        full, rounds = 0, np.inf
+        full, rounds, gain = 0, np.inf, 0.0
         for j in range(begin, end):
-            target, count = targets[ids[j]], counts[ids[j]]
+            c = ids[j]
+            target, count = targets[c], counts[c]
             if count >= cap:
                 full = max(full, count // cap)
-            if target > 0:
-                grown = 1.0
-                if count >= target:
-                    grown = math.floor(count / target) + 1.0
-                    if count >= grown * target:
-                        grown += 1
-                    elif count < (grown - 1) * target:
-                        grown -= 1
+            if count < target:
+                rounds = 1.0
+                gain += (target - count) / target + rarity[c]
+            elif target > 0 and rounds > 1:
+                grown = math.floor(count / target) + 1.0
+                if count >= grown * target:
+                    grown += 1
+                elif count < (grown - 1) * target:
+                    grown -= 1
                 rounds = min(rounds, grown)
-        gain = 0.0
-        for j in range(begin, end):
-            if targets[ids[j]] > 0:
-                target = rounds * targets[ids[j]]
-                if counts[ids[j]] < target:
-                    gain += (target - counts[ids[j]]) / target + rarity[ids[j]]
+        if 1 < rounds < np.inf:
+            for j in range(begin, end):
+                c = ids[j]
+                target = rounds * targets[c]
+                if counts[c] < target:
+                    gain += (target - counts[c]) / target + rarity[c]
         return full, rounds, penalties[i] - gain / max(end - begin, 1), i
 
     def same(i, other):  # type: ignore[no-untyped-def]

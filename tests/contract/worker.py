@@ -12,6 +12,7 @@ from curation.callbacks import ExactResume, SelectionLedger
 from helpers import Classifier, LanguageModel, data, texts, trainer
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, default_collate
@@ -119,7 +120,8 @@ def two_ranks(rank: int, port: int, folder: Path) -> None:
             here.mkdir(exist_ok=True)
             os.chdir(here)
             write_tags(2 * 19)
-            run = trainer(*entry.in_trainer(), *resumer, kept, strategy=how, devices=2, max_epochs=2)
+            how_long = {"max_epochs": 2, "logger": CSVLogger(here)}
+            run = trainer(*entry.in_trainer(), *resumer, kept, strategy=how, devices=2, **how_long)
             run.fit(module, entry.loader(texts(2 * 19), collate_fn=short_on_rank_one))
             if rank == 1:
                 torch.distributed.barrier()
