@@ -127,5 +127,6 @@ class ConceptAwareSelection(OnlineSelection):
             return (concepts >= 0).sum(1).argsort(descending=True, stable=True)[:k]
         targets = self._wanted[1]
         if self.targets != "uniform":
+            # as `round_targets` does
             targets = (targets.cumsum(0) + draw + 1e-9).floor().diff(prepend=targets.new_zeros(1))
         return diverse_rows(concepts, k, targets)

@@ -130,7 +130,8 @@ class ConceptCoverageMonitor(Callback, SeamClient, SelectionListener):
             return
         ids = ids[ids >= 0]
         assert self._index is not None
-        metric = ConceptCoverage(len(self._index.names), torch.from_numpy(self._weights))
+        # The ids are of all ranks already, and NCCL could not add up counts on the host.
+        metric = ConceptCoverage(len(self._index.names), torch.from_numpy(self._weights), sync_on_compute=False)
         metric.update(torch.from_numpy(self._index.take(ids.cpu().numpy()).ids))
         seen = self.visits.gt(0).sum()
         values = {

@@ -22,7 +22,8 @@ class ConceptCoverage(Metric):
 
     Args:
         num_concepts: ``V``.
-        targets: Weights of the target, ``[V]``; None for equal ones.
+        targets: Weights of the target, floating ``[V]``; None for equal ones.
+        kwargs: Of :class:`torchmetrics.Metric`.
 
     Raises:
         ValueError: If ``num_concepts`` is below 1, or ``targets`` has another length, a number below 0 or no other.

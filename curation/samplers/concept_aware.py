@@ -5,8 +5,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch.utils.data import DistributedSampler
 
 from curation.samplers.concept_choice import (
     ConceptObjective,
@@ -20,6 +18,7 @@ from curation.samplers.concept_choice import (
     target_counts,
 )
 from curation.samplers.concept_index import ConceptIndex
+from curation.samplers.global_batch import GlobalBatchSampler
 
 __all__ = [
     "ConceptAwareSampler",
@@ -33,7 +32,7 @@ __all__ = [
 ]
 
 
-class ConceptAwareSampler(DistributedSampler):
+class ConceptAwareSampler(GlobalBatchSampler):
     """Yields the indices of batches, each the best ``batch_size`` of a random super-batch by their concepts.
 
     An epoch is one shuffled pass over the data set in super-batches; its rest is left out. Give it to a
@@ -101,7 +100,7 @@ class ConceptAwareSampler(DistributedSampler):
                 f"Argument `objective` must be 'diversity', 'frequency' or a ConceptObjective, but got {objective!r}."
             )
         target_counts(concepts, targets, batch_size)  # raises now, not in the first step
-        super().__init__(concepts, num_replicas=1, rank=0, seed=seed)  # type: ignore[arg-type]  # what Lightning asks of a distributed sampler
+        super().__init__(concepts, seed)
         self.concepts = concepts
         self.batch_size = batch_size
         self.super_batch_size = super_batch_size
@@ -111,13 +110,6 @@ class ConceptAwareSampler(DistributedSampler):
         self._yielded = 0  # batches of this epoch
         self._start = 0
         self._visits = 0, 0, np.zeros(0, np.int32)  # processes, an epoch, and how often samples were chosen before it
-
-    @property
-    def _place(self) -> tuple[int, int]:
-        # Asked for late: the process group may come after the sampler.
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return 0, 1
 
     def __len__(self) -> int:
         """Indices of an epoch, per process.
@@ -131,7 +123,7 @@ class ConceptAwareSampler(DistributedSampler):
                 f"Argument `super_batch_size` must be at most {len(self.concepts) // processes}, the data set over "
                 f"{processes} processes, but got {self.super_batch_size}."
             )
-        return len(self.concepts) // (self.super_batch_size * self._place[1]) * self.batch_size
+        return len(self.concepts) // (self.super_batch_size * processes) * self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that is iterated next; Lightning does."""

@@ -60,12 +60,6 @@ class Diversity(ConceptObjective):
         return choose_diverse(candidates, k, targets, penalties, self.cap)
 
 
-def check_integer(name: str, value: Any, least: int) -> None:
-    """Raise unless an argument is an integer, of Python or NumPy, from ``least`` on."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
-        raise ValueError(f"Argument `{name}` must be an integer >= {least}, but got {value!r}.")
-
-
 class Frequency(ConceptObjective):
     """The candidates with the most concepts, ``|C_i|`` less the penalty; ties go to the earlier candidate."""
 
@@ -141,6 +135,7 @@ def round_targets(targets: np.ndarray, draw: float) -> np.ndarray:
         >>> round_targets(np.array([0.5, 0.5, 1.0]), 0.6).tolist()
         [1.0, 0.0, 1.0]
     """
+    # Sums of floats may fall short of the whole number that they are.
     return np.diff(np.floor(np.cumsum(targets) + draw + 1e-9), prepend=0.0)
 
 
@@ -151,7 +146,7 @@ def choose_diverse(
     penalties: np.ndarray | None = None,
     cap: int | None = None,
 ) -> np.ndarray:
-    r"""The greedy batch of Eq. 3 of arXiv 2511.20643, in the order of choice: int64 ``[k]``.
+    r"""The greedy batch of diversity maximisation (arXiv 2511.20643), in the order of choice: int64 ``[k]``.
 
     Each step takes the candidate with the largest
 
@@ -284,7 +279,7 @@ def _compiled() -> Callable[..., None]:
         import numba
     except ImportError:
         warnings.warn(
-            "numba is not installed, so concept-aware batches are chosen by plain Python, several times slower: "
+            "numba is not installed, so concept-aware batches are chosen by plain Python, over ten times slower: "
             "`pip install 'lightning-curation[select]'`.",
             stacklevel=3,
         )
@@ -293,3 +288,9 @@ def _compiled() -> Callable[..., None]:
         return numba.njit(cache=True)(_greedy)
     except RuntimeError:  # there is no folder that can be written
         return numba.njit(_greedy)
+
+
+def check_integer(name: str, value: Any, least: int) -> None:
+    """Raise unless an argument is an integer, of Python or NumPy, from ``least`` on."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+        raise ValueError(f"Argument `{name}` must be an integer >= {least}, but got {value!r}.")

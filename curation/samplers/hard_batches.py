@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DistributedSampler
+
+from curation.samplers.global_batch import GlobalBatchSampler
 
 
-class HardBatchSampler(DistributedSampler):
+class HardBatchSampler(GlobalBatchSampler):
     """Yields the indices of fixed mini-batches, the hardest ones more often.
 
     The data set is cut once, by the seed, into ``b`` mini-batches of ``batch_size`` samples for each process, which
@@ -52,7 +53,7 @@ class HardBatchSampler(DistributedSampler):
             )
         if max_age is not None and max_age < 1:
             raise ValueError(f"Argument `max_age` must be >= 1 or None, but got {max_age!r}.")
-        super().__init__(dataset, num_replicas=1, rank=0, seed=seed)  # what Lightning asks of a distributed sampler
+        super().__init__(dataset, seed)
         self.batch_size = batch_size
         self.delta = delta
         self.max_age = max_age
@@ -94,12 +95,6 @@ class HardBatchSampler(DistributedSampler):
         self._in_epoch = 0  # steps of this epoch that were trained on
 
     # ------------------------------------------------------------------ what the loader asks
-
-    @property
-    def _place(self) -> tuple[int, int]:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return 0, 1
 
     def __len__(self) -> int:
         return self.count * self.batch_size

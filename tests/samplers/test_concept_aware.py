@@ -233,3 +233,29 @@ def test_a_bad_argument_is_named_with_its_value(changes, message):
 def test_a_list_is_no_index():
     with pytest.raises(TypeError, match="`concepts` must be a ConceptIndex, but got list"):
         ConceptAwareSampler([["a"]], 1, 1)
+
+
+def test_too_few_samples_for_the_processes_are_refused(monkeypatch):
+    sampler = ConceptAwareSampler(tags(), 8, 150)
+    assert len(sampler) == 16
+    monkeypatch.setattr(ConceptAwareSampler, "_place", (1, 3))
+    for refused in (len, list):
+        with pytest.raises(ValueError, match=r"`super_batch_size` must be at most 133, .* 3 processes, but got 150"):
+            refused(sampler)
+
+
+def test_the_epochs_before_are_not_chosen_again_where_a_loader_does_not_ask_for_more():
+    chosen = []
+
+    class Counted(FirstCome):
+        def choose(self, *args):
+            chosen.append(1)
+            return super().choose(*args)
+
+    sampler = ConceptAwareSampler(tags(), 8, 40, Counted(), visit_penalty=0.1)
+    for number in range(3):
+        sampler.set_epoch(number)
+        order = iter(sampler)
+        for _ in range(len(sampler)):
+            next(order)
+    assert len(chosen) == 3 * 10

@@ -76,6 +76,22 @@ with warnings.catch_warnings(record=True) as caught:
     assert printed == "[[2, 0], [2, 0]] ['numba is not installed']\n"
 
 
+def test_where_nothing_can_be_written_it_is_compiled_every_time(monkeypatch):
+    import numba
+
+    compiled = []
+
+    def njit(function=None, cache=False):
+        if cache:
+            return lambda _: (_ for _ in ()).throw(RuntimeError("no locator available"))
+        compiled.append(function)
+        return function
+
+    monkeypatch.setattr(numba, "njit", njit)
+    assert concept_choice._compiled.__wrapped__() is concept_choice._greedy
+    assert compiled == [concept_choice._greedy]
+
+
 def test_large_super_batches_are_filled_with_different_rows():
     draw = np.random.default_rng(0)
     rows = [set(draw.zipf(1.3, draw.integers(0, 12)) % 500) for _ in range(3000)]

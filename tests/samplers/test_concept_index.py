@@ -46,6 +46,9 @@ def test_a_file_is_read_in_pages(tmp_path):
     assert (loaded.offsets.dtype, loaded.ids.dtype) == (np.int64, np.int32)
     assert not loaded.ids.flags.owndata
     assert not loaded.ids.flags.writeable
+    pickled = pickle.dumps(loaded)
+    assert len(pickled) < 300  # the file's path
+    assert sets(pickle.loads(pickled)) == sets(loaded)
     loaded.save(tmp_path / "again.arrow")
     assert (tmp_path / "again.arrow").read_bytes() == (tmp_path / "concepts.arrow").read_bytes()
 
