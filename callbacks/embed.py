@@ -72,19 +72,34 @@ class _Collect(Callback):
     ) -> None:
         if self.source == "predict_step":
             self.outputs.append(outputs)
-        if len(self.outputs) != 1:
-            raise ValueError(f"`{self.source}` must run once for a batch, but ran {len(self.outputs)} times.")
-        vectors = self.outputs.pop()
-        vectors = vectors[0] if isinstance(vectors, tuple) else vectors
-        if not isinstance(vectors, Tensor):
-            raise TypeError(f"`{self.source}` must give a tensor, but gave {type(vectors).__name__}.")
-        vectors = vectors.float()
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        if vectors.dim() == 3:
-            weights = torch.ones_like(vectors[..., 0]) if mask is None else mask.to(vectors.dtype)
-            vectors = (vectors * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
-        elif vectors.dim() == 4:
-            vectors = vectors.mean((2, 3))
-        if vectors.dim() != 2:
-            raise ValueError(f"`{self.source}` must give one vector per row, but gave shape {list(vectors.shape)}.")
-        self.embeddings.append(vectors.cpu())
+        self.embeddings.append(row_vectors(self.source, self.outputs, batch).cpu())
+        self.outputs = []
+
+
+def row_vectors(source: str, outputs: list[Any], batch: Any) -> Tensor:
+    """One vector per row of what a layer gave for a batch, averaged as in :func:`embed`: fp32 ``[B, D]``.
+
+    Args:
+        source: Name of the layer, for errors.
+        outputs: All that it gave; the first of a tuple counts.
+        batch: With its ``attention_mask``, if it has one.
+
+    Raises:
+        ValueError: If it ran more than once or not at all, or gave something else than a vector per row.
+        TypeError: If it gave no tensor.
+    """
+    if len(outputs) != 1:
+        raise ValueError(f"`{source}` must run once for a batch, but ran {len(outputs)} times.")
+    vectors = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+    if not isinstance(vectors, Tensor):
+        raise TypeError(f"`{source}` must give a tensor, but gave {type(vectors).__name__}.")
+    vectors = vectors.float()
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if vectors.dim() == 3:
+        weights = torch.ones_like(vectors[..., 0]) if mask is None else mask.to(vectors.dtype)
+        vectors = (vectors * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
+    elif vectors.dim() == 4:
+        vectors = vectors.mean((2, 3))
+    if vectors.dim() != 2:
+        raise ValueError(f"`{source}` must give one vector per row, but gave shape {list(vectors.shape)}.")
+    return vectors

@@ -98,7 +98,7 @@ def run(args: list[str], execute: bool = True, instantiate: bool = True) -> Any:
         auto_configure_optimizers=False,
         parser_kwargs={
             "prog": "curation",
-            "description": "See also `curation recipes|compare|report|ledger|irreducible --help`.",
+            "description": "See also `curation recipes|compare|report|ledger|irreducible|select --help`.",
         },
     )
 
@@ -149,7 +149,7 @@ def main(args: list[str] | None = None) -> None:
             return
         args = with_recipe_files(args)
         require_extra()
-        if args[:1] in (["compare"], ["irreducible"], ["ledger"], ["report"]):
+        if args[:1] in (["compare"], ["irreducible"], ["ledger"], ["report"], ["select"]):
             import_module(f"curation.recipes.{args[0]}").main(args[1:])
             return
     except (ValueError, OSError, ImportError) as error:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from curation.compiled import compiled
 from curation.samplers.concept_index import ConceptIndex
 
 _NO_CAP = 2**62
@@ -276,7 +277,7 @@ def _greedy(
 @functools.cache
 def _compiled() -> Callable[..., None]:
     try:
-        import numba
+        return compiled(_greedy)
     except ImportError:
         warnings.warn(
             "numba is not installed, so concept-aware batches are chosen by plain Python, over ten times slower: "
@@ -284,10 +285,6 @@ def _compiled() -> Callable[..., None]:
             stacklevel=3,
         )
         return _greedy
-    try:
-        return numba.njit(cache=True)(_greedy)
-    except RuntimeError:  # there is no folder that can be written
-        return numba.njit(_greedy)
 
 
 def check_integer(name: str, value: Any, least: int) -> None:

@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 from curation.callbacks import (
     ConceptAwareSelection,
     ConceptCoverageMonitor,
     ExactResume,
     HardBatchTraining,
     HardSampleSelection,
+    InstanceSelection,
     RunMeter,
     SampleRecord,
     SelectionLedger,
@@ -24,6 +26,7 @@ from torch.utils.data import DataLoader, Sampler
 from twins import ConceptAwareTwin, HardSampleTwin, UniformTwin, UtilityDiversityTwin, tags
 
 from curation.batch import SampleIds
+from curation.instances.selection_index import SelectionIndex, fingerprint
 from curation.samplers.concept_aware import ConceptAwareSampler, ConceptIndex
 from curation.samplers.hard_batches import HardBatchSampler
 
@@ -36,7 +39,7 @@ class Entry:
     twin: Callable[[], UniformTwin] | None = None
     records: bool = False  # a selection, which has to stand beside it
     sampler: Callable[..., Sampler] | None = None  # of the training data, by data set and batch size
-    candidates: int = 1  # batches of samples that the sampler asks for to make one
+    candidates: int = 1  # batches of samples that it takes to make one to train on
     ids: bool = False  # it needs them
     refuses: tuple[str, ...] = ()  # kinds of runs
 
@@ -59,6 +62,8 @@ class Entry:
 
     def loader(self, samples: Any = None, **kwargs: Any) -> DataLoader:
         dataset = self.dataset(data(64 * self.candidates) if samples is None else samples)
+        if self.arguments.get("index") == EVERY_SECOND:
+            write_every_second(dataset)
         how = {"shuffle": True} if self.sampler is None else {"sampler": self.sampler(dataset, 8)}
         return DataLoader(dataset, 8, **how, **kwargs)
 
@@ -74,6 +79,16 @@ def write_tags(samples: int) -> None:
     """Concepts for some tests' callbacks; other processes may be reading the file."""
     ConceptIndex.from_lists(map(tags, range(samples))).save(f"{os.getpid()}.arrow")
     os.replace(f"{os.getpid()}.arrow", TAGS)
+
+
+EVERY_SECOND = "every-second.parquet"  # in the current folder
+
+
+def write_every_second(dataset: Any) -> None:
+    """The even samples of a data set."""
+    indices = np.arange(0, len(dataset), 2)
+    ranks = np.arange(len(indices))
+    SelectionIndex(indices, np.zeros(len(indices)), ranks, len(dataset), fingerprint(dataset)).save(EVERY_SECOND)
 
 
 def concept_aware_sampler(dataset: Any, batch_size: int) -> Sampler:
@@ -110,9 +125,16 @@ CALLBACKS = {
         ),
         Entry(ExactResume),
         Entry(HardBatchTraining, sampler=HardBatchSampler, refuses=("manual", "overfit_batches")),
+        Entry(
+            InstanceSelection,
+            {"index": EVERY_SECOND},
+            {"every_n_epochs": 0},
+            candidates=2,
+            refuses=("overfit_batches",),
+        ),
         Entry(RunMeter, {"path": "run.json"}),
         Entry(SampleRecord, records=True),
         Entry(SelectionLedger, {"path": "ledger"}, records=True),
     )
 }
-NOT_CALLBACKS = {"OnlineSelection"}  # a base class
+NOT_CALLBACKS = {"OnlineSelection", "SelectedDataModule"}  # a base class; a data module

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from curation.callbacks import ExactResume, SelectionLedger
+from curation.callbacks import ExactResume, InstanceSelection, SelectionLedger
 from helpers import Classifier, LanguageModel, data, texts, trainer
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -141,7 +141,7 @@ def weighted_loss(module: LanguageModel, batch: dict, weights: list[float]) -> t
     return (torch.tensor(weights)[:, None] * losses).sum() / (targets != -100).sum()
 
 
-def batches_in_one_process(sampler: type) -> dict:
+def batches_in_one_process(sampler: type | None) -> dict:
     """Batches of 16; each of two ranks has every second row."""
     module, samples = LanguageModel(lr=LR), texts(2 * 19)
     optimizer = module.configure_optimizers()
@@ -150,7 +150,8 @@ def batches_in_one_process(sampler: type) -> dict:
     def train(indices: list[int]) -> float:
         losses = []
         for rank in (0, 1):
-            part = default_collate([samples[i] for i in indices[rank::2]])
+            mine = indices[rank::2]
+            part = default_collate([samples[i] for i in (mine[:1] if len(mine) < 8 and rank == 1 else mine)])
             rows[rank].append(first_tokens(part))
             losses.append(module.training_step(part, 0))
         loss = sum(losses) / 2
@@ -162,6 +163,11 @@ def batches_in_one_process(sampler: type) -> dict:
     if sampler is HardBatchSampler:
         order = torch.randperm(38, generator=torch.Generator().manual_seed(0)).repeat(2).tolist()
         slow_hard_batches(3, 0.5, lambda step, batch: train(order[16 * batch : 16 * batch + 16]), 6)
+    elif sampler is None:  # every second sample, filled up to be divided by two
+        for epoch in (0, 1):
+            order = np.random.default_rng((7, epoch)).permutation(np.arange(0, 38, 2)).tolist()
+            order.append(order[0])
+            train(order[:16]), train(order[16:])
     else:
         visits = np.zeros(38)
         for epoch in (0, 1):  # of one batch of 32 candidates
@@ -178,7 +184,7 @@ def batches_in_one_process(sampler: type) -> dict:
 
 def one_process(name: str) -> dict:
     """What two ranks must give: k of each rank's candidates by the memory at the start of the step."""
-    if CALLBACKS[name].sampler is not None:
+    if CALLBACKS[name].sampler is not None or CALLBACKS[name].cls is InstanceSelection:
         return batches_in_one_process(CALLBACKS[name].sampler)
     twin = (CALLBACKS[name].twin or UniformTwin)()
     keeps = 2 if CALLBACKS[name].curates else 8

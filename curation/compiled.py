@@ -1,0 +1,18 @@
+"""Plain loops, compiled where numba is installed."""
+
+from collections.abc import Callable
+from typing import Any
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function compiled by numba, kept on disk where that can be written.
+
+    Raises:
+        ImportError: If numba is missing.
+    """
+    import numba
+
+    try:
+        return numba.njit(cache=True)(function)
+    except RuntimeError:  # there is no folder that can be written
+        return numba.njit(function)

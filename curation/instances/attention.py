@@ -1,0 +1,199 @@
+"""A graph attention network that tells the class of a sample from itself and its neighbours (arXiv 1710.10903).
+
+Its confidence and the attention that samples receive rank instances (arXiv 2502.20293). Neighbour lists of fixed
+length make a layer one weighted sum of table rows (``embedding_bag``), in which ``[N, k, F]`` never exists. Training
+takes mini-batches of samples that lie side by side, with the edges among them; prediction takes the whole graph, a
+layer at a time.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from curation import rng
+from curation.instances.graph import Graph
+
+CHUNK = 2**14  # samples predicted at a time
+
+
+class GraphAttentionLayer(nn.Module):
+    """``h_i = ELU(sum_j a_ij W x_j)`` over the neighbours ``j`` of ``i`` and ``i`` itself, for each of several heads.
+
+    ``a_ij = softmax_j(LeakyReLU(s . W x_j + t . W x_i))`` (arXiv 1710.10903, equations 3 to 5). Linear in the samples.
+
+    Args:
+        features: Of the input.
+        hidden: Features of a head.
+        heads: Number of heads.
+    """
+
+    def __init__(self, features: int, hidden: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.hidden = heads, hidden
+        self.project = nn.Linear(features, heads * hidden, bias=False)
+        self.source, self.target = (nn.Parameter(torch.empty(heads, hidden)) for _ in range(2))
+        self.bias = nn.Parameter(torch.zeros(heads * hidden))
+        for parameter in (self.project.weight, self.source, self.target):
+            nn.init.xavier_uniform_(parameter)
+
+    def table(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is looked up of every sample ``[N, D]``: ``W x`` ``[N, H, F]``, and its parts of the logits ``[N, H]``."""
+        h = self.project(x).view(-1, self.heads, self.hidden)
+        return h, (h * self.source).sum(-1), (h * self.target).sum(-1)
+
+    def attend(self, table: tuple[Tensor, Tensor, Tensor], rows: slice, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's output for some rows of the table.
+
+        Args:
+            table: From :meth:`table`.
+            rows: The ``B`` samples.
+            ids: int64 ``[B, k]``, their neighbours in the table; -1 for none.
+
+        Returns:
+            ``[B, H F]`` and the attention ``[B, k + 1, H]``, the sample's own last.
+        """
+        h, source, target = table
+        own = torch.arange(len(h), device=ids.device)[rows]
+        ids = torch.cat([ids, own[:, None]], 1)
+        missing = ids < 0
+        ids = ids.clamp(min=0)
+        logits = F.leaky_relu(source[ids] + target[rows, None], 0.2).masked_fill(missing[..., None], -torch.inf)
+        attention = logits.softmax(1)
+        entries = (ids[:, None] * self.heads + torch.arange(self.heads, device=ids.device)[:, None]).flatten(0, 1)
+        out = F.embedding_bag(
+            entries, h.flatten(0, 1), per_sample_weights=attention.mT.flatten(0, 1).contiguous(), mode="sum"
+        )
+        return F.elu(out.view(len(own), -1) + self.bias), attention
+
+
+class GraphAttentionNetwork(nn.Module):
+    """Two layers of graph attention and a linear one: logits of classes.
+
+    Args:
+        features: Of a sample.
+        classes: Number of classes.
+        hidden: Features of a head.
+        heads: Number of heads.
+    """
+
+    def __init__(self, features: int, classes: int, hidden: int = 32, heads: int = 4) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [GraphAttentionLayer(features, hidden, heads), GraphAttentionLayer(heads * hidden, hidden, heads)]
+        )
+        self.classify = nn.Linear(heads * hidden, classes)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        """Logits ``[N, C]`` of samples ``[N, D]`` with neighbours ``[N, k]`` among them."""
+        for layer in self.layers:
+            x, _ = layer.attend(layer.table(x), slice(None), ids)
+        return self.classify(x)
+
+    @torch.no_grad()
+    def predict(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities fp32 ``[N, C]``, and the attention ``[N, k]`` to neighbours, the mean of layers and heads."""
+        attention = torch.zeros(ids.shape, device=x.device)
+        parts = [slice(start, start + CHUNK) for start in range(0, len(x), CHUNK)]
+        for layer in self.layers:
+            table, outputs = layer.table(x), []
+            for part in parts:
+                output, weights = layer.attend(table, part, ids[part])
+                outputs.append(output)
+                attention[part] += weights[:, :-1].mean(-1) / len(self.layers)
+            x = torch.cat(outputs)
+        return self.classify(x).float().softmax(1), attention
+
+
+def focal_loss(logits: Tensor, y: Tensor, weights: Tensor, gamma: float = 2.0) -> Tensor:
+    """``-w_i (1 - p_i)^gamma log p_i`` of the classes ``y``, averaged with the weights ``w`` (arXiv 1708.02002, eq. 5).
+
+    Args:
+        logits: ``[B, C]``.
+        y: int64 ``[B]``.
+        weights: ``[B]``: of the sample's class, and 0 for one that does not count.
+        gamma: 0 gives cross-entropy.
+
+    Example:
+        >>> focal_loss(torch.zeros(1, 2), torch.tensor([0]), torch.ones(1)) * 4  # log(2) / 4
+        tensor(0.6931)
+    """
+    log_p = logits.float().log_softmax(-1).gather(1, y[:, None])[:, 0]
+    return -(weights * (1 - log_p.exp()) ** gamma * log_p).sum() / weights.sum().clamp(min=1e-12)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a network is trained.
+
+    Attributes:
+        epochs: At most.
+        patience: Epochs without a better loss of the held-out samples, after which it ends.
+        lr: Learning rate of AdamW.
+        edge_dropout: Share of the edges that are left out at random, another in every step.
+        batch_size: Samples of a step at most; small data sets take smaller ones.
+    """
+
+    epochs: int = 10
+    patience: int = 3
+    lr: float = 1e-2
+    edge_dropout: float = 0.3
+    batch_size: int = 2048
+
+
+def train(
+    x: Tensor, y: Tensor, graph: Graph, order: Tensor, learn: Tensor, check: Tensor, how: Training, seed: int
+) -> GraphAttentionNetwork:
+    """A network trained on some of the labels; the other samples take part as neighbours, without theirs.
+
+    Args:
+        x: fp32 ``[N, D]``.
+        y: int64 ``[N]`` in ``[0, C)``.
+        graph: Of the samples.
+        order: int64 ``[N]``, near samples side by side.
+        learn: bool ``[N]``, whose labels are trained on.
+        check: bool ``[N]``, on whose labels training stops early.
+        how: Of the training.
+        seed: Of the weights, the batches and the edges.
+    """
+    n, classes = len(x), int(y.max()) + 1
+    with rng.isolated():
+        rng.seed(seed)
+        network = GraphAttentionNetwork(x.shape[1], classes).to(x.device)
+    draw = torch.Generator(x.device).manual_seed(seed)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(n, device=x.device)
+    x, y, learn, check = (values[order] for values in (x, y, learn, check))
+    ids = graph.ids[order]
+    ids = torch.where(ids < 0, -1, place[ids.clamp(min=0)])  # places in the order, as the batches are
+    counts = y[learn].bincount(minlength=classes)
+    weights = (1 / counts.clamp(min=1))[y] * (len(y) / classes)
+    size = min(how.batch_size, max(128, n // 32))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=how.lr, fused=True)
+    best, bad, best_state = torch.inf, 0, network.state_dict()
+    for _ in range(how.epochs):
+        shift = int(torch.randint(1, size + 1, (1,), generator=draw, device=x.device))  # so that the cuts move
+        starts = torch.arange(shift - size, n, size)
+        total = torch.zeros(2, device=x.device)
+        for start in starts[torch.randperm(len(starts), generator=torch.Generator().manual_seed(shift))].tolist():
+            part = slice(max(start, 0), start + size)
+            local = ids[part] - part.start
+            dropped = torch.rand(local.shape, generator=draw, device=x.device) < how.edge_dropout
+            local = local.masked_fill((local < 0) | (local >= len(local)) | dropped, -1)
+            logits = network(x[part], local)
+            optimizer.zero_grad()
+            focal_loss(logits, y[part], weights[part] * learn[part]).backward()
+            optimizer.step()
+            held = weights[part] * check[part]
+            total += torch.stack([focal_loss(logits.detach(), y[part], held) * held.sum(), held.sum()])
+        now = float(total[0] / total[1])
+        if not now >= best:  # nor where nothing is held out
+            best, bad = now, 0
+            best_state = {name: value.clone() for name, value in network.state_dict().items()}
+        else:
+            bad += 1
+            if bad > how.patience:
+                break
+    network.load_state_dict(best_state)
+    return network

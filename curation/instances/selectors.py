@@ -1,0 +1,474 @@
+"""Which samples of a data set stay: selectors with the manners of scikit-learn."""
+
+from collections.abc import Mapping
+from time import perf_counter
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from curation.instances import graph as graphs
+from curation.instances import hashing
+from curation.instances.attention import Training, train
+from curation.instances.coverage import cover
+from curation.instances.graph import Graph
+from curation.samplers.concept_choice import check_integer
+
+try:
+    from sklearn.base import BaseEstimator
+    from sklearn.utils import _safe_indexing
+    from sklearn.utils.multiclass import check_classification_targets
+    from sklearn.utils.validation import check_random_state, validate_data
+except ImportError as error:
+    raise ImportError("Selectors need scikit-learn: `pip install 'lightning-curation[select]'`.") from error
+
+CAPACITY = 256  # samples of a hash bucket at most
+Strategy = Literal["proportional", "equal"] | dict[Any, int]
+
+
+class InstanceSelector(BaseEstimator):
+    """What selectors share: validation, budgets of the classes, and what is known after :meth:`fit`.
+
+    Attributes:
+        sample_indices_: int64, ascending: the samples that stay.
+        ranking_: int64: the same, best first. Its first ``m`` are the selection of ``m`` samples, so that a smaller
+            budget needs no other fit.
+        scores_: fp32 ``[N]``, larger is better.
+        report_: Samples, what was kept of them and of every class, seconds.
+        classes_: The classes.
+        n_features_in_: Number of features.
+    """
+
+    budget: float
+    sampling_strategy: Strategy
+    random_state: Any
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.required = True
+        return tags
+
+    def fit(self, X: Any, y: Any) -> Self:
+        """Select.
+
+        Args:
+            X: Features ``[N, D]``: an array, a tensor, a memory map, a data frame. Standardised; computed in fp32.
+            y: Classes ``[N]``.
+
+        Raises:
+            ValueError: If there is nothing to select from, a value is not finite, or a parameter is out of its range.
+        """
+        start = perf_counter()
+        X, y = (v.detach().cpu().float().numpy() if isinstance(v, Tensor) and v.is_floating_point() else v for v in (X, y))
+        X, y = validate_data(self, X, y, dtype=[np.float32, np.float64])
+        check_classification_targets(y)
+        self.classes_, codes = np.unique(y, return_inverse=True)
+        self._check()
+        x = _standardised(X)
+        del X
+        order, gains = self._select(x, codes)
+        self.ranking_ = order
+        self.scores_ = gains
+        self.sample_indices_ = np.sort(order)
+        kept = np.bincount(codes[order], minlength=len(self.classes_))
+        self.report_ = {
+            "samples": len(x),
+            "kept": len(order),
+            "reduction": 1 - len(order) / len(x),
+            "kept_per_class": dict(zip(self.classes_.tolist(), kept.tolist(), strict=True)),
+            "seconds": perf_counter() - start,
+        }
+        return self
+
+    def fit_resample(self, X: Any, y: Any) -> tuple[Any, Any]:
+        """Select, and give the features and classes that stay, of the types that came."""
+        rows = self.fit(X, y).sample_indices_
+        return tuple(v[rows] if isinstance(v, Tensor) else _safe_indexing(v, rows) for v in (X, y))
+
+    def get_support(self, indices: bool = False) -> np.ndarray:
+        """A mask bool ``[N]`` of the samples that stay, or their indices."""
+        if indices:
+            return self.sample_indices_
+        mask = np.zeros(len(self.scores_), dtype=bool)
+        mask[self.sample_indices_] = True
+        return mask
+
+    def _check(self) -> None:
+        budget = self.budget
+        if isinstance(budget, bool) or not isinstance(budget, (int, float, np.number)) or not 0 < budget <= 1:
+            raise ValueError(f"Argument `budget` must be in (0, 1], but got {budget!r}.")
+
+    def _seed(self) -> int:
+        return int(check_random_state(self.random_state).randint(2**31 - 1))
+
+    def _select(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The samples that stay, best first, and the scores of all, given classes ``[N]`` in ``[0, C)``."""
+        raise NotImplementedError
+
+
+def class_budgets(y: np.ndarray, budget: float, strategy: Strategy, classes: np.ndarray) -> np.ndarray:
+    """How many samples of each class stay: int64 ``[C]``, at least one of each.
+
+    Args:
+        y: int64 ``[N]`` in ``[0, C)``.
+        budget: Share of all samples.
+        strategy: ``"proportional"`` to the classes; ``"equal"`` as far as a class has as many; or counts by class,
+            without which a class keeps all, in the place of the budget.
+        classes: Their names ``[C]``.
+
+    Raises:
+        ValueError: If the strategy is unknown, names an unknown class, or asks for more than there is.
+
+    Example:
+        >>> class_budgets(np.array([0] * 90 + [1] * 10), 0.1, "proportional", np.arange(2)).tolist()
+        [9, 1]
+        >>> class_budgets(np.array([0] * 90 + [1] * 10), 0.3, "equal", np.arange(2)).tolist()
+        [20, 10]
+    """
+    counts = np.bincount(y, minlength=len(classes))
+    total = max(round(budget * len(y)), len(counts))
+    if isinstance(strategy, Mapping):
+        unknown = [name for name in strategy if name not in classes]
+        if unknown:
+            raise ValueError(f"Argument `sampling_strategy` must name classes of `y`, but got {unknown[0]!r}.")
+        wanted = np.array([strategy.get(name, count) for name, count in zip(classes, counts, strict=True)])
+        for name, value, count in zip(classes, wanted, counts, strict=True):
+            if int(value) != value or not 1 <= value <= count:
+                raise ValueError(
+                    f"Argument `sampling_strategy` must ask for 1 to {count} samples of class {name!r}, but got {value}."
+                )
+        return wanted.astype(np.int64)
+    if strategy == "proportional":
+        ideal = counts * (total / len(y))
+    elif strategy == "equal":
+        level = total / len(counts)
+        for _ in counts:  # what small classes lack goes to the others
+            short = counts <= level
+            if short.all():
+                break
+            level = (total - counts[short].sum()) / (~short).sum()
+        ideal = np.minimum(counts, level)
+    else:
+        raise ValueError(
+            f"Argument `sampling_strategy` must be 'proportional', 'equal' or a dict, but got {strategy!r}."
+        )
+    whole = np.maximum(np.floor(ideal + 1e-9).astype(np.int64), 1)
+    while whole.sum() != total:  # largest remainder; at most one step a class
+        if whole.sum() < total:
+            whole[np.argmax(np.where(whole < counts, ideal - whole, -np.inf))] += 1
+        else:
+            whole[np.argmin(np.where(whole > 1, ideal - whole, np.inf))] -= 1
+    return whole
+
+
+def _standardised(x: np.ndarray) -> np.ndarray:
+    """fp32 ``[N, D]`` of mean 0 and deviation 1; a constant feature is 0."""
+    mean = x.mean(0, dtype=np.float64)
+    out = (x - mean.astype(x.dtype)).astype(np.float32, copy=False)
+    deviation = out.std(0, dtype=np.float64)
+    out -= out.mean(0)
+    out /= np.where(deviation > 1e-7 * np.maximum(np.abs(mean), 1e-30), deviation, np.inf).astype(np.float32)
+    return out
+
+
+def _by_class(order_of: list[np.ndarray], budgets: np.ndarray) -> np.ndarray:
+    """The selections of the classes as one, in which every beginning has the classes in the same proportions."""
+    share = np.concatenate([(np.arange(m) + 0.5) / m for m in budgets])
+    return np.concatenate(order_of)[share.argsort(kind="stable")]
+
+
+def _cover_classes(
+    x: Tensor, y: np.ndarray, weights: Tensor, budgets: np.ndarray, seed: int, n_neighbors: int, n_views: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """:func:`cover` of each class by its own samples: those that stay, best first, and gains fp32 ``[N]``."""
+    gains, order_of = np.zeros(len(x), np.float32), []
+    for c, m in enumerate(budgets):
+        rows = np.flatnonzero(y == c)
+        at = torch.from_numpy(rows).to(x.device)
+        generator = torch.Generator().manual_seed(seed + c)
+        chosen, gain = cover(hashing.multi_view(x[at], n_neighbors, n_views, CAPACITY, generator), weights[at], m)
+        gains[rows[chosen]] = gain
+        order_of.append(rows[chosen])
+    return _by_class(order_of, budgets), gains
+
+
+class StratifiedRandomSelector(InstanceSelector):
+    """Samples of each class by chance: what every other selector has to beat.
+
+    Args:
+        budget: Share of the samples that stay, in (0, 1]; at least one of each class.
+        sampling_strategy: See :func:`class_budgets`.
+        random_state: Of the choice.
+    """
+
+    def __init__(
+        self, budget: float = 0.04, *, sampling_strategy: Strategy = "proportional", random_state: Any = None
+    ) -> None:
+        self.budget = budget
+        self.sampling_strategy = sampling_strategy
+        self.random_state = random_state
+
+    def _select(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        budgets = class_budgets(y, self.budget, self.sampling_strategy, self.classes_)
+        scores = np.random.default_rng(self._seed()).random(len(y), np.float32)
+        return _best_of_classes(scores, y, budgets), scores
+
+
+class CoverageInstanceSelector(InstanceSelector):
+    """The samples of each class that stand best for the others of their class.
+
+    Greedy facility location (:func:`~curation.instances.coverage.cover`) on the nearest neighbours by hashing
+    (:func:`~curation.instances.hashing.multi_view`), about as many as there are samples to one that stays. The scores
+    are the gains, 0 for what does not stay. About linear in time and memory.
+
+    Args:
+        budget: Share of the samples that stay, in (0, 1]; at least one of each class.
+        sampling_strategy: See :func:`class_budgets`.
+        n_neighbors: None for ``1 / budget``, in [10, 25].
+        n_views: Of the hashing.
+        random_state: Of the hashing.
+        device: Of the graph; the covering is on the CPU.
+
+    Raises:
+        ImportError: If numba is missing.
+    """
+
+    def __init__(
+        self,
+        budget: float = 0.04,
+        *,
+        sampling_strategy: Strategy = "proportional",
+        n_neighbors: int | None = None,
+        n_views: int = 4,
+        random_state: Any = None,
+        device: str = "cpu",
+    ) -> None:
+        self.budget = budget
+        self.sampling_strategy = sampling_strategy
+        self.n_neighbors = n_neighbors
+        self.n_views = n_views
+        self.random_state = random_state
+        self.device = device
+
+    def _check(self) -> None:
+        super()._check()
+        if self.n_neighbors is not None:
+            check_integer("n_neighbors", self.n_neighbors, 1)
+        check_integer("n_views", self.n_views, 1)
+
+    def _select(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        points = torch.from_numpy(x).to(self.device)
+        budgets = class_budgets(y, self.budget, self.sampling_strategy, self.classes_)
+        ones = torch.ones(len(x))
+        k = self.n_neighbors or _reach(self.budget)
+        return _cover_classes(points, y, ones, budgets, self._seed(), k, self.n_views)
+
+
+class GraphAttentionInstanceSelector(InstanceSelector):
+    """Samples ranked by a graph attention network (arXiv 2502.20293).
+
+    On each of ``n_graphs`` random graphs a network learns to tell the classes of all samples but a part, each graph
+    another, and scores those it has not learned. The attention that samples receive is averaged over the graphs. The
+    paper's tables and code are not public: this is a specification of our own of what its abstract names.
+
+    Args:
+        budget: Share of the samples that stay, in (0, 1]; at least one of each class.
+        graph: ``"multiview"``, ``"multilevel"`` or ``"lsh"`` hashing (:mod:`curation.instances.hashing`),
+            ``"minibatch"`` (:func:`~curation.instances.graph.mini_batch`), or for reference faiss's ``"hnsw"`` and
+            ``"exact"``.
+        score: ``"confidence"``, the probability of the sample's class; ``"margin"``, less that of the likeliest other;
+            or ``"attention"`` received.
+        select: ``"coverage"`` takes the samples of each class that stand best for the others of it, each of which
+            counts by its score; ``"rank"`` the best of each class; ``"threshold"`` the best of all classes together.
+        sampling_strategy: See :func:`class_budgets`.
+        n_neighbors: Of the graph.
+        n_views: Of the multi-view hashing.
+        n_graphs: Random graphs. One is scored in sample.
+        distance_quantile: Longer edges than this quantile of all are left out.
+        epochs: Of training at most.
+        edge_dropout: Share of the edges left out in a step.
+        lr: Learning rate of AdamW.
+        random_state: Of everything.
+        device: Of graphs and networks; the covering is on the CPU.
+
+    Attributes:
+        confidence_: fp32 ``[N]``, the probability of the sample's class.
+        margin_: fp32 ``[N]``.
+        attention_: fp32 ``[N]``, received: a sum over those whose neighbour the sample is.
+        homophily_: Share of the neighbours that are of the same class.
+    """
+
+    def __init__(
+        self,
+        budget: float = 0.04,
+        *,
+        graph: Literal["multiview", "multilevel", "lsh", "minibatch", "hnsw", "exact"] = "multiview",
+        score: Literal["confidence", "margin", "attention"] = "confidence",
+        select: Literal["coverage", "rank", "threshold"] = "coverage",
+        sampling_strategy: Strategy = "proportional",
+        n_neighbors: int = 10,
+        n_views: int = 4,
+        n_graphs: int = 4,
+        distance_quantile: float = 1.0,
+        epochs: int = 10,
+        edge_dropout: float = 0.3,
+        lr: float = 1e-2,
+        random_state: Any = None,
+        device: str = "cpu",
+    ) -> None:
+        self.budget = budget
+        self.graph = graph
+        self.score = score
+        self.select = select
+        self.sampling_strategy = sampling_strategy
+        self.n_neighbors = n_neighbors
+        self.n_views = n_views
+        self.n_graphs = n_graphs
+        self.distance_quantile = distance_quantile
+        self.epochs = epochs
+        self.edge_dropout = edge_dropout
+        self.lr = lr
+        self.random_state = random_state
+        self.device = device
+
+    def _check(self) -> None:
+        super()._check()
+        for name, value, options in (
+            ("graph", self.graph, ("multiview", "multilevel", "lsh", "minibatch", "hnsw", "exact")),
+            ("score", self.score, ("confidence", "margin", "attention")),
+            ("select", self.select, ("coverage", "rank", "threshold")),
+        ):
+            if value not in options:
+                raise ValueError(f"Argument `{name}` must be one of {', '.join(options)}, but got {value!r}.")
+        for name in ("n_neighbors", "n_views", "n_graphs", "epochs"):
+            check_integer(name, getattr(self, name), 1)
+        for name, value, inside in (
+            ("distance_quantile in (0, 1]", self.distance_quantile, 0 < self.distance_quantile <= 1),
+            ("edge_dropout in [0, 1)", self.edge_dropout, 0 <= self.edge_dropout < 1),
+            ("lr in (0, inf)", self.lr, 0 < self.lr < float("inf")),
+        ):
+            if not inside:
+                name, _, region = name.partition(" in ")
+                raise ValueError(f"Argument `{name}` must be in {region}, but got {value!r}.")
+
+    def _select(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        seed = self._seed()
+        budgets = class_budgets(y, self.budget, self.sampling_strategy, self.classes_)
+        points, codes = torch.from_numpy(x).to(self.device), torch.from_numpy(y).to(self.device)
+        self._score(points, codes, seed)
+        scores = getattr(self, f"{self.score}_")
+        if self.select == "coverage":
+            weights = torch.from_numpy(scores).clamp(min=0)
+            order, _ = _cover_classes(points, y, weights, budgets, seed, _reach(self.budget), self.n_views)
+            return order, scores
+        if self.select == "rank":
+            return _best_of_classes(scores, y, budgets), scores
+        return _best_of_all(scores, y, budgets.sum()), scores
+
+    def _score(self, x: Tensor, y: Tensor, seed: int) -> None:
+        """Set the scores by one network for each graph."""
+        n, generator = len(x), torch.Generator().manual_seed(seed)
+        confidence, other, attention = (torch.zeros(n, device=x.device) for _ in range(3))
+        homophily = 0.0
+        folds = _folds(y, self.n_graphs, generator)
+        how = Training(epochs=self.epochs, edge_dropout=self.edge_dropout, lr=self.lr)
+        for fold in range(self.n_graphs):
+            graph = self._graph(x, y, generator)
+            scored = folds == fold  # all of them where there is but one
+            learned = ~scored if self.n_graphs > 1 else scored
+            check = (_folds(y, 10, generator) == 0) & learned
+            order = hashing.buckets(x, hashing.bits(n, CAPACITY), generator).flatten()
+            network = train(x, y, graph, order[order >= 0], learned & ~check, check, how, seed + fold)
+            p, given = network.predict(x, graph.ids)
+            own = p.gather(1, y[:, None])
+            confidence = torch.where(scored, own[:, 0], confidence)
+            other = torch.where(scored, p.scatter(1, y[:, None], 0).amax(1), other)
+            attention.index_add_(0, graph.ids.clamp(min=0).flatten(), (given * (graph.ids >= 0)).flatten())
+            homophily += float(graph.homophily(y)) / self.n_graphs
+        self.homophily_ = homophily
+        self.confidence_ = confidence.cpu().numpy()
+        self.margin_ = (confidence - other).cpu().numpy()
+        self.attention_ = (attention / self.n_graphs).cpu().numpy()
+
+    def _graph(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Graph:
+        k = min(self.n_neighbors, len(x) - 1)
+        if self.graph == "multiview":
+            graph = hashing.multi_view(x, k, self.n_views, CAPACITY, generator)
+        elif self.graph == "multilevel":
+            graph = hashing.multi_level(x, k, CAPACITY, generator)
+        elif self.graph == "lsh":
+            graph = hashing.single_level(x, k, CAPACITY, generator)
+        elif self.graph == "minibatch":
+            graph = graphs.mini_batch(x, y, k, CAPACITY, generator)
+        else:
+            graph = (graphs.hierarchical_small_world if self.graph == "hnsw" else graphs.exact)(x, k)
+        return graph if self.distance_quantile == 1 else graph.closest(self.distance_quantile)
+
+
+class EditedNearestNeighboursFilter(InstanceSelector):
+    """Leaves out samples whose class is not that of most of their neighbours (Wilson 1972).
+
+    Its neighbours are those by hashing, so that it is about linear. Keeps a class as it is where nothing of it would
+    be left. A filter has no budget: what stays is all that agrees; the scores are the share of the neighbours that
+    agree.
+
+    Args:
+        n_neighbors: Asked.
+        n_views: Of the hashing.
+        random_state: Of the hashing.
+        device: Of the graph.
+    """
+
+    def __init__(
+        self, *, n_neighbors: int = 10, n_views: int = 4, random_state: Any = None, device: str = "cpu"
+    ) -> None:
+        self.n_neighbors = n_neighbors
+        self.n_views = n_views
+        self.random_state = random_state
+        self.device = device
+
+    def _check(self) -> None:
+        check_integer("n_neighbors", self.n_neighbors, 1)
+        check_integer("n_views", self.n_views, 1)
+
+    def _select(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        points, codes = torch.from_numpy(x).to(self.device), torch.from_numpy(y).to(self.device)
+        generator = torch.Generator().manual_seed(self._seed())
+        ids = hashing.multi_view(points, self.n_neighbors, self.n_views, CAPACITY, generator).ids
+        known = ids >= 0
+        agree = ((codes[ids.clamp(min=0)] == codes[:, None]) & known).sum(1)
+        scores = (agree / known.sum(1).clamp(min=1)).float().cpu().numpy()
+        keep = (2 * agree >= known.sum(1)).cpu().numpy()
+        keep |= np.isin(y, np.setdiff1d(y, y[keep]))
+        rows = np.flatnonzero(keep)
+        return rows[np.argsort(-scores[rows], kind="stable")], scores
+
+
+def _reach(budget: float) -> int:
+    return min(max(round(1 / budget), 10), 25)
+
+
+def _folds(y: Tensor, parts: int, generator: torch.Generator) -> Tensor:
+    """A part of ``parts`` for each sample, at random and even in every class: int64 ``[N]``."""
+    shuffled = torch.randperm(len(y), generator=generator).to(y.device)
+    dealt = shuffled[y[shuffled].argsort(stable=True)]
+    folds = torch.empty_like(y)
+    folds[dealt] = torch.arange(len(y), device=y.device) % parts
+    return folds
+
+
+def _best_of_classes(scores: np.ndarray, y: np.ndarray, budgets: np.ndarray) -> np.ndarray:
+    """The samples with the best scores of each class, best first."""
+    rows = [np.flatnonzero(y == c) for c in range(len(budgets))]
+    return _by_class(
+        [r[np.argsort(-scores[r], kind="stable")[:m]] for r, m in zip(rows, budgets, strict=True)], budgets
+    )
+
+
+def _best_of_all(scores: np.ndarray, y: np.ndarray, m: int) -> np.ndarray:
+    """The ``m`` samples with the best scores, among them the best of every class, best first."""
+    ranked = np.argsort(-scores, kind="stable")
+    first = np.sort(np.unique(y[ranked], return_index=True)[1])
+    others = np.delete(np.arange(len(y)), first)[: m - len(first)]
+    return ranked[np.sort(np.concatenate([first, others]))]
