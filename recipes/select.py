@@ -28,7 +28,7 @@ from curation.instances.selection_index import SelectionIndex, fingerprint
 
 BUDGET = 0.04
 EMBEDDED = 5000  # points at most by t-SNE
-NAMED = 20  # classes at most that a legend names
+NAMED = 20  # classes at most that are named one by one
 
 
 def in_order(loader: Any) -> DataLoader:
@@ -109,8 +109,11 @@ def report(y: np.ndarray, indices: np.ndarray, found: Retention, probe: str) -> 
         found: By the probe.
         probe: Its name.
     """
-    classes = np.unique(y)
-    kept = ", ".join(f"{c}: {(y[indices] == c).sum()} of {(y == c).sum()}" for c in classes)
+    classes, sizes = np.unique(y, return_counts=True)
+    counts = (y[indices][:, None] == classes).sum(0)
+    kept = ", ".join(f"{c}: {count} of {size}" for c, count, size in zip(classes, counts, sizes, strict=True))
+    if len(classes) > NAMED:
+        kept = f"{counts.min()} to {counts.max()} of {sizes.min()} to {sizes.max()}, in {len(classes)} classes"
     mean, low, high = paired_interval((found.of_selected - found.of_random).tolist())
     verdict = "better than random" if low > 0 else "worse than random" if high < 0 else "no different from random"
     rows = [("all samples", [found.full], found.of_selected * 0 + 1, 0.0)] + [
@@ -198,7 +201,7 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="CLASS_PATH",
         help="class of the selector (%(default)s)",
     )
-    parser.add_argument("--options", default="{}", metavar="JSON", help="its other arguments, as '{\"k\": 10}'")
+    parser.add_argument("--options", default="{}", metavar="JSON", help="its other arguments, as '{\"n_neighbors\": 5}'")
     parser.add_argument("--layer", help="submodule whose output are the features (default: the inputs, flattened)")
     parser.add_argument("--ckpt_path", help="checkpoint of the module, for --layer")
     parser.add_argument("--features", metavar="FILE.npy", help="[N, D], to select by in the place of the probe's")

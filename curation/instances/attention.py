@@ -16,12 +16,14 @@ from curation import rng
 from curation.instances.graph import Graph
 
 CHUNK = 2**14  # samples predicted at a time
+BLOCKS = 128  # places of the data set that a batch is from: fewer keep more edges, more are closer to chance
+STEPS = 200  # at least
 
 
 class GraphAttentionLayer(nn.Module):
     """``h_i = ELU(sum_j a_ij W x_j)`` over the neighbours ``j`` of ``i`` and ``i`` itself, for each of several heads.
 
-    ``a_ij = softmax_j(LeakyReLU(s . W x_j + t . W x_i))`` (arXiv 1710.10903, equations 3 to 5). Linear in the samples.
+    ``a_ij = softmax_j(LeakyReLU(s . W x_j + t . W x_i))`` (arXiv 1710.10903, eq. 3 to 5). Linear in the samples.
 
     Args:
         features: Of the input.
@@ -39,7 +41,7 @@ class GraphAttentionLayer(nn.Module):
             nn.init.xavier_uniform_(parameter)
 
     def table(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What is looked up of every sample ``[N, D]``: ``W x`` ``[N, H, F]``, and its parts of the logits ``[N, H]``."""
+        """What is looked up of samples ``[N, D]``: ``W x`` ``[N, H, F]``, and its parts of the logits ``[N, H]``."""
         h = self.project(x).view(-1, self.heads, self.hidden)
         return h, (h * self.source).sum(-1), (h * self.target).sum(-1)
 
@@ -80,14 +82,13 @@ class GraphAttentionNetwork(nn.Module):
 
     def __init__(self, features: int, classes: int, hidden: int = 32, heads: int = 4) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            [GraphAttentionLayer(features, hidden, heads), GraphAttentionLayer(heads * hidden, hidden, heads)]
-        )
+        self.first = GraphAttentionLayer(features, hidden, heads)
+        self.second = GraphAttentionLayer(heads * hidden, hidden, heads)
         self.classify = nn.Linear(heads * hidden, classes)
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         """Logits ``[N, C]`` of samples ``[N, D]`` with neighbours ``[N, k]`` among them."""
-        for layer in self.layers:
+        for layer in (self.first, self.second):
             x, _ = layer.attend(layer.table(x), slice(None), ids)
         return self.classify(x)
 
@@ -96,18 +97,18 @@ class GraphAttentionNetwork(nn.Module):
         """Probabilities fp32 ``[N, C]``, and the attention ``[N, k]`` to neighbours, the mean of layers and heads."""
         attention = torch.zeros(ids.shape, device=x.device)
         parts = [slice(start, start + CHUNK) for start in range(0, len(x), CHUNK)]
-        for layer in self.layers:
+        for layer in (self.first, self.second):
             table, outputs = layer.table(x), []
             for part in parts:
                 output, weights = layer.attend(table, part, ids[part])
                 outputs.append(output)
-                attention[part] += weights[:, :-1].mean(-1) / len(self.layers)
+                attention[part] += weights[:, :-1].mean(-1) / 2
             x = torch.cat(outputs)
         return self.classify(x).float().softmax(1), attention
 
 
 def focal_loss(logits: Tensor, y: Tensor, weights: Tensor, gamma: float = 2.0) -> Tensor:
-    """``-w_i (1 - p_i)^gamma log p_i`` of the classes ``y``, averaged with the weights ``w`` (arXiv 1708.02002, eq. 5).
+    """``-w (1 - p)^gamma log p`` of the classes ``y``, averaged with the weights ``w`` (arXiv 1708.02002, eq. 5).
 
     Args:
         logits: ``[B, C]``.
@@ -128,7 +129,7 @@ class Training:
     """How a network is trained.
 
     Attributes:
-        epochs: At most.
+        epochs: At most; more where they would be less than 200 steps.
         patience: Epochs without a better loss of the held-out samples, after which it ends.
         lr: Learning rate of AdamW.
         edge_dropout: Share of the edges that are left out at random, another in every step.
@@ -137,7 +138,7 @@ class Training:
 
     epochs: int = 10
     patience: int = 3
-    lr: float = 1e-2
+    lr: float = 5e-3
     edge_dropout: float = 0.3
     batch_size: int = 2048
 
@@ -169,18 +170,24 @@ def train(
     ids = torch.where(ids < 0, -1, place[ids.clamp(min=0)])  # places in the order, as the batches are
     counts = y[learn].bincount(minlength=classes)
     weights = (1 / counts.clamp(min=1))[y] * (len(y) / classes)
-    size = min(how.batch_size, max(128, n // 32))
+    size = min(how.batch_size, max(256, n // 16))
+    block = -(-size // BLOCKS)
     optimizer = torch.optim.AdamW(network.parameters(), lr=how.lr, fused=True)
     best, bad, best_state = torch.inf, 0, network.state_dict()
-    for _ in range(how.epochs):
-        shift = int(torch.randint(1, size + 1, (1,), generator=draw, device=x.device))  # so that the cuts move
-        starts = torch.arange(shift - size, n, size)
+    local_of = torch.full((n,), -1, device=x.device)
+    for _ in range(max(how.epochs, -(-STEPS * size // n))):
+        shift = int(torch.randint(block, (1,), generator=draw, device=x.device))  # so that the cuts move
+        blocks = torch.nn.functional.pad(torch.arange(n, device=x.device), (shift, -(shift + n) % block), value=-1)
+        blocks = blocks.view(-1, block)
+        blocks = blocks[torch.randperm(len(blocks), generator=draw, device=x.device)]
         total = torch.zeros(2, device=x.device)
-        for start in starts[torch.randperm(len(starts), generator=torch.Generator().manual_seed(shift))].tolist():
-            part = slice(max(start, 0), start + size)
-            local = ids[part] - part.start
+        for part in blocks.split(BLOCKS):
+            part = part[part >= 0]
+            local_of[part] = torch.arange(len(part), device=x.device)
+            local = torch.where(ids[part] < 0, -1, local_of[ids[part]])
+            local_of[part] = -1
             dropped = torch.rand(local.shape, generator=draw, device=x.device) < how.edge_dropout
-            local = local.masked_fill((local < 0) | (local >= len(local)) | dropped, -1)
+            local = local.masked_fill(dropped, -1)
             logits = network(x[part], local)
             optimizer.zero_grad()
             focal_loss(logits, y[part], weights[part] * learn[part]).backward()

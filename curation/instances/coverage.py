@@ -16,10 +16,10 @@ from curation.instances.graph import Graph
 def cover(graph: Graph, weights: Tensor, m: int) -> tuple[np.ndarray, np.ndarray]:
     """The ``m`` samples that cover the others best, in the order of their choice.
 
-    Maximises ``sum_i w_i max_{j chosen} s_ij``, where a sample covers itself and its neighbours in the graph as far as
-    they are similar, ``s_ij`` of :meth:`~curation.instances.graph.Graph.similarities`. The greedy choice is within
-    ``1 - 1/e`` of the best (Nemhauser et al. 1978), and exact here: gains only fall, so a stale one is a bound (Minoux
-    1978). ``O(N k)`` memory; about ``O(N k)`` time.
+    Maximises ``sum_i w_i max_j s_ij`` over the chosen ``j``, where a sample covers itself and its neighbours in the
+    graph as far as they are similar, ``s_ij`` of :meth:`~curation.instances.graph.Graph.similarities`. The greedy
+    choice is within ``1 - 1/e`` of the best (Nemhauser et al. 1978), and exact here: gains only fall, so an old one
+    is a bound (Minoux 1978). ``O(N k)`` memory and about as much time.
 
     Args:
         graph: Of ``N`` samples.
@@ -33,7 +33,8 @@ def cover(graph: Graph, weights: Tensor, m: int) -> tuple[np.ndarray, np.ndarray
         ImportError: If numba is missing.
 
     Example:
-        >>> line = Graph(torch.tensor([[1, -1], [0, 2], [1, -1]]), torch.tensor([[1, torch.inf], [1, 1], [1, torch.inf]]))
+        >>> far = torch.inf
+        >>> line = Graph(torch.tensor([[1, -1], [0, 2], [1, -1]]), torch.tensor([[1, far], [1, 1], [1, far]]))
         >>> cover(line, torch.ones(3), 1)[0].tolist()
         [1]
     """

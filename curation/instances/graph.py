@@ -32,7 +32,7 @@ class Graph:
         return Graph(self.ids.to(device), self.distances.to(device))
 
     def similarities(self) -> Tensor:
-        """``exp(-d / s)`` of the squared distances ``d``, with their mean ``s``: fp32 ``[N, k]``, 0 for no neighbour."""
+        """``exp(-d / mean d)`` of the squared distances ``d``: fp32 ``[N, k]``, 0 for no neighbour."""
         known = self.ids >= 0
         total = torch.where(known, self.distances, 0).sum()
         return torch.exp(-self.distances / (total / known.sum().clamp(min=1)).clamp(min=1e-12)) * known

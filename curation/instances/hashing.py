@@ -1,8 +1,8 @@
 """Orders that put near samples side by side: hierarchical hashing by random projections (arXiv 2502.20293).
 
 A hash of ``b`` bits splits the samples ``b`` times in two by the sign of a random projection, here less its median
-within each part. So the ``2^b`` buckets are equally full whatever the data, duplicates and constant features included,
-a shorter hash is a prefix of a longer one, and all buckets fit one batched product. Costs ``O(N (D + log N) b)``.
+within each part. So the ``2^b`` buckets are equally full whatever the data, duplicates and constants included, a
+shorter hash is a prefix of a longer one, and all buckets fit one batched product. Costs ``O(N (D + log N) b)``.
 """
 
 import math
@@ -63,7 +63,8 @@ def multi_level(x: Tensor, k: int, capacity: int, generator: torch.Generator, le
     """
     shortest = bits(len(x), capacity)
     lengths = [length for length in range(shortest, shortest + levels) if 2**length <= len(x)]
-    ids, distances, hashes = [], [], []
+    ids: list[Tensor] = []
+    distances, hashes = [], []
     for length in lengths:
         groups = buckets(x, length, generator)
         graph = group_neighbours(x, groups, k)

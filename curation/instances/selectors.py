@@ -60,7 +60,8 @@ class InstanceSelector(BaseEstimator):
             ValueError: If there is nothing to select from, a value is not finite, or a parameter is out of its range.
         """
         start = perf_counter()
-        X, y = (v.detach().cpu().float().numpy() if isinstance(v, Tensor) and v.is_floating_point() else v for v in (X, y))
+        X, y = (v.detach().cpu() if isinstance(v, Tensor) else v for v in (X, y))
+        X = X.float() if isinstance(X, Tensor) else X  # NumPy has no bf16
         X, y = validate_data(self, X, y, dtype=[np.float32, np.float64])
         check_classification_targets(y)
         self.classes_, codes = np.unique(y, return_inverse=True)
@@ -84,7 +85,8 @@ class InstanceSelector(BaseEstimator):
     def fit_resample(self, X: Any, y: Any) -> tuple[Any, Any]:
         """Select, and give the features and classes that stay, of the types that came."""
         rows = self.fit(X, y).sample_indices_
-        return tuple(v[rows] if isinstance(v, Tensor) else _safe_indexing(v, rows) for v in (X, y))
+        one, other = (v[rows] if isinstance(v, Tensor) else _safe_indexing(v, rows) for v in (X, y))
+        return one, other
 
     def get_support(self, indices: bool = False) -> np.ndarray:
         """A mask bool ``[N]`` of the samples that stay, or their indices."""
@@ -136,7 +138,7 @@ def class_budgets(y: np.ndarray, budget: float, strategy: Strategy, classes: np.
         for name, value, count in zip(classes, wanted, counts, strict=True):
             if int(value) != value or not 1 <= value <= count:
                 raise ValueError(
-                    f"Argument `sampling_strategy` must ask for 1 to {count} samples of class {name!r}, but got {value}."
+                    f"Argument `sampling_strategy` must ask for 1 to {count} of class {name!r}, but got {value}."
                 )
         return wanted.astype(np.int64)
     if strategy == "proportional":
@@ -277,8 +279,9 @@ class GraphAttentionInstanceSelector(InstanceSelector):
         graph: ``"multiview"``, ``"multilevel"`` or ``"lsh"`` hashing (:mod:`curation.instances.hashing`),
             ``"minibatch"`` (:func:`~curation.instances.graph.mini_batch`), or for reference faiss's ``"hnsw"`` and
             ``"exact"``.
-        score: ``"confidence"``, the probability of the sample's class; ``"margin"``, less that of the likeliest other;
-            or ``"attention"`` received.
+        score: ``"confidence"``, the probability ``p`` of the sample's class; ``"ambiguity"``, ``p (1 - 0.95 p)``, large
+            for what is of its class, but not surely; ``"margin"``, ``p`` less the largest of the others; or
+            ``"attention"`` received.
         select: ``"coverage"`` takes the samples of each class that stand best for the others of it, each of which
             counts by its score; ``"rank"`` the best of each class; ``"threshold"`` the best of all classes together.
         sampling_strategy: See :func:`class_budgets`.
@@ -286,7 +289,7 @@ class GraphAttentionInstanceSelector(InstanceSelector):
         n_views: Of the multi-view hashing.
         n_graphs: Random graphs. One is scored in sample.
         distance_quantile: Longer edges than this quantile of all are left out.
-        epochs: Of training at most.
+        epochs: Of training at most; more where they would be less than 200 steps.
         edge_dropout: Share of the edges left out in a step.
         lr: Learning rate of AdamW.
         random_state: Of everything.
@@ -304,7 +307,7 @@ class GraphAttentionInstanceSelector(InstanceSelector):
         budget: float = 0.04,
         *,
         graph: Literal["multiview", "multilevel", "lsh", "minibatch", "hnsw", "exact"] = "multiview",
-        score: Literal["confidence", "margin", "attention"] = "confidence",
+        score: Literal["ambiguity", "confidence", "margin", "attention"] = "ambiguity",
         select: Literal["coverage", "rank", "threshold"] = "coverage",
         sampling_strategy: Strategy = "proportional",
         n_neighbors: int = 10,
@@ -313,7 +316,7 @@ class GraphAttentionInstanceSelector(InstanceSelector):
         distance_quantile: float = 1.0,
         epochs: int = 10,
         edge_dropout: float = 0.3,
-        lr: float = 1e-2,
+        lr: float = 5e-3,
         random_state: Any = None,
         device: str = "cpu",
     ) -> None:
@@ -334,13 +337,13 @@ class GraphAttentionInstanceSelector(InstanceSelector):
 
     def _check(self) -> None:
         super()._check()
-        for name, value, options in (
+        for name, choice, options in (
             ("graph", self.graph, ("multiview", "multilevel", "lsh", "minibatch", "hnsw", "exact")),
-            ("score", self.score, ("confidence", "margin", "attention")),
+            ("score", self.score, ("ambiguity", "confidence", "margin", "attention")),
             ("select", self.select, ("coverage", "rank", "threshold")),
         ):
-            if value not in options:
-                raise ValueError(f"Argument `{name}` must be one of {', '.join(options)}, but got {value!r}.")
+            if choice not in options:
+                raise ValueError(f"Argument `{name}` must be one of {', '.join(options)}, but got {choice!r}.")
         for name in ("n_neighbors", "n_views", "n_graphs", "epochs"):
             check_integer(name, getattr(self, name), 1)
         for name, value, inside in (
@@ -357,7 +360,8 @@ class GraphAttentionInstanceSelector(InstanceSelector):
         budgets = class_budgets(y, self.budget, self.sampling_strategy, self.classes_)
         points, codes = torch.from_numpy(x).to(self.device), torch.from_numpy(y).to(self.device)
         self._score(points, codes, seed)
-        scores = getattr(self, f"{self.score}_")
+        p = self.confidence_
+        scores = p * (1 - 0.95 * p) if self.score == "ambiguity" else getattr(self, f"{self.score}_")
         if self.select == "coverage":
             weights = torch.from_numpy(scores).clamp(min=0)
             order, _ = _cover_classes(points, y, weights, budgets, seed, _reach(self.budget), self.n_views)

@@ -1,0 +1,272 @@
+import pickle
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.base import clone
+from sklearn.datasets import load_digits, make_blobs
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from curation.instances import (
+    CoverageInstanceSelector,
+    EditedNearestNeighboursFilter,
+    GraphAttentionInstanceSelector,
+    StratifiedRandomSelector,
+)
+from curation.instances.selectors import class_budgets
+
+FAST = {"n_graphs": 2, "epochs": 1}
+BUDGETED = [
+    StratifiedRandomSelector(random_state=0),
+    CoverageInstanceSelector(random_state=0),
+    GraphAttentionInstanceSelector(random_state=0, **FAST),
+]
+ALL = [*BUDGETED, EditedNearestNeighboursFilter(random_state=0)]
+each = pytest.mark.parametrize("selector", ALL, ids=lambda s: type(s).__name__)
+each_budgeted = pytest.mark.parametrize("selector", BUDGETED, ids=lambda s: type(s).__name__)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_digits(return_X_y=True)
+
+
+@parametrize_with_checks(ALL)
+def test_conventions_of_scikit_learn(estimator, check):
+    check(estimator)
+
+
+@each
+def test_the_same_seed_gives_the_same_indices(selector, digits):
+    one, same, other = (
+        clone(selector).set_params(random_state=s).fit(*digits) for s in (3, 3, 4)
+    )
+    assert one.sample_indices_.tolist() == same.sample_indices_.tolist()
+    if not isinstance(selector, EditedNearestNeighboursFilter):
+        assert one.sample_indices_.tolist() != other.sample_indices_.tolist()
+
+
+@each
+def test_global_random_streams_are_left_alone(selector, digits):
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    clone(selector).fit(*digits)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == np.random.get_state()[1].tolist()
+
+
+@each
+def test_what_is_known_after_a_fit(selector, digits):
+    X, y = digits
+    s = pickle.loads(pickle.dumps(clone(selector).fit(X, y)))
+    assert s.sample_indices_.dtype == s.ranking_.dtype == np.int64
+    assert (np.diff(s.sample_indices_) > 0).all()
+    assert sorted(s.ranking_) == s.sample_indices_.tolist()
+    assert s.scores_.dtype == np.float32
+    assert s.scores_.shape == (len(X),)
+    assert s.get_support().nonzero()[0].tolist() == s.get_support(indices=True).tolist() == s.sample_indices_.tolist()
+    assert s.report_["kept"] == len(s.ranking_) == sum(s.report_["kept_per_class"].values())
+    assert s.report_["reduction"] == 1 - len(s.ranking_) / len(X)
+
+
+@each_budgeted
+def test_every_class_has_its_share_and_so_has_every_beginning(selector, digits):
+    X, y = digits
+    rare = np.concatenate([np.flatnonzero(y > 0), np.flatnonzero(y == 0)[:2]])
+    s = clone(selector).fit(X[rare], y[rare])
+    assert len(s.sample_indices_) == round(0.04 * len(rare))
+    assert s.report_["kept_per_class"][0] == 1
+    common = y[rare][s.ranking_][y[rare][s.ranking_] > 0]
+    counts = [np.bincount(common[:m], minlength=10)[1:] for m in (18, 36)]
+    assert all(c.max() - c.min() <= 2 for c in counts)
+
+
+@pytest.mark.parametrize("selector", BUDGETED[:2], ids=lambda s: type(s).__name__)
+def test_the_beginning_of_a_ranking_is_the_selection_of_a_smaller_budget(selector):
+    X, y = make_blobs(900, 5, centers=3, random_state=0)
+    s = clone(selector).set_params(random_state=0, budget=0.1)
+    if isinstance(s, CoverageInstanceSelector):
+        s.set_params(n_neighbors=10)
+    large, small = (clone(s).set_params(budget=b).fit(X, y) for b in (0.1, 0.05))
+    assert set(large.ranking_[:45]) == set(small.sample_indices_)
+
+
+@each
+@pytest.mark.parametrize("kind", ["tensor", "bf16", "frame", "memmap", "list", "strings", "column"])
+def test_kinds_of_data(selector, kind, digits, tmp_path):
+    X, y = digits[0][:300], digits[1][:300]
+    expected = clone(selector).fit(X, y).sample_indices_
+    if kind in ("tensor", "bf16"):  # grey values up to 16 are exact in bf16
+        given = torch.from_numpy(X).to(torch.float32 if kind == "tensor" else torch.bfloat16), torch.from_numpy(y)
+    elif kind == "frame":
+        given = pd.DataFrame(X, columns=[f"f{i}" for i in range(64)]), pd.Series(y)
+    elif kind == "memmap":
+        mapped = np.memmap(tmp_path / "x", X.dtype, "w+", shape=X.shape)
+        mapped[:] = X
+        given = mapped, y
+    elif kind == "list":
+        given = X.tolist(), y.tolist()
+    elif kind == "strings":
+        given = X, np.array([f"class {c}" for c in y])
+    else:
+        datasets = pytest.importorskip("datasets", reason="needs datasets")
+        columns = datasets.Dataset.from_dict({"x": X.tolist(), "y": y.tolist()}).with_format("numpy")
+        given = columns["x"][:], columns["y"][:]
+    s = clone(selector)
+    rows, classes = s.fit_resample(*given)
+    assert s.sample_indices_.tolist() == expected.tolist()
+    assert type(rows) in (type(given[0]), np.ndarray)
+    assert len(rows) == len(classes) == len(expected)
+
+
+@each
+def test_in_a_pipeline_of_imbalanced_learn(selector, digits):
+    pipeline = pytest.importorskip("imblearn.pipeline", reason="needs imbalanced-learn").make_pipeline
+    X, y = digits
+    model = pipeline(EditedNearestNeighboursFilter(random_state=0), clone(selector), RandomForestClassifier(20, random_state=0))
+    assert model.fit(X[:1200], y[:1200]).score(X[1200:], y[1200:]) > 0.6
+    with pytest.raises(TypeError):
+        make_pipeline(clone(selector), RandomForestClassifier()).fit(X, y)  # scikit-learn's own changes no rows
+
+
+@each
+@pytest.mark.parametrize(
+    ("X", "y"),
+    [
+        (np.zeros((40, 3)), np.arange(40) % 2),
+        (np.tile(np.arange(8.0)[:, None], (5, 2)), np.tile(np.arange(8), 5) % 2),
+        (np.column_stack([np.arange(40.0), np.full(40, 1e6)]), np.arange(40) % 2),
+        (np.arange(40.0)[:, None] * 1e30, np.arange(40) % 2),
+        (np.arange(40.0)[:, None], np.zeros(40, int)),
+        (np.arange(4.0)[:, None], np.array([0, 0, 1, 1])),
+        (np.arange(4.0)[:, None], np.arange(4)),
+        (np.ones((1, 1)), np.zeros(1)),
+    ],
+    ids=["constant", "duplicates", "one constant", "huge", "one class", "N < k", "one each", "one sample"],
+)
+def test_awkward_data(selector, X, y):
+    s = clone(selector).fit(X, y)
+    assert set(y[s.sample_indices_]) == set(y)
+    assert np.isfinite(s.scores_).all()
+
+
+@each
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_refused(selector, bad, digits):
+    X, y = digits[0].copy(), digits[1]
+    X[3, 5] = bad
+    with pytest.raises(ValueError, match="NaN|infinity"):
+        clone(selector).fit(X, y)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": 0}, r"Argument `budget` must be in \(0, 1\], but got 0"),
+        ({"budget": 1.5}, r"`budget` .* got 1.5"),
+        ({"budget": True}, r"`budget` .* got True"),
+        ({"budget": "4 %"}, r"`budget` .* got '4 %'"),
+        ({"sampling_strategy": "auto"}, "`sampling_strategy` must be 'proportional', .* but got 'auto'"),
+        ({"sampling_strategy": {99: 3}}, "`sampling_strategy` must name classes of `y`, but got 99"),
+        ({"sampling_strategy": {1: 10**6}}, "`sampling_strategy` must ask for 1 to 182 of class 1, but got 1000000"),
+        ({"graph": "knn"}, "Argument `graph` must be one of multiview, .* but got 'knn'"),
+        ({"score": "loss"}, "`score` .* 'loss'"),
+        ({"select": "best"}, "`select` .* 'best'"),
+        ({"n_neighbors": 0}, "`n_neighbors` must be an integer >= 1, but got 0"),
+        ({"n_graphs": 1.5}, "`n_graphs` .* 1.5"),
+        ({"edge_dropout": 1}, r"`edge_dropout` must be in \[0, 1\), but got 1"),
+        ({"distance_quantile": 0}, r"`distance_quantile` must be in \(0, 1\], but got 0"),
+        ({"lr": -1}, r"`lr` must be in \(0, inf\), but got -1"),
+    ],
+)
+def test_a_bad_argument_is_named_with_its_value(changes, message, digits):
+    with pytest.raises(ValueError, match=message):
+        GraphAttentionInstanceSelector(**changes).fit(*digits)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.integers(1, 200), min_size=1, max_size=8),
+    st.floats(0.001, 1),
+    st.sampled_from(["proportional", "equal"]),
+)
+def test_budgets_of_classes(counts, budget, strategy):
+    y = np.repeat(np.arange(len(counts)), counts)
+    got = class_budgets(y, budget, strategy, np.arange(len(counts)))
+    assert got.sum() == max(round(budget * len(y)), len(counts))
+    assert (got >= 1).all()
+    assert (got <= counts).all()
+    if strategy == "proportional":
+        ideal = np.array(counts) * got.sum() / len(y)
+        assert ((abs(got - ideal) < 1 + 1e-9) | (got == 1) | (ideal < got.sum() / len(counts))).all()
+    else:
+        full = got == counts
+        assert full.all() or np.ptp(got[~full]) <= 1
+        assert not full.any() or full.all() or got[full].max() <= got[~full].max() + 1
+
+
+def test_counts_by_class(digits):
+    X, y = digits
+    s = CoverageInstanceSelector(sampling_strategy={3: 7, 5: 1}, random_state=0).fit(X, y)
+    kept = s.report_["kept_per_class"]
+    assert (kept[3], kept[5], kept[4]) == (7, 1, (y == 4).sum())
+
+
+@pytest.mark.parametrize("graph", ["multiview", "multilevel", "lsh", "minibatch", "hnsw", "exact"])
+def test_every_graph_tells_the_classes_out_of_fold(graph, digits):
+    s = GraphAttentionInstanceSelector(graph=graph, epochs=3, random_state=0).fit(*digits)
+    assert (s.margin_ > 0).mean() > (0.75 if graph == "minibatch" else 0.85)
+    assert s.attention_.sum() == pytest.approx((1 - 1 / 11) * len(s.attention_), rel=0.2)
+
+
+def test_how_scores_select(digits):
+    X, y = digits
+    fitted = {
+        how: GraphAttentionInstanceSelector(score="attention", select=how, random_state=0, **FAST).fit(X, y)
+        for how in ("rank", "threshold", "coverage")
+    }
+    scores = fitted["rank"].attention_
+    for c in range(10):
+        of_class = np.flatnonzero(y == c)
+        kept = [i for i in fitted["rank"].sample_indices_ if y[i] == c]
+        assert scores[kept].min() >= np.sort(scores[of_class])[-len(kept)]
+    cut = np.sort(scores)[-72]
+    assert (scores[fitted["threshold"].sample_indices_] >= cut).mean() >= 62 / 72  # but for the best of each class
+    assert all((a > b) or (a == b) for a, b in pairwise(scores[fitted["threshold"].ranking_]))
+    assert fitted["coverage"].sample_indices_.tolist() != fitted["rank"].sample_indices_.tolist()
+
+
+def test_a_filter_finds_labels_that_are_wrong():
+    X, y = make_blobs(600, 5, centers=4, cluster_std=1.0, random_state=1)
+    wrong = np.random.default_rng(0).random(600) < 0.15
+    noisy = np.where(wrong, (y + 1) % 4, y)
+    kept = EditedNearestNeighboursFilter(random_state=0).fit(X, noisy).get_support()
+    assert wrong[kept].mean() < 0.02
+    assert kept[~wrong].mean() > 0.98
+
+
+def test_coverage_is_better_than_chance_where_clusters_are_uneven():
+    rng = np.random.default_rng(0)
+    X = np.concatenate([rng.normal(0, 0.1, (460, 2)), rng.normal(9, 0.1, (20, 2)), rng.normal(-9, 0.1, (20, 2))])
+    kept = CoverageInstanceSelector(budget=0.02, random_state=0).fit(X, np.zeros(500)).sample_indices_
+    assert (kept < 460).any()
+    assert ((460 <= kept) & (kept < 480)).any()
+    assert (kept >= 480).any()
+
+
+def test_without_scikit_learn_the_extra_is_named(monkeypatch):
+    import sys
+
+    for name in [m for m in sys.modules if m.startswith("sklearn") or m == "curation.instances.selectors"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.base", None)
+    import curation.instances
+
+    with pytest.raises(ImportError, match=r"lightning-curation\[select\]"):
+        curation.instances.CoverageInstanceSelector  # noqa: B018
