@@ -44,8 +44,7 @@ class Retention:
 def stratified_random(y: np.ndarray, budget: float, seed: int) -> np.ndarray:
     """Random samples, with the classes as frequent as in all, but at least one of each: int64, ascending.
 
-    ``m = round(budget N)`` samples, but at least one per class. Each class gets one, or the floor of ``m N_c / N``
-    where that is more; samples that are left over go to the classes that miss most of their share.
+    The budgets of the classes are those of every selector, :func:`~curation.instances.selectors.class_budgets`.
 
     Args:
         y: Labels ``[N]``.
@@ -59,18 +58,14 @@ def stratified_random(y: np.ndarray, budget: float, seed: int) -> np.ndarray:
         >>> stratified_random(np.array([0, 0, 0, 0, 0, 0, 1, 1, 1]), 1 / 3, seed=0).tolist()
         [3, 4, 6]
     """
+    from curation.instances.selectors import class_budgets
+
     if not 0 < budget <= 1:
         raise ValueError(f"Argument `budget` must be in (0, 1], but got {budget!r}.")
-    _, classes, sizes = np.unique(y, return_inverse=True, return_counts=True)
-    if not len(sizes):
+    names, classes = np.unique(y, return_inverse=True)
+    if not len(names):
         raise ValueError("Argument `y` must hold labels, but got none.")
-    samples = max(round(budget * len(y)), len(sizes))
-    counts = np.maximum(samples * sizes // len(y), 1)
-    while counts.sum() != samples:
-        step = 1 if counts.sum() < samples else -1
-        movable = counts < sizes if step == 1 else counts > 1
-        missing = samples * sizes - counts * len(y)  # times N: whole numbers, so that ties are ties
-        counts[np.where(movable, step * missing, -np.inf).argmax()] += step
+    counts = class_budgets(classes, budget, "proportional", names)
     draw = np.random.default_rng(seed)
     taken = [draw.choice(np.flatnonzero(classes == c), count, replace=False) for c, count in enumerate(counts)]
     return np.sort(np.concatenate(taken)).astype(np.int64)
