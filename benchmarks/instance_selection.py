@@ -54,7 +54,7 @@ K, VIEWS, CAPACITY = 10, 4, 256
 
 
 def clusters(n: int, seed: int = 0, features: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    """10 classes of 20 Gaussian clusters in 8 dimensions, lifted to 64 with noise: fp32 ``[N, 64]``, int64 ``[N]``."""
+    """10 classes of 20 Gaussian clusters in 8 dimensions, lifted to 64 with noise: fp32 ``[N, 64]``, int64."""
     draw = np.random.default_rng(seed)
     centres, lift = draw.normal(size=(200, 8)), draw.normal(size=(8, features)) / np.sqrt(8)
     cluster = draw.integers(0, 200, n)
@@ -108,7 +108,7 @@ def recall(x: torch.Tensor, found: graph.Graph, queries: int = 2000) -> float:
 SELECTORS: dict[str, InstanceSelector] = {
     "coverage": CoverageInstanceSelector(random_state=0),
     "graph attention, one graph in sample": GraphAttentionInstanceSelector(
-        n_graphs=1, score="attention", select="rank", random_state=0
+        n_graphs=1, criterion="attention", select="rank", random_state=0
     ),
     "graph attention, default": GraphAttentionInstanceSelector(random_state=0),
 }
@@ -210,7 +210,7 @@ def variants(x: np.ndarray, y: np.ndarray, budget: float, seed: int, search: boo
     default = GraphAttentionInstanceSelector(budget, random_state=seed).fit(x, y)
 
     def kept(**options: Any) -> np.ndarray:
-        other = not {"score", "select"} >= set(options)
+        other = not {"criterion", "select"} >= set(options)
         selector = (GraphAttentionInstanceSelector if other else Scored)(budget, random_state=seed, **options)
         selector.fitted = default
         return selector.fit(x, y).sample_indices_
@@ -223,12 +223,12 @@ def variants(x: np.ndarray, y: np.ndarray, budget: float, seed: int, search: boo
         "coverage": CoverageInstanceSelector(budget, random_state=seed).fit(x, y).sample_indices_,
         "edited nearest neighbours, then coverage": clean[rest.sample_indices_],
         "graph attention (default): covering by ambiguity": default.sample_indices_,
-        "covering by confidence": kept(score="confidence"),
-        "covering by attention": kept(score="attention"),
-        "top attention": kept(score="attention", select="rank"),
-        "attention above a threshold": kept(score="attention", select="threshold"),
-        "top confidence": kept(score="confidence", select="rank"),
-        "top ambiguity": kept(score="ambiguity", select="rank"),
+        "covering by confidence": kept(criterion="confidence"),
+        "covering by attention": kept(criterion="attention"),
+        "top attention": kept(criterion="attention", select="rank"),
+        "attention above a threshold": kept(criterion="attention", select="threshold"),
+        "top confidence": kept(criterion="confidence", select="rank"),
+        "top ambiguity": kept(criterion="ambiguity", select="rank"),
     }
     if search:
         quantile, one_graph, mini_batch = {"distance_quantile": 0.8}, {"n_graphs": 1}, {"graph": "minibatch"}
@@ -236,9 +236,9 @@ def variants(x: np.ndarray, y: np.ndarray, budget: float, seed: int, search: boo
             "covering by ambiguity, nearest .8 of the edges": kept(**quantile),
             "covering by ambiguity, one graph, in sample": kept(**one_graph),
             "covering by ambiguity, mini-batch graph": kept(**mini_batch),
-            "top attention, nearest .8 of the edges": kept(**quantile, score="attention", select="rank"),
-            "top attention, one graph": kept(**one_graph, score="attention", select="rank"),
-            "top attention, mini-batch graph": kept(**mini_batch, score="attention", select="rank"),
+            "top attention, nearest .8 of the edges": kept(**quantile, criterion="attention", select="rank"),
+            "top attention, one graph": kept(**one_graph, criterion="attention", select="rank"),
+            "top attention, mini-batch graph": kept(**mini_batch, criterion="attention", select="rank"),
         }
     return found
 
@@ -287,11 +287,13 @@ def report(files: list[Path]) -> None:
         runs = found["runs"]
         names = [name for name in runs[0]["accuracy"] if name != "all samples"]
         base = names[0]
-        share = {
-            name: np.array([[run["accuracy"][name] / run["accuracy"]["all samples"] for run in runs if run["table"] == t]
-                            for t in TABLES])
-            for name in names
-        }  # fmt: skip
+
+        def shares(name: str, runs: list[dict[str, Any]] = runs) -> np.ndarray:
+            """Retentions ``[tables, seeds]``."""
+            of = [[run["accuracy"] for run in runs if run["table"] == t] for t in TABLES]
+            return np.array([[a[name] / a["all samples"] for a in seeds] for seeds in of])
+
+        share = {name: shares(name) for name in names}
         rows = []
         for name in names:
             accuracy = statistics.mean(run["accuracy"][name] for run in runs)
@@ -319,7 +321,7 @@ def report(files: list[Path]) -> None:
         print()
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.subplots()
-        for place, (name, _, _, mean, low, high, _) in enumerate(reversed(rows)):
+        for place, (_, _, _, mean, low, high, _) in enumerate(reversed(rows)):
             colour = "C2" if low > 0 else "C3" if high < 0 else "0.5"
             axes.errorbar(
                 100 * mean, place, xerr=[[100 * (mean - low)], [100 * (high - mean)]], fmt="o", color=colour

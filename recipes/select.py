@@ -201,7 +201,9 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="CLASS_PATH",
         help="class of the selector (%(default)s)",
     )
-    parser.add_argument("--options", default="{}", metavar="JSON", help="its other arguments, as '{\"n_neighbors\": 5}'")
+    parser.add_argument(
+        "--options", default="{}", metavar="JSON", help="its other arguments, as '{\"n_neighbors\": 5}'"
+    )
     parser.add_argument("--layer", help="submodule whose output are the features (default: the inputs, flattened)")
     parser.add_argument("--ckpt_path", help="checkpoint of the module, for --layer")
     parser.add_argument("--features", metavar="FILE.npy", help="[N, D], to select by in the place of the probe's")

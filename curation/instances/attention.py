@@ -143,6 +143,7 @@ class Training:
     batch_size: int = 2048
 
 
+@torch.enable_grad()
 def train(
     x: Tensor, y: Tensor, graph: Graph, order: Tensor, learn: Tensor, check: Tensor, how: Training, seed: int
 ) -> GraphAttentionNetwork:

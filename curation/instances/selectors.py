@@ -134,8 +134,9 @@ def class_budgets(y: np.ndarray, budget: float, strategy: Strategy, classes: np.
         unknown = [name for name in strategy if name not in classes]
         if unknown:
             raise ValueError(f"Argument `sampling_strategy` must name classes of `y`, but got {unknown[0]!r}.")
-        wanted = np.array([strategy.get(name, count) for name, count in zip(classes, counts, strict=True)])
-        for name, value, count in zip(classes, wanted, counts, strict=True):
+        names = classes.tolist()
+        wanted = np.array([strategy.get(name, count) for name, count in zip(names, counts, strict=True)])
+        for name, value, count in zip(names, wanted, counts, strict=True):
             if int(value) != value or not 1 <= value <= count:
                 raise ValueError(
                     f"Argument `sampling_strategy` must ask for 1 to {count} of class {name!r}, but got {value}."
@@ -279,11 +280,11 @@ class GraphAttentionInstanceSelector(InstanceSelector):
         graph: ``"multiview"``, ``"multilevel"`` or ``"lsh"`` hashing (:mod:`curation.instances.hashing`),
             ``"minibatch"`` (:func:`~curation.instances.graph.mini_batch`), or for reference faiss's ``"hnsw"`` and
             ``"exact"``.
-        score: ``"confidence"``, the probability ``p`` of the sample's class; ``"ambiguity"``, ``p (1 - 0.95 p)``, large
-            for what is of its class, but not surely; ``"margin"``, ``p`` less the largest of the others; or
+        criterion: ``"confidence"``, the probability ``p`` of the sample's class; ``"ambiguity"``, ``p (1 - 0.95 p)``,
+            large for what is of its class, but not surely; ``"margin"``, ``p`` less the largest of the others; or
             ``"attention"`` received.
         select: ``"coverage"`` takes the samples of each class that stand best for the others of it, each of which
-            counts by its score; ``"rank"`` the best of each class; ``"threshold"`` the best of all classes together.
+            counts by the criterion; ``"rank"`` the best of each class; ``"threshold"`` the best of all together.
         sampling_strategy: See :func:`class_budgets`.
         n_neighbors: Of the graph.
         n_views: Of the multi-view hashing.
@@ -307,7 +308,7 @@ class GraphAttentionInstanceSelector(InstanceSelector):
         budget: float = 0.04,
         *,
         graph: Literal["multiview", "multilevel", "lsh", "minibatch", "hnsw", "exact"] = "multiview",
-        score: Literal["ambiguity", "confidence", "margin", "attention"] = "ambiguity",
+        criterion: Literal["ambiguity", "confidence", "margin", "attention"] = "ambiguity",
         select: Literal["coverage", "rank", "threshold"] = "coverage",
         sampling_strategy: Strategy = "proportional",
         n_neighbors: int = 10,
@@ -322,7 +323,7 @@ class GraphAttentionInstanceSelector(InstanceSelector):
     ) -> None:
         self.budget = budget
         self.graph = graph
-        self.score = score
+        self.criterion = criterion
         self.select = select
         self.sampling_strategy = sampling_strategy
         self.n_neighbors = n_neighbors
@@ -339,7 +340,7 @@ class GraphAttentionInstanceSelector(InstanceSelector):
         super()._check()
         for name, choice, options in (
             ("graph", self.graph, ("multiview", "multilevel", "lsh", "minibatch", "hnsw", "exact")),
-            ("score", self.score, ("ambiguity", "confidence", "margin", "attention")),
+            ("criterion", self.criterion, ("ambiguity", "confidence", "margin", "attention")),
             ("select", self.select, ("coverage", "rank", "threshold")),
         ):
             if choice not in options:
@@ -361,7 +362,8 @@ class GraphAttentionInstanceSelector(InstanceSelector):
         points, codes = torch.from_numpy(x).to(self.device), torch.from_numpy(y).to(self.device)
         self._score(points, codes, seed)
         p = self.confidence_
-        scores = p * (1 - 0.95 * p) if self.score == "ambiguity" else getattr(self, f"{self.score}_")
+        ambiguous = self.criterion == "ambiguity"
+        scores = p * (1 - 0.95 * p) if ambiguous else getattr(self, f"{self.criterion}_")
         if self.select == "coverage":
             weights = torch.from_numpy(scores).clamp(min=0)
             order, _ = _cover_classes(points, y, weights, budgets, seed, _reach(self.budget), self.n_views)

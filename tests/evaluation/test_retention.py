@@ -35,7 +35,8 @@ def test_classes_are_as_frequent_as_in_all_and_none_is_missing(seed):
         found = [int((y[rows] == c).sum()) for c in np.unique(y)]
         assert sum(found) == samples
         share = samples * sizes / len(y)
-        assert found == counts_twin(sizes.tolist(), samples)
+        twin = counts_twin(sizes.tolist(), samples)
+        np.testing.assert_allclose(np.sort(share - found), np.sort(share - twin), atol=1e-9)  # ties may go either way
         if share.min() >= 1:
             assert (np.abs(found - share) < 1).all()
 

@@ -39,9 +39,10 @@ def test_a_layer_and_its_gradients_are_those_of_the_slow_twin():
     ids = torch.randint(-1, 12, (12, 3))
     wanted = [x, *layer.parameters()]
     weights = torch.randn(12, 6, dtype=torch.float64)
-    results = []
-    for output in (layer.attend(layer.table(x), slice(None), ids)[0], slow_layer(layer, x, ids)):
-        results.append((output, *torch.autograd.grad((output * weights).sum(), wanted)))
+    results = [
+        (output, *torch.autograd.grad((output * weights).sum(), wanted))
+        for output in (layer.attend(layer.table(x), slice(None), ids)[0], slow_layer(layer, x, ids))
+    ]
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
@@ -134,6 +135,14 @@ def test_the_same_seed_gives_the_same_network_and_the_global_streams_are_left_al
     one, same, other = (n.classify.weight for n in networks)
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+
+
+def test_it_trains_where_gradients_are_off():
+    x, y, graph, order = problem(100)
+    everything = torch.ones(100, dtype=torch.bool)
+    with torch.no_grad():
+        network = train(x, y, graph, order, everything, ~everything, Training(epochs=1), 0)
+    assert network.classify.bias.abs().sum() > 0
 
 
 @pytest.mark.gpu

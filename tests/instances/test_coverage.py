@@ -39,7 +39,9 @@ def slow_cover(graph, weights, m):
 @given(st.integers(1, 40), st.integers(1, 8), st.integers(0, 999), st.booleans(), st.data())
 def test_the_choice_is_that_of_the_plain_greedy(n, k, seed, weighted, data):
     graph = graph_of(n, k, seed)
-    weights = torch.rand(n, generator=torch.Generator().manual_seed(seed)).double() if weighted else torch.ones(n).double()
+    weights = (
+        torch.rand(n, generator=torch.Generator().manual_seed(seed)).double() if weighted else torch.ones(n).double()
+    )
     m = data.draw(st.integers(0, n))
     chosen, gains = cover(graph, weights, m)
     _, expected = slow_cover(graph, weights, m)
@@ -59,7 +61,9 @@ def test_what_weighs_nothing_need_not_be_covered():
     weights = (torch.arange(60) < 30).float()
     chosen, gains = cover(graph, weights, 60)
     reach = {j: {j, *graph.ids[j].tolist()} for j in range(60)}
-    assert all(any(i < 30 for i in reach[j] if i >= 0) for j, gain in zip(chosen.tolist(), gains, strict=True) if gain)
+    assert all(
+        any(i < 30 for i in reach[j] if i >= 0) for j, gain in zip(chosen.tolist(), gains, strict=True) if gain
+    )
 
 
 def test_duplicates_are_chosen_last():

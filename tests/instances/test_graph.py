@@ -1,4 +1,5 @@
-import numpy as np
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -133,7 +134,7 @@ def test_more_views_find_more_of_the_neighbours():
         (hashing.multi_view(x, 10, views, 256, generator()).ids[:, :, None] == true[:, None]).any(2).float().mean()
         for views in (1, 2, 4, 8)
     ]
-    assert all(more > 1.15 * fewer for fewer, more in zip(recalls, recalls[1:], strict=False))
+    assert all(more > 1.15 * fewer for fewer, more in itertools.pairwise(recalls))
 
 
 def test_multi_level_ranks_by_the_levels_that_agree():
@@ -158,7 +159,9 @@ def test_multi_level_ranks_by_the_levels_that_agree():
 @pytest.mark.parametrize("name", ["single_level", "multi_level", "multi_view"])
 def test_fewer_samples_than_neighbours(n, name):
     x = points(n)
-    graph = getattr(hashing, name)(x, 10, **({"views": 2} if name == "multi_view" else {}), capacity=4, generator=generator())
+    graph = getattr(hashing, name)(
+        x, 10, **({"views": 2} if name == "multi_view" else {}), capacity=4, generator=generator()
+    )
     assert graph.ids.shape == (n, 10)
     assert (graph.ids < n).all()
     assert graph.distances[:, n - 1 :].isinf().all()
