@@ -61,7 +61,9 @@ class GraphAttentionLayer(nn.Module):
         ids = torch.cat([ids, own[:, None]], 1)
         missing = ids < 0
         ids = ids.clamp(min=0)
-        logits = F.leaky_relu(source[ids] + target[rows, None], 0.2).masked_fill(missing[..., None], -torch.inf)
+        # By index_select, whose gradient is an index_add; that of source[ids] is slow.
+        of_sources = source.index_select(0, ids.flatten()).view(*ids.shape, -1)
+        logits = F.leaky_relu(of_sources + target[rows, None], 0.2).masked_fill(missing[..., None], -torch.inf)
         attention = logits.softmax(1)
         entries = (ids[:, None] * self.heads + torch.arange(self.heads, device=ids.device)[:, None]).flatten(0, 1)
         out = F.embedding_bag(
