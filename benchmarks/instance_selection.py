@@ -119,13 +119,12 @@ def alone(name: str, n: int, folder: Path) -> None:
     """One selector in this process."""
     x, y = np.load(folder / "x.npy"), np.load(folder / "y.npy")
     SELECTORS[name].fit(x[:2000], y[:2000])  # compiles
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     SELECTORS[name].fit(x, y)
     took = time.perf_counter() - start
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # of the process, libraries and data included
     print(
-        json.dumps({"selector": name, "samples": n, "seconds": round(took, 2), "more_GiB": round(peak, 2)}),
+        json.dumps({"selector": name, "samples": n, "seconds": round(took, 2), "peak_GiB": round(peak, 2)}),
         flush=True,
     )
 

@@ -104,6 +104,15 @@ def cut(order: Tensor, size: int) -> Tensor:
     return torch.nn.functional.pad(order, (0, groups * width - len(order)), value=-1).view(groups, width)
 
 
+def by_class(y: Tensor, generator: torch.Generator) -> Tensor:
+    """All samples, one class ``y`` int64 ``[N]`` after the other and shuffled in each: int64 ``[N]``.
+
+    Dealt out like cards, every hand has the classes in the same proportions. The generator is on the CPU.
+    """
+    shuffled = torch.randperm(len(y), generator=generator).to(y.device)
+    return shuffled[y[shuffled].argsort(stable=True)]
+
+
 def mini_batch(
     x: Tensor,
     y: Tensor,
@@ -120,12 +129,11 @@ def mini_batch(
         size: Of a batch.
         generator: Of the order, on the CPU.
     """
-    shuffled = torch.randperm(len(x), generator=generator).to(y.device)
-    of_class = shuffled[y[shuffled].argsort(stable=True)]
+    of_class = by_class(y, generator)
     batches = -(-len(x) // size)
     width = -(-len(x) // batches)
     order = torch.nn.functional.pad(of_class, (0, batches * width - len(x)), value=-1)
-    return group_neighbours(x, order.view(width, batches).T, k)  # dealt out like cards
+    return group_neighbours(x, order.view(width, batches).T, k)
 
 
 def faiss_graph(x: Tensor, k: int, index: Any) -> Graph:

@@ -347,13 +347,12 @@ class GraphAttentionInstanceSelector(InstanceSelector):
                 raise ValueError(f"Argument `{name}` must be one of {', '.join(options)}, but got {choice!r}.")
         for name in ("n_neighbors", "n_views", "n_graphs", "epochs"):
             check_integer(name, getattr(self, name), 1)
-        for name, value, inside in (
-            ("distance_quantile in (0, 1]", self.distance_quantile, 0 < self.distance_quantile <= 1),
-            ("edge_dropout in [0, 1)", self.edge_dropout, 0 <= self.edge_dropout < 1),
-            ("lr in (0, inf)", self.lr, 0 < self.lr < float("inf")),
+        for name, region, value, inside in (
+            ("distance_quantile", "(0, 1]", self.distance_quantile, 0 < self.distance_quantile <= 1),
+            ("edge_dropout", "[0, 1)", self.edge_dropout, 0 <= self.edge_dropout < 1),
+            ("lr", "(0, inf)", self.lr, 0 < self.lr < float("inf")),
         ):
             if not inside:
-                name, _, region = name.partition(" in ")
                 raise ValueError(f"Argument `{name}` must be in {region}, but got {value!r}.")
 
     def _select(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -452,15 +451,14 @@ class EditedNearestNeighboursFilter(InstanceSelector):
 
 
 def _reach(budget: float) -> int:
+    """Neighbours to cover by: about as many samples as there are to one that stays."""
     return min(max(round(1 / budget), 10), 25)
 
 
 def _folds(y: Tensor, parts: int, generator: torch.Generator) -> Tensor:
     """A part of ``parts`` for each sample, at random and even in every class: int64 ``[N]``."""
-    shuffled = torch.randperm(len(y), generator=generator).to(y.device)
-    dealt = shuffled[y[shuffled].argsort(stable=True)]
     folds = torch.empty_like(y)
-    folds[dealt] = torch.arange(len(y), device=y.device) % parts
+    folds[graphs.by_class(y, generator)] = torch.arange(len(y), device=y.device) % parts
     return folds
 
 
