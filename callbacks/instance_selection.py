@@ -67,6 +67,7 @@ class InstanceSelection(Callback, SeamClient):
 
     Attributes:
         indices: int64 ``[n]``, what is trained on, the same on every rank; None for everything.
+        seconds: That selecting has taken in this fit.
 
     Raises:
         ValueError: If an argument is out of its range, ``index`` is for another number of samples, there is another
@@ -107,6 +108,7 @@ class InstanceSelection(Callback, SeamClient):
 
     def _reset(self) -> None:
         self.indices: Tensor | None = None
+        self.seconds = 0.0
         self._selected_for: int | None = None  # the epoch
         self._samples: int | None = None
         self._seed: int | None = None
@@ -178,7 +180,9 @@ class InstanceSelection(Callback, SeamClient):
         due = epoch - (since % self.every_n_epochs if self.every_n_epochs else since)
         if since < 0 or (self._selected_for is not None and self._selected_for >= due) or ends(trainer, epoch):
             return False
+        began = time.perf_counter()
         chosen = self._read() if self.index is not None else self._run_selector(trainer, epoch)
+        self.seconds += time.perf_counter() - began
         assert self._sampler is not None
         self._sampler.indices = chosen
         self.indices = torch.from_numpy(chosen)

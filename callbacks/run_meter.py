@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from curation.callbacks.instance_selection import InstanceSelection
 from curation.callbacks.online_selection import OnlineSelection, wait_for
 from curation.callbacks.seam import BatchSeam, SeamClient
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -84,8 +85,9 @@ class RunMeter(Callback, SeamClient):
     # ------------------------------------------------------------------ cost
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock; instances may have been selected before."""
         self._steps = trainer.global_step
+        self.seconds += sum(c.seconds for c in trainer.callbacks if isinstance(c, InstanceSelection))  # type: ignore[attr-defined]
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         if self.count_flops:

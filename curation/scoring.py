@@ -271,7 +271,7 @@ def head_as_identity(head: nn.Module | None) -> Iterator[None]:
 def compact(outputs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Move the scored positions of each sample to the front and cut to the longest; the rest is zero.
 
-    Padding and prompts then cost nothing and change nothing. Costs one host synchronisation.
+    Padding and prompts then cost nothing and change nothing. Costs one host synchronisation where ``T > 1``.
 
     Args:
         outputs: ``[B, T, D]``.
@@ -287,7 +287,7 @@ def compact(outputs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def _scored_first(mask: Tensor) -> Tensor:
     """Positions, the scored ones in front, as many as the most of any sample: int64 ``[B, n]``."""
-    n = max(1, int(mask.sum(1).max()))
+    n = max(1, int(mask.sum(1).max())) if mask.size(1) > 1 else 1
     return mask.int().argsort(dim=1, descending=True, stable=True)[:, :n]
 
 

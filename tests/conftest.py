@@ -22,6 +22,7 @@ def no_environment_leak():
         "PYTEST_CURRENT_TEST",
         "RANK",
         "PYTORCH_NVML_BASED_CUDA_CHECK",
+        "CUDA_DEVICE_ORDER",
         "TORCHINDUCTOR_CACHE_DIR",
         "KMP_INIT_AT_FORK",
         "KMP_DUPLICATE_LIB_OK",

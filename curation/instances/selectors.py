@@ -188,9 +188,9 @@ def _cover_classes(
     gains, order_of = np.zeros(len(x), np.float32), []
     for c, m in enumerate(budgets):
         rows = np.flatnonzero(y == c)
-        at = torch.from_numpy(rows).to(x.device)
         generator = torch.Generator().manual_seed(seed + c)
-        chosen, gain = cover(hashing.multi_view(x[at], n_neighbors, n_views, CAPACITY, generator), weights[at], m)
+        graph = hashing.multi_view(x[torch.from_numpy(rows).to(x.device)], n_neighbors, n_views, CAPACITY, generator)
+        chosen, gain = cover(graph, weights[rows], m)
         gains[rows[chosen]] = gain
         order_of.append(rows[chosen])
     return _by_class(order_of, budgets), gains

@@ -6,9 +6,10 @@ import time
 
 import pytest
 import torch
-from curation.callbacks import RunMeter, UniformSelection, UtilityDiversitySelection
+from curation.callbacks import InstanceSelection, RunMeter, UniformSelection, UtilityDiversitySelection
 from helpers import CLASSES, FEATURES, Classifier, LanguageModel, loader, texts, trainer
 from lightning.pytorch import Callback
+from stand_ins import EverySecond
 from torch.utils.data import DataLoader
 
 VALIDATION = {"ids": False, "shuffle": False, "n": 16}
@@ -66,6 +67,24 @@ def test_seconds_end_the_fit_and_evaluation_is_not_counted(tmp_path, monkeypatch
     found = fit(tmp_path, Slow(), meter={"max_seconds": 11}, max_epochs=-1, num_sanity_val_steps=0)
     assert [(p["step"], p["seconds"]) for p in found["points"]] == [(8, 8), (11, 11)]
     assert found["wall_seconds"] == 2011
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_selecting_instances_is_on_the_clock_also_before_training_starts(tmp_path, monkeypatch, last):
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    class Slow(EverySecond):
+        def fit(self, x, y):
+            clock[0] += 100
+            return super().fit(x, y)
+
+    selection = InstanceSelection(selector=Slow(), every_n_epochs=1)
+    before, after = ([], [selection]) if last else ([selection], [])
+    run = trainer(*before, RunMeter(str(tmp_path / "run.json")), *after, max_epochs=2)
+    run.fit(Classifier(), loader(ids=False), loader(**VALIDATION))
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert [p["seconds"] for p in found["points"]] == [100, 200]
 
 
 LAYERS = ((FEATURES, 16), (16, CLASSES))

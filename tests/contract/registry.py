@@ -42,6 +42,7 @@ class Entry:
     candidates: int = 1  # batches of samples that it takes to make one to train on
     ids: bool = False  # it needs them
     refuses: tuple[str, ...] = ()  # kinds of runs
+    waits: int = 0  # of the host for a GPU, in a round of four batches
 
     def make(self, **changes: Any) -> Callback:
         return self.cls(**{**self.arguments, **changes})
@@ -124,7 +125,7 @@ CALLBACKS = {
             refuses=("overfit_batches",),
         ),
         Entry(ExactResume),
-        Entry(HardBatchTraining, sampler=HardBatchSampler, refuses=("manual", "overfit_batches")),
+        Entry(HardBatchTraining, sampler=HardBatchSampler, refuses=("manual", "overfit_batches"), waits=1),
         Entry(
             InstanceSelection,
             {"index": EVERY_SECOND},

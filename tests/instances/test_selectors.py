@@ -280,3 +280,25 @@ def test_without_scikit_learn_the_extra_is_named(monkeypatch):
 
     with pytest.raises(ImportError, match=r"lightning-curation\[select\]"):
         curation.instances.CoverageInstanceSelector  # noqa: B018
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    "selector",
+    [
+        CoverageInstanceSelector(0.1, random_state=0),
+        EditedNearestNeighboursFilter(random_state=0),
+        GraphAttentionInstanceSelector(0.1, random_state=0),
+        *(GraphAttentionInstanceSelector(0.1, random_state=0, graph=g) for g in ("multilevel", "lsh", "minibatch")),
+    ],
+    ids=lambda s: s.__class__.__name__,
+)
+def test_a_gpu_keeps_what_the_cpu_keeps(selector):
+    draw = np.random.default_rng(0)
+    y = np.arange(600) % 3
+    x = draw.normal(size=(600, 6)) + 2 * y[:, None]
+    here = clone(selector).fit(x, y).sample_indices_
+    there = clone(selector).set_params(device="cuda").fit(x, y).sample_indices_
+    assert abs(len(there) - len(here)) <= 6
+    assert np.isin(there, here).mean() > (0.3 if hasattr(selector, "n_graphs") else 0.9)

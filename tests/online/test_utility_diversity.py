@@ -9,9 +9,11 @@ from twins import slow_length_trend
 from curation.online.utility_diversity import (
     LengthTrend,
     UtilityDiversityScorer,
+    _root,
     gram_of_head,
     nuclear_norm,
     nuclear_norm_from_hidden,
+    sum_of_singular_values,
     utility_diversity,
 )
 
@@ -89,6 +91,44 @@ def test_half_precision_logits_are_accumulated_in_fp32(dtype):
     got = nuclear_norm(logits, mask)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), slow_nuclear_norm(logits, mask), rtol=1e-3, atol=0)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 8), st.floats(0, 3), st.integers(0, 10**6))
+def test_products_alone_give_the_singular_values_too(n, d, rank, decay, seed):
+    g = torch.Generator().manual_seed(seed)
+    scales = 10.0 ** (-decay * torch.arange(rank, dtype=torch.float64) / rank)
+    m = torch.randn(3, n, rank, generator=g, dtype=torch.float64) * scales
+    m = m @ torch.randn(3, rank, d, generator=g, dtype=torch.float64)
+    expected = torch.linalg.svdvals(m).sum(1)
+    torch.testing.assert_close(sum_of_singular_values(m), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(sum_of_singular_values(m.float()).double(), expected, rtol=1e-5, atol=0)
+
+
+def test_products_alone_by_the_head_and_what_is_not_finite():
+    hidden, weight, _ = case(40, 24, 300)
+    weight[:, 0] *= 1000
+    weight[:, 1] = weight[:, 2]  # indefinite but for the shift
+    gram = gram_of_head(weight, dtype=torch.float64)
+    expected = slow_nuclear_norm(hidden.double() @ weight.double().T)
+    got = sum_of_singular_values(hidden @ _root(gram))
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=0)
+    hidden[0] = 0
+    hidden[1, 3, 3] = torch.nan
+    hidden[2, 3, 3] = torch.inf
+    assert [str(v) for v in sum_of_singular_values(hidden @ _root(gram)).tolist()] == ["0.0", "nan", "nan"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("T", "d"), [(1, 16), (64, 24), (48, 64)])
+def test_both_routes_on_a_gpu(T, d):
+    hidden, weight, mask = (part.cuda() for part in case(T, d, 500))
+    expected = slow_nuclear_norm(hidden.double() @ weight.double().T, mask)
+    got = nuclear_norm(hidden @ weight.T, mask)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=0)
+    got = nuclear_norm_from_hidden(hidden, gram_of_head(weight, dtype=torch.float64), mask)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
 
 
 def test_padding_changes_nothing_whatever_it_holds():
