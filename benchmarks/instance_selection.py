@@ -29,11 +29,11 @@ from joblib import Parallel, delayed
 
 from curation.evaluation.statistics import paired_interval
 from curation.instances import graph, hashing
+from curation.instances.selector import InstanceSelector, class_budgets
 from curation.instances.selectors import (
     CoverageInstanceSelector,
     EditedNearestNeighboursFilter,
     GraphAttentionInstanceSelector,
-    InstanceSelector,
     StratifiedRandomSelector,
 )
 
@@ -183,8 +183,6 @@ class KMedoids(InstanceSelector):
 
     def _select(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         from sklearn.cluster import KMeans
-
-        from curation.instances.selectors import class_budgets
 
         chosen: list[int] = []
         for c, m in enumerate(class_budgets(y, self.budget, "proportional", self.classes_)):

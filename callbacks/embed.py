@@ -1,4 +1,4 @@
-"""Embeddings of a data set, by any LightningModule."""
+"""What selectors see of a data set: embeddings by any LightningModule, or the inputs, and the labels."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +8,8 @@ from curation.callbacks.seam import BatchSeam, SeamClient
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+
+LABELS = ("labels", "label", "y")
 
 
 def embed(trainer: Trainer, pl_module: LightningModule, dataloader: DataLoader, layer: str | None = None) -> Tensor:
@@ -103,3 +105,38 @@ def row_vectors(source: str, outputs: list[Any], batch: Any) -> Tensor:
     if vectors.dim() != 2:
         raise ValueError(f"`{source}` must give one vector per row, but gave shape {list(vectors.shape)}.")
     return vectors
+
+
+def inputs_and_labels(batch: Any) -> tuple[Any, Tensor]:
+    """The inputs of a batch (None where they are not one tensor of a mapping), and its labels, integers ``[B]``.
+
+    Raises:
+        TypeError: If there are no such labels.
+    """
+    inputs = labels = None
+    if isinstance(batch, Mapping):
+        labels = next((batch[name] for name in LABELS if name in batch), None)
+        tensors = [value for name, value in batch.items() if name not in LABELS and isinstance(value, Tensor)]
+        inputs = tensors[0] if len(tensors) == 1 else None
+    elif isinstance(batch, (list, tuple)) and len(batch) == 2:
+        inputs, labels = batch
+    if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point() or labels.is_complex():
+        found = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(
+            "A selector needs one integer label per sample, the second element of batches (x, y), or `labels`, "
+            f"`label` or `y` of mappings, but the labels of a {type(batch).__name__} are {found}."
+        )
+    return inputs, labels.long()
+
+
+def flat(inputs: Any) -> Tensor:
+    """Inputs as vectors: fp32 ``[B, D]``.
+
+    Raises:
+        TypeError: If they are not one tensor.
+    """
+    if not isinstance(inputs, Tensor):
+        raise TypeError(
+            "Argument `layer` must be given where the inputs of a batch are not one tensor, but got None."
+        )
+    return inputs.reshape(len(inputs), -1).float()

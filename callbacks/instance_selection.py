@@ -1,37 +1,29 @@
 """Training on the instances that stay of a data set, whatever data loader it is in."""
 
 import copy
-import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from curation.callbacks.embed import row_vectors
+from curation.callbacks.embed import flat, inputs_and_labels, row_vectors
 from curation.callbacks.online_selection import logs_now
 from curation.callbacks.seam import BatchSeam, SeamClient
+from curation.callbacks.subset_loader import draw_from_subset, warn_of_other_data
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-)
+from torch.utils.data import DataLoader
 
 from curation import rng
-from curation.instances.selection_index import InstanceSelector, SelectionIndex, fingerprint
+from curation.instances.selection_index import InstanceSelector, SelectionIndex
 from curation.replace import replace_attribute
 from curation.samplers.subset import SubsetSampler
 from curation.scoring import find_route, side_effect_free
 
-LABELS = ("labels", "label", "y")
 LOADER_OPTIONS = (
     "num_workers",
     "collate_fn",
@@ -335,56 +327,6 @@ class InstanceSelection(Callback, SeamClient):
             self._trainer.fit_loop._combined_loader = None
 
 
-def draw_from_subset(loader: Any, seed: int | None = None) -> tuple[SubsetSampler, Callable[[], None]]:
-    """Let a data loader draw from a :class:`SubsetSampler`, at first of all samples, instead of its own sampler.
-
-    Args:
-        loader: A map-style ``DataLoader`` that makes its batches itself.
-        seed: Of a new sampler; None for that of the ``DistributedSampler`` it replaces, else of ``seed_everything``.
-
-    Returns:
-        The sampler, a copy of the loader's own if that is such a one, and a function that brings the own one back.
-
-    Raises:
-        TypeError: If it is another data loader or has another sampler.
-    """
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        data = loader.dataset if isinstance(loader, DataLoader) else loader
-        raise TypeError(f"Instances can be selected of a map-style `DataLoader`, but not of {type(data).__name__}.")
-    batches, outer = loader.batch_sampler, loader.sampler
-    inner: Any = getattr(batches, "sampler", None)
-    kind = type(inner)
-    known = isinstance(inner, SubsetSampler) or kind in (RandomSampler, SequentialSampler, DistributedSampler)
-    part = kind is RandomSampler and (inner.replacement or len(inner) != len(loader.dataset))  # type: ignore[arg-type]
-    if type(batches) is not BatchSampler or not known or part:
-        raise TypeError(
-            "Instances can be selected of a `DataLoader` that is shuffled without replacement, sequential or has a "
-            f"SubsetSampler, but not of one with {kind.__name__} in {type(batches).__name__}."
-        )
-    if isinstance(inner, SubsetSampler):
-        sampler = copy.copy(inner)
-    else:
-        shuffle = getattr(inner, "shuffle", kind is RandomSampler)
-        own_seed = inner.seed if kind is DistributedSampler else int(os.environ.get("PL_GLOBAL_SEED", 0))
-        sampler = SubsetSampler(loader.dataset, shuffle=shuffle, seed=own_seed if seed is None else seed)
-
-    def undo() -> None:
-        batches.sampler = inner
-        vars(loader)["sampler"] = outer
-
-    batches.sampler = sampler
-    vars(loader)["sampler"] = sampler  # DataLoader forbids assigning; Lightning looks here for a distributed one
-    return sampler, undo
-
-
-def warn_of_other_data(index: SelectionIndex, dataset: Any) -> None:
-    """Warn if an index seems to be of another data set."""
-    if index.fingerprint and index.fingerprint != fingerprint(dataset):
-        rank_zero_warn(
-            "The index was made of other samples than those trained on, or of the same in a random augmentation."
-        )
-
-
 def next_epoch(trainer: Trainer) -> int:
     """The epoch for which a data loader is prepared."""
     progress: Any = trainer.fit_loop.epoch_progress.current
@@ -424,38 +366,3 @@ def gather_rows(trainer: Trainer, parts: list[Tensor]) -> Tensor:
         if trainer.is_global_zero:
             rows.append(of_all.view(trainer.world_size, *part.shape).transpose(0, 1).flatten(0, 1).cpu())
     return torch.cat(rows) if rows else parts[0]
-
-
-def inputs_and_labels(batch: Any) -> tuple[Any, Tensor]:
-    """The inputs of a batch (None where they are not one tensor of a mapping), and its labels, integers ``[B]``.
-
-    Raises:
-        TypeError: If there are no such labels.
-    """
-    inputs = labels = None
-    if isinstance(batch, Mapping):
-        labels = next((batch[name] for name in LABELS if name in batch), None)
-        tensors = [value for name, value in batch.items() if name not in LABELS and isinstance(value, Tensor)]
-        inputs = tensors[0] if len(tensors) == 1 else None
-    elif isinstance(batch, (list, tuple)) and len(batch) == 2:
-        inputs, labels = batch
-    if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point() or labels.is_complex():
-        found = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(
-            "A selector needs one integer label per sample, the second element of batches (x, y), or `labels`, "
-            f"`label` or `y` of mappings, but the labels of a {type(batch).__name__} are {found}."
-        )
-    return inputs, labels.long()
-
-
-def flat(inputs: Any) -> Tensor:
-    """Inputs as vectors: fp32 ``[B, D]``.
-
-    Raises:
-        TypeError: If they are not one tensor.
-    """
-    if not isinstance(inputs, Tensor):
-        raise TypeError(
-            "Argument `layer` must be given where the inputs of a batch are not one tensor, but got None."
-        )
-    return inputs.reshape(len(inputs), -1).float()

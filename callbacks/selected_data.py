@@ -3,7 +3,7 @@
 import copy
 from typing import Any
 
-from curation.callbacks.instance_selection import draw_from_subset, warn_of_other_data
+from curation.callbacks.subset_loader import draw_from_subset, warn_of_other_data
 from lightning.pytorch import LightningDataModule
 
 from curation.instances.selection_index import SelectionIndex

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from curation.callbacks.embed import embed
-from curation.callbacks.instance_selection import flat, inputs_and_labels
+from curation.callbacks.embed import embed, flat, inputs_and_labels
 from curation.recipes.pictures import picture
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger

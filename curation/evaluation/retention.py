@@ -41,36 +41,6 @@ class Retention:
         return float(np.mean(self.selected)) * self.reduction
 
 
-def stratified_random(y: np.ndarray, budget: float, seed: int) -> np.ndarray:
-    """Random samples, with the classes as frequent as in all, but at least one of each: int64, ascending.
-
-    The budgets of the classes are those of every selector, :func:`~curation.instances.selectors.class_budgets`.
-
-    Args:
-        y: Labels ``[N]``.
-        budget: Share of the samples, in (0, 1].
-        seed: Of the draw.
-
-    Raises:
-        ValueError: If ``budget`` is outside (0, 1], or there are no labels.
-
-    Example:
-        >>> stratified_random(np.array([0, 0, 0, 0, 0, 0, 1, 1, 1]), 1 / 3, seed=0).tolist()
-        [3, 4, 6]
-    """
-    from curation.instances.selectors import class_budgets
-
-    if not 0 < budget <= 1:
-        raise ValueError(f"Argument `budget` must be in (0, 1], but got {budget!r}.")
-    names, classes = np.unique(y, return_inverse=True)
-    if not len(names):
-        raise ValueError("Argument `y` must hold labels, but got none.")
-    counts = class_budgets(classes, budget, "proportional", names)
-    draw = np.random.default_rng(seed)
-    taken = [draw.choice(np.flatnonzero(classes == c), count, replace=False) for c, count in enumerate(counts)]
-    return np.sort(np.concatenate(taken)).astype(np.int64)
-
-
 def random_forest(seed: int) -> Any:
     """The usual probe: scikit-learn's random forest, on all cores."""
     from sklearn.ensemble import RandomForestClassifier
@@ -112,11 +82,14 @@ def retention(
             f"Argument `indices` must be different numbers from 0 to {len(y) - 1}, at least one, but got {indices!r}."
         )
 
+    from curation.instances import StratifiedRandomSelector
+
     def accuracy(rows: Any, at: int) -> float:
         return float(probe(at).fit(x[rows], y[rows]).score(*test))
 
     fits: list[tuple[Any, int]] = [(slice(None), seed)]
     for at in range(seed, seed + repeats):
-        fits += [(indices, at), (stratified_random(y, len(indices) / len(y), at), at)]
+        chance = StratifiedRandomSelector(len(indices) / len(y), random_state=at).fit(np.zeros((len(y), 1)), y)
+        fits += [(indices, at), (chance.sample_indices_, at)]
     full, *others = [accuracy(rows, at) for rows, at in track(fits)]
     return Retention(full, tuple(others[::2]), tuple(others[1::2]), 1 - len(indices) / len(y))

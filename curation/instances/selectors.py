@@ -1,8 +1,6 @@
 """Which samples of a data set stay: selectors with the manners of scikit-learn."""
 
-from collections.abc import Mapping
-from time import perf_counter
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,166 +11,10 @@ from curation.instances import hashing
 from curation.instances.attention import Training, train
 from curation.instances.coverage import cover
 from curation.instances.graph import Graph
+from curation.instances.selector import InstanceSelector, Strategy, class_budgets
 from curation.samplers.concept_choice import check_integer
 
-try:
-    from sklearn.base import BaseEstimator
-    from sklearn.utils import _safe_indexing
-    from sklearn.utils.multiclass import check_classification_targets
-    from sklearn.utils.validation import check_random_state, validate_data
-except ImportError as error:
-    raise ImportError("Selectors need scikit-learn: `pip install 'lightning-curation[select]'`.") from error
-
 CAPACITY = 256  # samples of a hash bucket at most
-Strategy = Literal["proportional", "equal"] | dict[Any, int]
-
-
-class InstanceSelector(BaseEstimator):
-    """What selectors share: validation, budgets of the classes, and what is known after :meth:`fit`.
-
-    Attributes:
-        sample_indices_: int64, ascending: the samples that stay.
-        ranking_: int64: the same, best first. Its first ``m`` are the selection of ``m`` samples, so that a smaller
-            budget needs no other fit.
-        scores_: fp32 ``[N]``, larger is better.
-        report_: Samples, what was kept of them and of every class, seconds.
-        classes_: The classes.
-        n_features_in_: Number of features.
-    """
-
-    budget: float
-    sampling_strategy: Strategy
-    random_state: Any
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.target_tags.required = True
-        return tags
-
-    def fit(self, X: Any, y: Any) -> Self:
-        """Select.
-
-        Args:
-            X: Features ``[N, D]``: an array, a tensor, a memory map, a data frame. Standardised; computed in fp32.
-            y: Classes ``[N]``.
-
-        Raises:
-            ValueError: If there is nothing to select from, a value is not finite, or a parameter is out of its range.
-        """
-        start = perf_counter()
-        X, y = (v.detach().cpu() if isinstance(v, Tensor) else v for v in (X, y))
-        X = X.float() if isinstance(X, Tensor) else X  # NumPy has no bf16
-        X, y = validate_data(self, X, y, dtype=[np.float32, np.float64])
-        check_classification_targets(y)
-        self.classes_, codes = np.unique(y, return_inverse=True)
-        self._check()
-        x = _standardised(X)
-        del X
-        order, gains = self._select(x, codes)
-        self.ranking_ = order
-        self.scores_ = gains
-        self.sample_indices_ = np.sort(order)
-        kept = np.bincount(codes[order], minlength=len(self.classes_))
-        self.report_ = {
-            "samples": len(x),
-            "kept": len(order),
-            "reduction": 1 - len(order) / len(x),
-            "kept_per_class": dict(zip(self.classes_.tolist(), kept.tolist(), strict=True)),
-            "seconds": perf_counter() - start,
-        }
-        return self
-
-    def fit_resample(self, X: Any, y: Any) -> tuple[Any, Any]:
-        """Select, and give the features and classes that stay, of the types that came."""
-        rows = self.fit(X, y).sample_indices_
-        one, other = (v[rows] if isinstance(v, Tensor) else _safe_indexing(v, rows) for v in (X, y))
-        return one, other
-
-    def get_support(self, indices: bool = False) -> np.ndarray:
-        """A mask bool ``[N]`` of the samples that stay, or their indices."""
-        if indices:
-            return self.sample_indices_
-        mask = np.zeros(len(self.scores_), dtype=bool)
-        mask[self.sample_indices_] = True
-        return mask
-
-    def _check(self) -> None:
-        budget = self.budget
-        if isinstance(budget, bool) or not isinstance(budget, (int, float, np.number)) or not 0 < budget <= 1:
-            raise ValueError(f"Argument `budget` must be in (0, 1], but got {budget!r}.")
-
-    def _seed(self) -> int:
-        return int(check_random_state(self.random_state).randint(2**31 - 1))
-
-    def _select(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The samples that stay, best first, and the scores of all, given classes ``[N]`` in ``[0, C)``."""
-        raise NotImplementedError
-
-
-def class_budgets(y: np.ndarray, budget: float, strategy: Strategy, classes: np.ndarray) -> np.ndarray:
-    """How many samples of each class stay: int64 ``[C]``, at least one of each.
-
-    Args:
-        y: int64 ``[N]`` in ``[0, C)``.
-        budget: Share of all samples.
-        strategy: ``"proportional"`` to the classes; ``"equal"`` as far as a class has as many; or counts by class,
-            without which a class keeps all, in the place of the budget.
-        classes: Their names ``[C]``.
-
-    Raises:
-        ValueError: If the strategy is unknown, names an unknown class, or asks for more than there is.
-
-    Example:
-        >>> class_budgets(np.array([0] * 90 + [1] * 10), 0.1, "proportional", np.arange(2)).tolist()
-        [9, 1]
-        >>> class_budgets(np.array([0] * 90 + [1] * 10), 0.3, "equal", np.arange(2)).tolist()
-        [20, 10]
-    """
-    counts = np.bincount(y, minlength=len(classes))
-    total = max(round(budget * len(y)), len(counts))
-    if isinstance(strategy, Mapping):
-        unknown = [name for name in strategy if name not in classes]
-        if unknown:
-            raise ValueError(f"Argument `sampling_strategy` must name classes of `y`, but got {unknown[0]!r}.")
-        names = classes.tolist()
-        wanted = np.array([strategy.get(name, count) for name, count in zip(names, counts, strict=True)])
-        for name, value, count in zip(names, wanted, counts, strict=True):
-            if int(value) != value or not 1 <= value <= count:
-                raise ValueError(
-                    f"Argument `sampling_strategy` must ask for 1 to {count} of class {name!r}, but got {value}."
-                )
-        return wanted.astype(np.int64)
-    if strategy == "proportional":
-        ideal = counts * (total / len(y))
-    elif strategy == "equal":
-        level = total / len(counts)
-        for _ in counts:  # what small classes lack goes to the others
-            short = counts <= level
-            if short.all():
-                break
-            level = (total - counts[short].sum()) / (~short).sum()
-        ideal = np.minimum(counts, level)
-    else:
-        raise ValueError(
-            f"Argument `sampling_strategy` must be 'proportional', 'equal' or a dict, but got {strategy!r}."
-        )
-    whole = np.maximum(np.floor(ideal + 1e-9).astype(np.int64), 1)
-    while whole.sum() != total:  # largest remainder; at most one step a class
-        if whole.sum() < total:
-            whole[np.argmax(np.where(whole < counts, ideal - whole, -np.inf))] += 1
-        else:
-            whole[np.argmin(np.where(whole > 1, ideal - whole, np.inf))] -= 1
-    return whole
-
-
-def _standardised(x: np.ndarray) -> np.ndarray:
-    """fp32 ``[N, D]`` of mean 0 and deviation 1; a constant feature is 0."""
-    mean = x.mean(0, dtype=np.float64)
-    out = (x - mean.astype(x.dtype)).astype(np.float32, copy=False)
-    deviation = out.std(0, dtype=np.float64)
-    out -= out.mean(0)
-    out /= np.where(deviation > 1e-7 * np.maximum(np.abs(mean), 1e-30), deviation, np.inf).astype(np.float32)
-    return out
 
 
 def _by_class(order_of: list[np.ndarray], budgets: np.ndarray) -> np.ndarray:

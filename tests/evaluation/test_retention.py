@@ -1,55 +1,17 @@
 """Accuracy retention, against slow and obvious twins."""
 
-from fractions import Fraction
-
 import numpy as np
 import pytest
 
-from curation.evaluation.retention import Retention, random_forest, retention, stratified_random
+from curation.evaluation.retention import Retention, random_forest, retention
 
 sklearn_datasets = pytest.importorskip("sklearn.datasets", reason="needs scikit-learn, from the [demo] extra")
 
 
-def counts_twin(sizes, samples):
-    """Exact shares, one sample after the other: a class first gets the floor of its share, then who misses most."""
-    classes = range(len(sizes))
-    share = [Fraction(samples * size, sum(sizes)) for size in sizes]
-    counts = [max(1, int(s)) for s in share]
-    while sum(counts) < samples:
-        counts[max((c for c in classes if counts[c] < sizes[c]), key=lambda c: share[c] - counts[c])] += 1
-    while sum(counts) > samples:
-        counts[max((c for c in classes if counts[c] > 1), key=lambda c: counts[c] - share[c])] -= 1
-    return counts
+def stratified_random(y, budget, seed):
+    from curation.instances import StratifiedRandomSelector
 
-
-@pytest.mark.parametrize("seed", range(30))
-def test_classes_are_as_frequent_as_in_all_and_none_is_missing(seed):
-    draw = np.random.default_rng(seed)
-    sizes = draw.integers(1, [4, 60, 1000][seed % 3], draw.integers(1, 12))
-    y = draw.permutation(np.repeat(np.arange(len(sizes)) * 3 - 5, sizes))
-    for budget in (0.01, 0.04, 0.3, 0.77, 1.0):
-        rows = stratified_random(y, budget, seed)
-        samples = max(round(budget * len(y)), len(sizes))
-        assert rows.dtype == np.int64
-        assert (np.diff(rows) > 0).all()
-        found = [int((y[rows] == c).sum()) for c in np.unique(y)]
-        assert sum(found) == samples
-        share = samples * sizes / len(y)
-        twin = counts_twin(sizes.tolist(), samples)
-        np.testing.assert_allclose(np.sort(share - found), np.sort(share - twin), atol=1e-9)  # ties may go either way
-        if share.min() >= 1:
-            assert (np.abs(found - share) < 1).all()
-
-
-def test_every_sample_of_a_class_is_equally_likely_and_the_seed_decides():
-    y = np.array([0] * 6 + [1] * 3)
-    taken = np.zeros(9)
-    for seed in range(4000):
-        rows = stratified_random(y, 1 / 3, seed)
-        taken[rows] += 1
-    assert taken / 4000 == pytest.approx(1 / 3, abs=0.03)  # four standard deviations
-    assert stratified_random(y, 1 / 3, 7).tolist() == stratified_random(y, 1 / 3, 7).tolist()
-    assert stratified_random(np.array(list("aab")), 1.0, 0).tolist() == [0, 1, 2]
+    return StratifiedRandomSelector(budget, random_state=seed).fit(y[:, None], y).sample_indices_
 
 
 @pytest.fixture(scope="module")
@@ -115,17 +77,6 @@ def test_progress_is_by_fit(digits):
 
     retention(*digits, np.arange(50), nearest, repeats=2, seed=2, track=track)
     assert seen == [(1200, 2), (50, 2), (50, 2), (50, 3), (50, 3)]
-
-
-@pytest.mark.parametrize("budget", [0, -0.1, 1.1, float("nan")])
-def test_a_budget_out_of_range_is_refused(budget):
-    with pytest.raises(ValueError, match=r"Argument `budget` must be in \(0, 1\], but got"):
-        stratified_random(np.arange(4), budget, 0)
-
-
-def test_no_labels_are_refused():
-    with pytest.raises(ValueError, match="Argument `y` must hold labels, but got none"):
-        stratified_random(np.zeros(0), 0.5, 0)
 
 
 @pytest.mark.parametrize("indices", [[], [-1], [1200], [3, 3]])

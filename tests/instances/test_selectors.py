@@ -1,4 +1,5 @@
 import pickle
+from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
@@ -20,7 +21,7 @@ from curation.instances import (
     StratifiedRandomSelector,
     attention,
 )
-from curation.instances.selectors import class_budgets
+from curation.instances.selector import class_budgets
 
 FAST = {"n_graphs": 2, "epochs": 1}
 BUDGETED = [
@@ -196,6 +197,18 @@ def test_a_bad_argument_is_named_with_its_value(changes, message, digits):
         GraphAttentionInstanceSelector(**changes).fit(*digits)
 
 
+def counts_twin(sizes, samples):
+    """Exact shares, one sample after the other: a class first gets the floor of its share, then who misses most."""
+    classes = range(len(sizes))
+    share = [Fraction(samples * size, sum(sizes)) for size in sizes]
+    counts = [max(1, int(s)) for s in share]
+    while sum(counts) < samples:
+        counts[max((c for c in classes if counts[c] < sizes[c]), key=lambda c: share[c] - counts[c])] += 1
+    while sum(counts) > samples:
+        counts[max((c for c in classes if counts[c] > 1), key=lambda c: counts[c] - share[c])] -= 1
+    return counts
+
+
 @settings(max_examples=200, deadline=None)
 @example([1, 1, 12], 0.25, "proportional")
 @given(
@@ -210,6 +223,9 @@ def test_budgets_of_classes(counts, budget, strategy):
     assert (got >= 1).all()
     assert (got <= counts).all()
     if strategy == "proportional":
+        share = got.sum() * np.array(counts) / len(y)
+        twin = counts_twin(counts, got.sum())
+        np.testing.assert_allclose(np.sort(share - got), np.sort(share - twin), atol=1e-9)  # ties may go either way
         ideal = np.array(counts) * got.sum() / len(y)
         free = (got > 1) & (got < counts)  # what the others must have, these have less, all alike
         assert not free.any() or np.ptp((got - ideal)[free]) <= 1 + 1e-9
@@ -260,6 +276,16 @@ def test_a_filter_finds_labels_that_are_wrong():
     assert kept[~wrong].mean() > 0.98
 
 
+def test_by_chance_every_sample_of_a_class_is_equally_likely_and_the_seed_decides():
+    y = np.array([0] * 6 + [1] * 3)
+    taken = np.zeros(9)
+    for seed in range(1000):
+        taken[StratifiedRandomSelector(1 / 3, random_state=seed).fit(y[:, None], y).sample_indices_] += 1
+    assert taken / 1000 == pytest.approx(1 / 3, abs=0.06)  # four standard deviations
+    again = [StratifiedRandomSelector(1 / 3, random_state=7).fit(y[:, None], y).sample_indices_ for _ in range(2)]
+    assert np.array_equal(*again)
+
+
 def test_coverage_is_better_than_chance_where_clusters_are_uneven():
     rng = np.random.default_rng(0)
     X = np.concatenate([rng.normal(0, 0.1, (460, 2)), rng.normal(9, 0.1, (20, 2)), rng.normal(-9, 0.1, (20, 2))])
@@ -272,7 +298,7 @@ def test_coverage_is_better_than_chance_where_clusters_are_uneven():
 def test_without_scikit_learn_the_extra_is_named(monkeypatch):
     import sys
 
-    for name in [m for m in sys.modules if m.startswith("sklearn") or m == "curation.instances.selectors"]:
+    for name in [m for m in sys.modules if m.startswith("sklearn") or m.startswith("curation.instances.selector")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.base", None)
