@@ -58,13 +58,14 @@ def _sums(values: Tensor, groups: Tensor, size: int) -> Tensor:
 
 def loss_weights(
     advantage: Tensor, groups: Tensor, size: int, lengths: Tensor, normalizer: Normalizer, max_tokens: int
-) -> Tensor:
-    """What every token of a rollout weighs: the loss is the sum of ``weight * token loss``. fp32 ``[R]``.
+) -> tuple[Tensor, Tensor]:
+    """What every token of a rollout weighs, and what the sum of weighted token losses is divided by.
 
-    Groups that teach nothing, with advantages all 0, do not count in the denominator.
+    Groups that teach nothing, with advantages all 0, do not count in the denominator. Of several processes, the
+    denominators are added.
 
     Args:
-        advantage: ``[R]``.
+        advantage: fp32 ``[R]``.
         groups: int64 ``[R]`` in ``[0, G)``.
         size: ``G``.
         lengths: int64 ``[R]``, tokens.
@@ -73,16 +74,19 @@ def loss_weights(
             averaged, so that a prompt weighs the same however many rollouts it has.
         max_tokens: A rollout may have.
 
+    Returns:
+        fp32 ``[R]`` and a scalar, 0 if nothing teaches.
+
     Raises:
         ValueError: If ``normalizer`` is unknown.
     """
     teaches = (_sums(advantage.abs(), groups, size) > 0).float()
     counts = teaches.index_select(0, groups)
     if normalizer == "token":
-        return advantage / (counts * lengths).sum().clamp(min=1)
+        return advantage, (counts * lengths).sum()
     if normalizer == "rollout":
-        return advantage / (counts.sum() * max_tokens).clamp(min=1)
+        return advantage, counts.sum() * max_tokens
     if normalizer == "prompt":
         n = _sums(torch.ones_like(counts), groups, size).index_select(0, groups)
-        return advantage / (n * teaches.sum() * max_tokens).clamp(min=1)
+        return advantage / n, teaches.sum() * max_tokens
     raise ValueError(f"Argument `normalizer` must be token, rollout or prompt, but got {normalizer!r}.")

@@ -6,6 +6,7 @@ Schedules give them more rollouts. Everything here is NumPy on the CPU and deter
 the same counts make the same plan.
 """
 
+from collections.abc import Iterable
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -236,55 +237,40 @@ class DifficultyMemory:
     """What is known of each prompt's accuracy: a Beta posterior that forgets.
 
     Args:
-        prompts: Number of prompts.
         forgetting: What an observation still counts for after another update of its prompt, in [0, 1).
 
     Raises:
         ValueError: If ``forgetting`` is out of its range.
 
     Example:
-        >>> memory = DifficultyMemory(2, forgetting=0.5)
-        >>> memory.update(np.array([1]), np.array([6.0]), np.array([8]))
-        >>> memory.successes(np.array([0, 1]), np.array([4.0, 4.0]), 8).tolist()
+        >>> memory = DifficultyMemory(forgetting=0.5)
+        >>> memory.update([7], [6.0], 8)
+        >>> memory.successes([3, 7], [4.0, 4.0], 8).tolist()
         [4.0, 4.666666666666667]
     """
 
-    def __init__(self, prompts: int, forgetting: float = 0.5) -> None:
+    def __init__(self, forgetting: float = 0.5) -> None:
         if not 0 <= forgetting < 1:
             raise ValueError(f"Argument `forgetting` must be in [0, 1), but got {forgetting!r}.")
         self.forgetting = forgetting
-        self.counts = np.zeros((prompts, 2))  # successes and rollouts
+        self.counts: dict[int, tuple[float, float]] = {}  # of a prompt: successes and rollouts
 
-    def update(self, ids: np.ndarray, successes: np.ndarray, n: np.ndarray) -> None:
+    def update(self, ids: Iterable[int], successes: Iterable[float], n: int) -> None:
         """Enter first rollouts, never the added ones: a prompt that began badly got more of them.
 
         Args:
-            ids: int64 ``[P]``, of different prompts.
-            successes: ``[P]``, sum of rewards.
-            n: ``[P]``, rollouts.
+            ids: Of prompts.
+            successes: Sum of the rewards of each.
+            n: Rollouts of each.
         """
-        seen = np.stack([successes, np.broadcast_to(n, np.shape(successes))], axis=1)
-        self.counts[ids] = self.forgetting * (self.counts[ids] + seen)
+        for i, seen in zip(ids, successes, strict=True):
+            k, of = self.counts.get(i, (0.0, 0.0))
+            self.counts[i] = self.forgetting * (k + seen), self.forgetting * (of + n)
 
-    def successes(self, ids: np.ndarray, successes: np.ndarray, n: int) -> np.ndarray:
+    def successes(self, ids: Iterable[int], successes: Iterable[float], n: int) -> np.ndarray:
         """The first rollouts' successes as they would be at the accuracy that memory and they tell: fp64 ``[P]``."""
-        known = self.counts[ids]
-        return n * (known[:, 0] + successes) / (known[:, 1] + n)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The counts."""
-        return {"counts": self.counts.tolist()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`.
-
-        Raises:
-            ValueError: If it is of another number of prompts.
-        """
-        counts = np.array(state["counts"]).reshape(-1, 2)
-        if counts.shape != self.counts.shape:
-            raise ValueError(f"The checkpoint is of {len(counts)} prompts, but there are {len(self.counts)} now.")
-        self.counts = counts
+        known = [(*self.counts.get(i, (0.0, 0.0)), seen) for i, seen in zip(ids, successes, strict=True)]
+        return np.array([n * (k + seen) / (of + n) for k, of, seen in known])
 
 
 def _positive(name: str, value: Any) -> int:
