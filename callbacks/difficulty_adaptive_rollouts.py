@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from curation import rng
+from curation.batch import batch_size
 from curation.replace import replace_attribute
 from curation.rollouts.allocation import (
     DifficultyMemory,
@@ -39,9 +40,9 @@ class RolloutsOfAModule(Protocol):
 class DifficultyAdaptiveRollouts(Callback):
     """Gives prompts ``n`` rollouts each, and then more to those that few of these solved.
 
-    The module has a method ``rollout(batch, counts)``, with ``ids`` in the batch (numbers of prompts, int64 ``[P]``)
-    and ``counts`` int64 ``[P]``, that makes rollouts with the weights as they are, and calls it in ``training_step``
-    once for a batch. During the fit that call makes the rollouts of both stages, pooled. Evaluation is left alone.
+    The module has a method ``rollout(batch, counts)``, with ``counts`` int64 ``[P]`` for each prompt of the batch,
+    that makes rollouts with the weights as they are, and calls it in ``training_step`` once for a batch. During the
+    fit that call makes the rollouts of both stages, pooled, whatever its counts are. Evaluation is left alone.
 
     All processes make one plan, from the successes of all, and each adds rollouts to the prompts that it has, whose
     prompts it has already run through the model. Logs ``rollouts/solve_none``, ``solve_partial`` and ``solve_all`` by
@@ -54,7 +55,7 @@ class DifficultyAdaptiveRollouts(Callback):
         budget: Rollouts of a prompt on average, the first ones among them, that a step does not exceed and uses up
             while a prompt wants more; None for what the schedule says.
         forgetting: Remember what is known of each prompt from earlier epochs, where it counts for so much less each
-            time; None plans by the present rollouts alone, as in the paper.
+            time, by ``batch["ids"]``, int64 ``[P]``; None plans by the present rollouts alone, as in the paper.
         preflight: Before training, prompts whose accuracy is estimated to forecast what schedules would do; 0 for
             none.
 
@@ -107,17 +108,17 @@ class DifficultyAdaptiveRollouts(Callback):
         theirs = pl_module.rollout
 
         def rollout(batch: Any, counts: Any) -> Any:
-            return self._adaptive(trainer, theirs, batch) if trainer.training else theirs(batch, counts)
+            return self._adaptive(trainer, theirs, batch, len(counts)) if trainer.training else theirs(batch, counts)
 
         self._undo = replace_attribute(pl_module, "rollout", rollout)
 
-    def _adaptive(self, trainer: Trainer, make: Callable[[Any, np.ndarray], Any], batch: Any) -> Any:
-        size = len(batch["ids"])
+    def _adaptive(self, trainer: Trainer, make: Callable[[Any, np.ndarray], Any], batch: Any, size: int) -> Any:
         began = time.perf_counter()
         first = make(batch, np.full(size, self.n))
         successes = _sums(first.rewards, first.prompts, size)
         planned = time.perf_counter()
-        ids, of_all, mine = gather(trainer, batch["ids"], successes)
+        ids = torch.arange(size) if self.memory is None else batch["ids"]
+        ids, of_all, mine = gather(trainer, ids, successes)
         known = of_all
         if self.memory is not None:
             known = self.memory.successes(ids, of_all, self.n)
@@ -149,7 +150,7 @@ class DifficultyAdaptiveRollouts(Callback):
             stack.callback(setattr, trainer, "training", True)
             trainer.training = False  # of evaluation, so that nothing is remembered
             for batch in trainer.train_dataloader:  # type: ignore[union-attr]
-                size = len(batch["ids"])
+                size = batch_size(batch)
                 first = pl_module.rollout(trainer.strategy.batch_to_device(batch), np.full(size, self.n))  # type: ignore[operator]
                 seen += _sums(first.rewards, first.prompts, size).tolist()
                 if len(seen) >= self.preflight:

@@ -178,9 +178,7 @@ class PolicyModule(LightningModule):
             loss = -log_probs.mean()
             loss.backward()
             optimizer.step()
-        rank_zero_info(
-            f"PolicyModule: loss {float(loss.detach()):.3f} per token after {self.hparams['warmup_steps']} warm-up steps."
-        )
+        rank_zero_info(f"PolicyModule: loss {float(loss.detach()):.3f} per token after its warm-up.")
 
     def configure_optimizers(self) -> Any:
         """AdamW without weight decay."""
@@ -280,7 +278,7 @@ class PolicyModule(LightningModule):
     def _update(
         self, batch: dict[str, Any], rollouts: Rollouts, advantage: Tensor, rows: Tensor
     ) -> dict[str, Tensor]:
-        """One step of the optimizer, by the rollouts whose groups teach; the same number of passes on every process."""
+        """One step of the optimizer, by the rollouts whose groups teach; as many passes on every process."""
         completions, of = rollouts.completions, rollouts.prompts
         lengths = completions.lengths.cpu()
         weights, denominator = loss_weights(
@@ -343,8 +341,10 @@ class PolicyModule(LightningModule):
             statistics["kl"] = k3.detach().sum()
         return loss, {"loss": loss.detach(), **statistics}
 
-    def _log_probs(self, model: Any, questions: Iterable[Tensor], answers: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-        """Of the tokens of answers, one after the other, under the policy: fp32 ``[N]``, and whose each is, ``[N]``."""
+    def _log_probs(
+        self, model: Any, questions: Iterable[Tensor], answers: Iterable[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Of the tokens of answers, one after the other: fp32 ``[N]``, and whose each is, int64 ``[N]``."""
         device = model.device
         pairs = [(q, a.cpu()) for q, a in zip(questions, answers, strict=True)]
         ids = nn.utils.rnn.pad_sequence([torch.cat(pair) for pair in pairs], batch_first=True)
