@@ -2,6 +2,7 @@
 
 from curation.callbacks.concept_aware import ConceptAwareSelection
 from curation.callbacks.concept_coverage import ConceptCoverageMonitor
+from curation.callbacks.difficulty_adaptive_rollouts import DifficultyAdaptiveRollouts
 from curation.callbacks.exact_resume import ExactResume
 from curation.callbacks.hard_batches import HardBatchTraining
 from curation.callbacks.hard_samples import HardSampleSelection
@@ -16,6 +17,7 @@ from curation.callbacks.utility_diversity import UtilityDiversitySelection
 __all__ = [
     "ConceptAwareSelection",
     "ConceptCoverageMonitor",
+    "DifficultyAdaptiveRollouts",
     "ExactResume",
     "HardBatchTraining",
     "HardSampleSelection",

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from curation.batch import SampleIds
+from curation.scoring import side_effect_free
 
 CLASSES, FEATURES, VOCABULARY = 4, 8, 200
 
@@ -62,6 +63,39 @@ class ManualClassifier(Classifier):
         optimizer.zero_grad()
         self.manual_backward(super().training_step(batch, batch_idx))
         optimizer.step()
+
+
+@dataclass
+class Answers:
+    """Rollouts of a classifier: its answer is always that of the highest logit."""
+
+    prompts: Tensor
+    rewards: Tensor
+
+    def pool(self, other: "Answers") -> "Answers":
+        return Answers(torch.cat([self.prompts, other.prompts]), torch.cat([self.rewards, other.rewards]))
+
+
+class Answering(Classifier):
+    """A sample weighs as much as it has rollouts."""
+
+    def rollout(self, batch, counts):
+        with side_effect_free(self):
+            right = (self(batch[0]).argmax(1) == batch[1]).float()
+        prompts = torch.arange(len(right)).repeat_interleave(torch.as_tensor(counts))
+        return Answers(prompts, right.cpu()[prompts])
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        self.seen.append(len(x))
+        counts = torch.bincount(self.rollout(batch, [2] * len(x)).prompts, minlength=len(x)).to(x.device)
+        loss = (counts * F.cross_entropy(self(x), y, reduction="none")).mean()
+        self.log("train_loss", loss)
+        return loss
+
+
+class ManualAnswering(ManualClassifier, Answering):
+    pass
 
 
 class Watch(Callback):

@@ -10,6 +10,7 @@ import numpy as np
 from curation.callbacks import (
     ConceptAwareSelection,
     ConceptCoverageMonitor,
+    DifficultyAdaptiveRollouts,
     ExactResume,
     HardBatchTraining,
     HardSampleSelection,
@@ -20,7 +21,7 @@ from curation.callbacks import (
     UniformSelection,
     UtilityDiversitySelection,
 )
-from helpers import data
+from helpers import Answering, Classifier, ManualAnswering, ManualClassifier, data
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader, Sampler
 from twins import ConceptAwareTwin, HardSampleTwin, UniformTwin, UtilityDiversityTwin, tags
@@ -42,6 +43,8 @@ class Entry:
     candidates: int = 1  # batches of samples that it takes to make one to train on
     ids: bool = False  # it needs them
     refuses: tuple[str, ...] = ()  # kinds of runs
+    module: type[Classifier] = Classifier
+    manual: type[Classifier] = ManualClassifier
     waits: int = 0  # of the host for a GPU, in a round of four batches
 
     def make(self, **changes: Any) -> Callback:
@@ -123,6 +126,13 @@ CALLBACKS = {
             candidates=2,
             ids=True,
             refuses=("overfit_batches",),
+        ),
+        Entry(
+            DifficultyAdaptiveRollouts,
+            {"n": 2, "preflight": 4},
+            {"n": 0},
+            module=Answering,
+            manual=ManualAnswering,
         ),
         Entry(ExactResume),
         Entry(HardBatchTraining, sampler=HardBatchSampler, refuses=("manual", "overfit_batches"), waits=1),

@@ -11,7 +11,7 @@ import curation.callbacks
 import pytest
 import torch
 import yaml
-from helpers import Classifier, ManualClassifier, Watch, assert_same_weights, loader, trainer, weights
+from helpers import Classifier, Watch, assert_same_weights, loader, trainer, weights
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.loggers import WandbLogger
 
@@ -90,7 +90,7 @@ def test_command_line_round_trip(entry, capsys, tmp_path):
 @every
 def test_state_loads_with_weights_only(entry):
     callback, *others = entry.in_trainer()
-    trainer(callback, *others, max_epochs=1).fit(Classifier(), entry.loader())
+    trainer(callback, *others, max_epochs=1).fit(entry.module(), entry.loader())
     file = io.BytesIO()
     torch.save(callback.state_dict(), file)
     file.seek(0)
@@ -133,7 +133,7 @@ def test_nothing_is_left_behind(entry, fails):
             if fails:
                 raise RuntimeError("stop")
 
-    module, batches = Classifier(), entry.loader()
+    module, batches = entry.module(), entry.loader()
     before = {**vars(module)}
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules()]
     run = trainer(*entry.in_trainer(), Watch(), Fails())
@@ -165,7 +165,7 @@ def test_nothing_is_left_behind(entry, fails):
 )
 def test_works_in_every_kind_of_run(entry, options):
     kind, options = next(iter(options)), dict(options)
-    module = (ManualClassifier if options.pop("manual", False) else Classifier)()
+    module = (entry.manual if options.pop("manual", False) else entry.module)()
     if options.get("barebones"):
         options = {**options, "enable_progress_bar": None, "enable_model_summary": None}
     run = trainer(*entry.in_trainer(), **options)
@@ -180,7 +180,7 @@ def test_works_in_every_kind_of_run(entry, options):
 @every
 def test_works_with_weights_and_biases_offline(entry, tmp_path):
     logger = WandbLogger(project="contract", save_dir=tmp_path, offline=True)
-    trainer(*entry.in_trainer(), logger=logger, max_epochs=1).fit(Classifier(), entry.loader())
+    trainer(*entry.in_trainer(), logger=logger, max_epochs=1).fit(entry.module(), entry.loader())
     logger.experiment.finish()
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
@@ -240,7 +240,7 @@ def two_ranks(processes, tmp_path_factory):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("name", CALLBACKS)
+@pytest.mark.parametrize("name", [e.name for e in worker.OF_BATCHES])
 def test_two_ranks_select_what_one_process_selects(two_ranks, name, strategy):
     expected = worker.one_process(name)
     for rank in (0, 1):

@@ -41,9 +41,8 @@ class Waits(Callback):
             self.places = [f"{w.filename}:{w.lineno}" for w in self.found if "synchronizing" in str(w.message)]
 
 
-def run(batches, *callbacks, **options):
-    waits = Waits()
-    module = Classifier()
+def run(batches, *callbacks, module=Classifier, **options):
+    waits, module = Waits(), module()
     trainer(*callbacks, waits, accelerator="gpu", devices=1, log_every_n_steps=100, **options).fit(module, batches)
     return waits.places, module
 
@@ -51,15 +50,15 @@ def run(batches, *callbacks, **options):
 @every
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 def test_trains_in_every_precision(entry, precision):
-    _, module = run(entry.loader(), *entry.in_trainer(), precision=precision)
+    _, module = run(entry.loader(), *entry.in_trainer(), module=entry.module, precision=precision)
     assert set(module.seen) == {2 if entry.curates else 8}
     assert all(value.isfinite().all() for value in module.state_dict().values())
 
 
 @every
 def test_the_host_waits_no_more_often_than_without(entry):
-    plain, _ = run(loader(ids=False))
-    places, _ = run(entry.loader(), *entry.in_trainer())
+    plain, _ = run(loader(ids=False), module=entry.module)
+    places, _ = run(entry.loader(), *entry.in_trainer(), module=entry.module)
     assert len(places) == len(plain) + entry.waits, places
 
 

