@@ -15,7 +15,6 @@ import argparse
 import gzip
 import json
 import multiprocessing
-import resource
 import statistics
 import time
 from importlib.util import find_spec
@@ -122,7 +121,9 @@ def alone(name: str, n: int, folder: Path) -> None:
     start = time.perf_counter()
     SELECTORS[name].fit(x, y)
     took = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # of the process, libraries and data included
+    # Of the process, libraries and data included; `getrusage` would also count the process that started this one.
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    peak = int(line.split()[1]) / 2**20
     print(
         json.dumps({"selector": name, "samples": n, "seconds": round(took, 2), "peak_GiB": round(peak, 2)}),
         flush=True,

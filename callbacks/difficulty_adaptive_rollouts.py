@@ -105,7 +105,7 @@ class DifficultyAdaptiveRollouts(Callback):
         self._reset()
         if not callable(getattr(pl_module, "rollout", None)):
             raise TypeError(f"{type(pl_module).__name__} must have a method `rollout(batch, counts)`, but has none.")
-        theirs = pl_module.rollout
+        theirs: Any = pl_module.rollout
 
         def rollout(batch: Any, counts: Any) -> Any:
             return self._adaptive(trainer, theirs, batch, len(counts)) if trainer.training else theirs(batch, counts)

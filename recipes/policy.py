@@ -4,7 +4,7 @@ import copy
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -246,15 +246,17 @@ class PolicyModule(LightningModule):
         made = torch.tensor([len(rollouts.rewards), self.scored_wrongly], device=self.device)
         made, wrong = self.trainer.strategy.reduce(made, reduce_op="sum").tolist()
         self.rollouts_made += int(made)
-        tokens = float(rollouts.completions.lengths.sum())
+        completions = rollouts.completions
+        assert completions.log_probs is not None
+        tokens = float(completions.lengths.sum())
         self.log_dict(
             {
                 "rollouts/total": float(self.rollouts_made),
                 "rollouts/reward": rollouts.rewards.mean(),
                 "rollouts/tokens": tokens,
                 "rollouts/length": tokens / len(rollouts.rewards),
-                "rollouts/finished": rollouts.completions.finished.float().mean(),
-                "rollouts/entropy": -rollouts.completions.log_probs.sum() / tokens,
+                "rollouts/finished": completions.finished.float().mean(),
+                "rollouts/entropy": -completions.log_probs.sum() / tokens,
                 "rollouts/not_scored": float(wrong),
                 "rollouts/seconds_answering": generated - began,
                 "rollouts/seconds_learning": time.perf_counter() - generated,
@@ -265,6 +267,9 @@ class PolicyModule(LightningModule):
 
     def _learn(self, batch: dict[str, Any], rollouts: Rollouts) -> dict[str, Any]:
         size, of = len(batch["ids"]), rollouts.prompts
+        here = {f.name: getattr(rollouts.completions, f.name) for f in fields(Completions)}
+        here = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in here.items()}
+        rollouts = Rollouts(Completions(**here), rollouts.rewards, rollouts.texts)  # one copy, and not one a row
         advantage = advantages(rollouts.rewards, of, size, self.hparams["baseline"])
         sums: dict[str, Tensor] = {}
         for _ in range(self.hparams["epochs"]):
@@ -280,7 +285,7 @@ class PolicyModule(LightningModule):
     ) -> dict[str, Tensor]:
         """One step of the optimizer, by the rollouts whose groups teach; as many passes on every process."""
         completions, of = rollouts.completions, rollouts.prompts
-        lengths = completions.lengths.cpu()
+        lengths = completions.lengths
         weights, denominator = loss_weights(
             advantage[rows], of[rows], len(batch["ids"]), lengths[rows],
             self.hparams["normalizer"], self.hparams["max_new_tokens"],
@@ -290,12 +295,12 @@ class PolicyModule(LightningModule):
         prompts = [self.text.prompt(question) for question in batch["questions"]]
         width = torch.tensor([len(prompt) for prompt in prompts])[of[rows]] + lengths[rows]
         parts = list(packed(rows[used], width[used], self.hparams["token_budget"]))
-        strategy = self.trainer.strategy
-        denominator = float(strategy.reduce(denominator.to(self.device), reduce_op="sum"))
+        strategy: Any = self.trainer.strategy
+        whole = float(strategy.reduce(denominator.to(self.device), reduce_op="sum"))
         passes = int(strategy.reduce(torch.tensor(float(len(parts)), device=self.device), reduce_op="max"))
-        if not denominator:
+        if not whole:
             return {}  # every group of every process is all right or all wrong
-        weight_of = torch.zeros(len(of)).index_put_((rows,), weights) * self.trainer.world_size / denominator
+        weight_of = torch.zeros(len(of)).index_put_((rows,), weights) * self.trainer.world_size / whole
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
@@ -303,9 +308,7 @@ class PolicyModule(LightningModule):
             part = parts[i] if i < len(parts) else rows[:1]  # others are not done yet: nothing, but in step with them
             weight = weight_of[part] if i < len(parts) else torch.zeros(1)
             with strategy.block_backward_sync() if i < passes - 1 and self.trainer.world_size > 1 else nullcontext():
-                loss, found = self._loss(
-                    prompts, completions, of, part, weight, self.trainer.world_size / denominator
-                )
+                loss, found = self._loss(prompts, completions, of, part, weight, self.trainer.world_size / whole)
                 self.manual_backward(loss)
             for name, value in found.items():
                 sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value
@@ -319,10 +322,12 @@ class PolicyModule(LightningModule):
         self, prompts: list[Tensor], completions: Completions, of: Tensor, rows: Tensor, weight: Tensor, share: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The clipped objective of some rollouts, to be minimised."""
-        answers = [completions.tokens[r, : int(completions.lengths[r])] for r in rows.tolist()]
+        assert completions.log_probs is not None
+        ends = list(zip(rows.tolist(), completions.lengths[rows].tolist(), strict=True))
+        answers = [completions.tokens[r, :n] for r, n in ends]
         questions = [prompts[int(of[r])] for r in rows.tolist()]
         new, row = self._log_probs(self.model, questions, answers)
-        old = torch.cat([completions.log_probs[r, : len(a)] for r, a in zip(rows.tolist(), answers, strict=True)])
+        old = torch.cat([completions.log_probs[r, :n] for r, n in ends]).to(self.device)
         a = weight.to(self.device)[row]
         ratio = (new - old).exp()
         clipped = ratio.clamp(1 - self.hparams["clip_low"], 1 + self.hparams["clip_high"])
@@ -341,12 +346,10 @@ class PolicyModule(LightningModule):
             statistics["kl"] = k3.detach().sum()
         return loss, {"loss": loss.detach(), **statistics}
 
-    def _log_probs(
-        self, model: Any, questions: Iterable[Tensor], answers: Iterable[Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def _log_probs(self, model: Any, questions: Iterable[Tensor], answers: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         """Of the tokens of answers, one after the other: fp32 ``[N]``, and whose each is, int64 ``[N]``."""
         device = model.device
-        pairs = [(q, a.cpu()) for q, a in zip(questions, answers, strict=True)]
+        pairs = list(zip(questions, answers, strict=True))
         ids = nn.utils.rnn.pad_sequence([torch.cat(pair) for pair in pairs], batch_first=True)
         mask = nn.utils.rnn.pad_sequence([torch.ones(len(q) + len(a), dtype=torch.int64) for q, a in pairs], True)
         width = ids.size(1)

@@ -22,7 +22,8 @@ from contract.registry import CALLBACKS, write_tags
 from curation.records.ledger import Ledger
 from curation.samplers.hard_batches import HardBatchSampler
 
-OF_BATCHES = [entry for entry in CALLBACKS.values() if entry.module is Classifier]  # the others have tests of their own
+# Of these two ranks are tested here; the others have tests of their own.
+OF_BATCHES = [entry for entry in CALLBACKS.values() if entry.module is Classifier]
 LR = 0.01  # the products with a trained head are 100 batches old at most; the twin's are new
 
 

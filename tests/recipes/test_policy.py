@@ -241,7 +241,7 @@ def test_a_bad_argument_is_named_with_its_value(arguments, message):
 
 
 def test_what_cannot_be_answered_is_named_before_anything_is_trained():
-    with pytest.raises(ValueError, match="`alphabet` must have every character of the task, but '.' is missing"):
+    with pytest.raises(ValueError, match=r"`alphabet` must have every character of the task, but '.' is missing"):
         fit(policy(), data=Prompts(Puzzles("sort", 26, 1, 1), batch_size=6))
     with pytest.raises(ValueError, match="Argument `max_new_tokens` must be in"):
         fit(policy(max_new_tokens=20))

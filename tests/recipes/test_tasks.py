@@ -56,7 +56,7 @@ def test_word_problems_of_a_file(tmp_path):
     with pytest.raises(ValueError, match="a number in every answer, but row 0 has none"):
         FinalNumber(str(file))
     file.write_text("\n")
-    with pytest.raises(ValueError, match="must hold questions, but '.*gsm.jsonl' has none"):
+    with pytest.raises(ValueError, match=r"must hold questions, but '.*gsm.jsonl' has none"):
         FinalNumber(str(file))
 
 
