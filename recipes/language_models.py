@@ -1,5 +1,6 @@
 """Causal language models with the little of a tokenizer that rollouts need."""
 
+import os
 from typing import Any, Protocol
 
 import torch
@@ -89,6 +90,11 @@ class _Chat:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
+def global_seed(seed: int | None) -> int:
+    """A seed, or that of ``seed_everything``."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+
+
 class FromScratch:
     """A small decoder on characters, with random weights.
 
@@ -98,7 +104,7 @@ class FromScratch:
         layers: Number.
         heads: Of each.
         context: Tokens of a question with its answer, at most.
-        seed: Of the weights.
+        seed: Of the weights; None for that of ``seed_everything``.
 
     Raises:
         ValueError: If ``alphabet`` is empty or repeats a character.
@@ -111,7 +117,7 @@ class FromScratch:
         layers: int = 2,
         heads: int = 4,
         context: int = 64,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         if not alphabet or len(set(alphabet)) < len(alphabet):
             raise ValueError(f"Argument `alphabet` must hold different characters, but got {alphabet!r}.")
@@ -135,7 +141,7 @@ class FromScratch:
             bos_token_id=None, tie_word_embeddings=True,
         )  # fmt: skip
         with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
+            torch.manual_seed(global_seed(self.seed))
             return LlamaForCausalLM(config), text
 
 

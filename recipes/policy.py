@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from curation.callbacks.online_selection import wait_for
-from curation.recipes.language_models import LanguageModelSource, Text
+from curation.recipes.language_models import LanguageModelSource, Text, global_seed
 from curation.recipes.tasks import score
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import WandbLogger
@@ -83,7 +83,7 @@ class PolicyModule(LightningModule):
         eval_rollouts: Answers to every prompt in validation.
         warmup_steps: Steps of supervised training on solutions before everything else, batches of 64.
         warmup_lr: Learning rate of these.
-        seed: Of sampling.
+        seed: Of sampling and of the warm-up; None for that of ``seed_everything``.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -109,7 +109,7 @@ class PolicyModule(LightningModule):
         eval_rollouts: int = 32,
         warmup_steps: int = 0,
         warmup_lr: float = 1e-3,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -167,7 +167,7 @@ class PolicyModule(LightningModule):
 
     def _warm_up(self) -> None:
         data, device = self.trainer.datamodule, self.trainer.strategy.root_device  # type: ignore[attr-defined]
-        draw = np.random.default_rng(self.hparams["seed"])
+        draw = np.random.default_rng(global_seed(self.hparams["seed"]))
         self.model.to(device)
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.hparams["warmup_lr"])
         for _ in range(self.hparams["warmup_steps"]):
@@ -201,7 +201,7 @@ class PolicyModule(LightningModule):
             self._calls = 0
         self._calls += 1
         evaluates = not self.trainer.training
-        key = [self.hparams["seed"], evaluates, self.trainer.global_step, self.global_rank, self._calls]
+        key = [global_seed(self.hparams["seed"]), evaluates, self.trainer.global_step, self.global_rank, self._calls]
         if evaluates:
             key.append(int(batch["ids"][0]))
         generator = torch.Generator(self.device).manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
@@ -371,15 +371,15 @@ class PolicyModule(LightningModule):
         part = "seen" if dataloader_idx else "val"
         hard = torch.zeros(len(rewards), dtype=torch.bool)
         if hasattr(task, "difficulty"):
-            levels = [task.difficulty(i) for i in range(len(task))]
-            hard = torch.tensor([levels[i] == max(levels) for i in batch["ids"].tolist()])
+            levels = np.array([task.difficulty(i) for i in range(len(task))])
+            hard = torch.from_numpy(levels >= np.quantile(levels, 0.75))[batch["ids"].cpu()]
         for k in {1, n}:
             self.metrics[f"{part}_{k}"].update(rewards)  # type: ignore[operator]
             if hard.any():
                 self.metrics[f"{part}_hard_{k}"].update(rewards[hard.to(self.device)])  # type: ignore[operator]
 
     def on_validation_epoch_end(self) -> None:
-        """Log pass@1 and pass@k of held-out prompts, of some that are trained on, and of the hardest of both."""
+        """Log pass@1 and pass@k of held-out prompts, of some that are trained on, and of the hardest quarter."""
         for name, metric in self.metrics.items():
             assert isinstance(metric, PassAtK)
             if metric.update_called:

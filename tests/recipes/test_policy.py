@@ -6,12 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.image
 import pytest
 import torch
 from curation.callbacks import DifficultyAdaptiveRollouts
+from curation.recipes import cli
+from curation.recipes.arms import configure, make_arm, resolve
 from curation.recipes.language_models import FromScratch, Pretrained
 from curation.recipes.policy import PolicyModule, Rollouts
 from curation.recipes.prompts import Prompts
+from curation.recipes.solve_picture import PARTS, SolvePicture, draw
 from curation.recipes.tasks import Puzzles
 from helpers import assert_same_weights, trainer, weights
 from lightning.pytorch import Callback, seed_everything
@@ -252,6 +256,43 @@ def test_what_cannot_be_answered_is_named_before_anything_is_trained():
     ):
         with pytest.raises(ValueError, match=message):
             Prompts(Letters(), **arguments)
+
+
+# ---------------------------------------------------------------------- the recipe
+
+FEW = [
+    "--model.warmup_steps=5", "--model.eval_rollouts=4", "--data.task.size=16", "--data.batch_size=6", "--data.seen=6",
+    "--data.warmup.size=20", "--trainer.max_epochs=2", "--trainer.max_steps=-1", "--trainer.val_check_interval=2",
+    "--trainer.enable_progress_bar=false",
+]  # fmt: skip
+
+
+def test_the_recipe_runs_and_draws_what_is_solved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = cli.run(["fit", f"--config={cli.find_recipe('rollouts_tiny')}", *FEW]).trainer
+    assert {"val_pass_at_1", "val_hard_pass_at_4", "seen_pass_at_4"} <= run.callback_metrics.keys()
+    assert list(tmp_path.glob("runs/wandb/offline-run-*/*.wandb"))
+    (picture,) = (c for c in run.callbacks if isinstance(c, SolvePicture))
+    assert [p["rollouts"] for p in picture.points] == sorted({p["rollouts"] for p in picture.points})
+    image = matplotlib.image.imread("runs/rollouts_tiny.png")
+    assert image.shape[1] > image.shape[0] > 300
+    assert image.std() > 0.05
+    figure = draw(picture.points)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["pass@1", "pass@4"]
+    assert [line.get_label() for line in figure.axes[0].lines] == [label for label, _, _ in PARTS.values()]
+
+
+def test_the_arms_differ_in_who_gets_how_many_rollouts_only(tmp_path):
+    args = [f"--config={cli.find_recipe('rollouts_tiny')}"]
+    recipe = resolve(args)
+    for arm in recipe["arms"]:
+        made = configure(args, make_arm(arm, recipe, None), 3, None, tmp_path, "", {})
+        callbacks = [c for c in made["trainer"]["callbacks"] if c["class_path"].endswith("AdaptiveRollouts")]
+        assert len(callbacks) == (arm not in ("full", "uniform", "maxrl"))
+        assert all((c["init_args"]["n"], c["init_args"]["budget"]) == (8, 16) for c in callbacks)
+        assert made["model"]["init_args"]["rollouts"] == (32 if arm == "full" else 16)
+        assert made["data"] == recipe["data"]
+        assert made["seed_everything"] == 3
 
 
 # ---------------------------------------------------------------------- two processes
