@@ -1,19 +1,21 @@
 """More rollouts for prompts that are hard, in any module that makes rollouts (DARS, arXiv 2508.13755)."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from curation.callbacks.online_selection import logs_now
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
 from curation import rng
-from curation.batch import batch_size
+from curation.batch import batch_size, split_sample_ids
 from curation.replace import replace_attribute
 from curation.rollouts.allocation import (
     DifficultyMemory,
@@ -113,12 +115,16 @@ class DifficultyAdaptiveRollouts(Callback):
         self._undo = replace_attribute(pl_module, "rollout", rollout)
 
     def _adaptive(self, trainer: Trainer, make: Callable[[Any, np.ndarray], Any], batch: Any, size: int) -> Any:
+        numbers = torch.arange(size)
+        if self.memory is not None:
+            if not isinstance(batch, Mapping) or "ids" not in batch:
+                raise TypeError("Argument `forgetting` needs batches with `ids`, int64 [P], to know prompts again.")
+            numbers = batch["ids"]
         began = time.perf_counter()
         first = make(batch, np.full(size, self.n))
         successes = _sums(first.rewards, first.prompts, size)
         planned = time.perf_counter()
-        ids = torch.arange(size) if self.memory is None else batch["ids"]
-        ids, of_all, mine = gather(trainer, ids, successes)
+        ids, of_all, mine = gather(trainer, numbers, successes)
         known = of_all
         if self.memory is not None:
             known = self.memory.successes(ids, of_all, self.n)
@@ -146,12 +152,22 @@ class DifficultyAdaptiveRollouts(Callback):
         if not self.preflight or trainer.ckpt_path is not None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         seen: list[float] = []
+        given = trainer.train_dataloader
+        if not isinstance(given, DataLoader) or isinstance(given.dataset, IterableDataset):
+            rank_zero_info("DifficultyAdaptiveRollouts makes no forecast: that needs one map-style data loader.")
+            return
+        # One of its own, since the fit may hold an iterator of the other.
+        draw = torch.Generator().manual_seed(0)
+        some = DataLoader(given.dataset, given.batch_size or 1, True, collate_fn=given.collate_fn, generator=draw)
         with rng.isolated(), ExitStack() as stack:
             stack.callback(setattr, trainer, "training", True)
             trainer.training = False  # of evaluation, so that nothing is remembered
-            for batch in trainer.train_dataloader:  # type: ignore[union-attr]
+            for batch in some:
+                batch = trainer.precision_plugin.convert_input(split_sample_ids(batch)[0])
+                batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+                batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
                 size = batch_size(batch)
-                first = pl_module.rollout(trainer.strategy.batch_to_device(batch), np.full(size, self.n))  # type: ignore[operator]
+                first = pl_module.rollout(batch, np.full(size, self.n))  # type: ignore[operator]
                 seen += _sums(first.rewards, first.prompts, size).tolist()
                 if len(seen) >= self.preflight:
                     break
@@ -187,14 +203,14 @@ class DifficultyAdaptiveRollouts(Callback):
         """Log what was planned and what came of it."""
         for name, value in self._logged.items():
             pl_module.log(f"rollouts/{name}", value, on_step=True, on_epoch=False, batch_size=1, sync_dist=True)
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self._logged and every and (batch_idx + 1) % every == 0:
+        if self._logged and logs_now(trainer):
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     import wandb
 
                     histogram = wandb.Histogram(self._per_prompt.tolist())
-                    logger.log_metrics({"rollouts/per_prompt_histogram": histogram})  # type: ignore[dict-item]
+                    step = trainer.fit_loop.epoch_loop._batches_that_stepped
+                    logger.log_metrics({"rollouts/per_prompt_histogram": histogram}, step=step)  # type: ignore[dict-item]
         self._logged = {}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -230,14 +246,17 @@ def gather(trainer: Trainer, ids: Tensor, successes: np.ndarray) -> tuple[list[i
     if trainer.world_size == 1:
         return ids.tolist(), successes, slice(0, len(successes))
     device, strategy = trainer.strategy.root_device, trainer.strategy
-    most = int(strategy.reduce(torch.tensor(float(len(ids)), device=device), reduce_op="max"))
-    padded = torch.full((most, 2), torch.nan, dtype=torch.float64)
-    padded[: len(ids), 0], padded[: len(ids), 1] = ids.cpu().double(), torch.from_numpy(successes)
-    rows = strategy.all_gather(padded.to(device)).cpu().view(trainer.world_size, most, 2)
-    there = ~rows[..., 0].isnan()
-    start = int(there[: trainer.global_rank].sum())
-    kept = rows[there].numpy()
-    return kept[:, 0].astype(np.int64).tolist(), kept[:, 1], slice(start, start + len(ids))
+    sizes = strategy.all_gather(torch.tensor([len(ids)], device=device)).flatten().tolist()
+
+    def of_all(values: Tensor) -> Tensor:
+        padded = values.new_zeros(max(sizes))
+        padded[: len(values)] = values
+        rows = strategy.all_gather(padded.to(device)).cpu().view(len(sizes), -1)
+        return torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])
+
+    start = sum(sizes[: trainer.global_rank])
+    numbers, sums = of_all(ids.cpu()).tolist(), of_all(torch.from_numpy(successes).float()).double().numpy()
+    return numbers, sums, slice(start, start + len(ids))
 
 
 def _sums(rewards: Tensor, prompts: Tensor, size: int) -> np.ndarray:

@@ -39,7 +39,7 @@ T = TypeVar("T")
 class InstanceSelection(Callback, SeamClient):
     """Trains on a part of the training samples: those of an index file, or those that a selector keeps.
 
-    The data loader stays as it is, but draws from a :class:`~curation.samplers.subset.SubsetSampler` during the fit,
+    In the place of the data loader a copy of it draws from a :class:`~curation.samplers.subset.SubsetSampler`,
     shuffled if its own sampler shuffles. Sample ids are those of the whole data set. Validation is never curated.
     Logs ``instances/kept`` and ``instances/kept_fraction`` once for every selection.
 
@@ -109,10 +109,10 @@ class InstanceSelection(Callback, SeamClient):
 
     def _leave(self) -> None:
         self._trainer: Trainer | None = None
+        self._given: Any = None  # the data loader that was, and the one in its place
         self._loader: Any = None
         self._sampler: SubsetSampler | None = None
         self._candidates = np.zeros(0, np.int64)
-        self._undo: list[Callable[[], None]] = []
 
     # ------------------------------------------------------------------ the data loader
 
@@ -132,24 +132,23 @@ class InstanceSelection(Callback, SeamClient):
         assert seam is not None
         seam.clients.sort(key=lambda client: client is not self)  # first: others wrap or ask for the sampler
 
-    def watch(self, dataloader: Any) -> None:
-        """Have the data loader draw from a subset, and select it if that is due."""
+    def watch(self, dataloader: Any) -> Any:
+        """Give a data loader that draws from a subset, and select it if that is due."""
         assert self._trainer is not None
-        sampler = getattr(getattr(dataloader, "batch_sampler", None), "sampler", None)
-        if sampler is None or sampler is not self._sampler:
+        if dataloader is not self._given:
             self._take_over(dataloader, self._trainer.world_size)
-        self._loader = dataloader
         assert self._sampler is not None
         if self.indices is not None:
             self._sampler.indices = self.indices
         epoch = next_epoch(self._trainer)
         self._sampler.set_epoch(epoch)  # Lightning does so after loader workers have begun
         self._select(self._trainer, epoch)
+        return self._loader
 
     def _take_over(self, loader: Any, processes: int) -> None:
         own = getattr(loader, "sampler", None)
-        self._sampler, undo = draw_from_subset(loader, self._seed)
-        self._undo.append(undo)
+        self._given = loader
+        self._loader, self._sampler = draw_from_subset(loader, self._seed)
         if not isinstance(own, SubsetSampler) and getattr(own, "num_replicas", 1) != processes:
             raise TypeError(
                 f"InstanceSelection needs samples that are divided between all {processes} processes; "
@@ -179,6 +178,11 @@ class InstanceSelection(Callback, SeamClient):
         self._sampler.indices = chosen
         self.indices = torch.from_numpy(chosen)
         self._selected_for, self._told = due, False
+        if not len(self._loader):
+            raise ValueError(
+                f"InstanceSelection keeps {len(chosen)} samples, which with `drop_last` make no batch of "
+                f"{self._loader.batch_size}."
+            )
         return True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -192,6 +196,8 @@ class InstanceSelection(Callback, SeamClient):
             loop.restarting = False
             loop.reset_restart_stage()
             self._reload(trainer)
+        elif self._sampler is not None and self._sampler.epoch != next_epoch(trainer):
+            self._reload(trainer)  # `configure_optimizers` asked for the loader before the epoch was restored
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Select for the next epoch."""
@@ -298,8 +304,6 @@ class InstanceSelection(Callback, SeamClient):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the strategy and the data loader as they were."""
         BatchSeam.detach(trainer, self)
-        while self._undo:
-            self._undo.pop()()
         self._leave()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

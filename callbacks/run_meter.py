@@ -167,8 +167,8 @@ class RunMeter(Callback, SeamClient):
             }
         )
         if self.count_flops:
-            self._extra["flops_per_step"] = flops / trainer.global_step
-            self._extra["seconds_per_step"] = self.seconds / trainer.global_step
+            steps = max(trainer.global_step, 1)
+            self._extra |= {"flops_per_step": flops / steps, "seconds_per_step": self.seconds / steps}
         self._write(trainer, finished=False)
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
@@ -209,7 +209,8 @@ class RunMeter(Callback, SeamClient):
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured so far; the rows are those of rank 0."""
-        return {"points": self.points, "samples": self.samples, "seconds": self.seconds}
+        measured = {"points": self.points, "samples": self.samples, "seconds": self.seconds}
+        return {**measured, "flops": self._flops}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on measuring, in a fit."""
@@ -217,6 +218,7 @@ class RunMeter(Callback, SeamClient):
             self.points = list(state_dict["points"])
             self.samples = state_dict["samples"]
             self.seconds = state_dict["seconds"]
+            self._flops = state_dict.get("flops", 0)
 
 
 def _peak_memory(device: torch.device) -> int:

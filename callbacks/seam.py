@@ -24,8 +24,11 @@ class SeamClient:
     def before_transfer(self) -> None:
         """Called before a batch that is to be trained on is transferred."""
 
-    def watch(self, dataloader: Any) -> None:
-        """Called with the training data loader before it is iterated, as often as Lightning prepares one."""
+    def watch(self, dataloader: Any) -> Any:
+        """Called with the training data loader before it is iterated, as often as Lightning prepares one.
+
+        Gives another one to take its place, or None.
+        """
 
     def curate(self, trainer: Trainer, pl_module: LightningModule, batch: Any, sample_ids: Tensor | None) -> Any:
         """The batch to train on, given the candidate batch on the device and its sample ids."""
@@ -79,7 +82,8 @@ class BatchSeam:
         dataloader = self._prepare(dataloader)
         if self.trainer.training:
             for client in self.clients:
-                client.watch(dataloader)
+                other = client.watch(dataloader)
+                dataloader = dataloader if other is None else other
         return dataloader
 
     def __call__(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:

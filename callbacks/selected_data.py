@@ -1,6 +1,5 @@
 """Any data module, with a part of its training samples."""
 
-import copy
 from typing import Any
 
 from curation.callbacks.subset_loader import draw_from_subset, warn_of_other_data
@@ -40,10 +39,7 @@ class SelectedDataModule(LightningDataModule):
         if datamodule.trainer is not None and datamodule.trainer.overfit_batches:
             raise ValueError("SelectedDataModule cannot choose samples where `overfit_batches` does.")
         theirs = datamodule.train_dataloader()
-        sampler, undo = draw_from_subset(theirs)
-        loader = copy.copy(theirs)
-        vars(loader).update(batch_sampler=copy.copy(theirs.batch_sampler), _iterator=None)
-        undo()  # the inner one may use its own elsewhere
+        loader, sampler = draw_from_subset(theirs)
         if index.size != len(loader.dataset):
             raise ValueError(
                 f"Argument `index` must be of the {len(loader.dataset)} training samples, but got {path!r} of "

@@ -2,7 +2,6 @@
 
 import copy
 import os
-from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -19,15 +18,15 @@ from curation.instances.selection_index import SelectionIndex, fingerprint
 from curation.samplers.subset import SubsetSampler
 
 
-def draw_from_subset(loader: Any, seed: int | None = None) -> tuple[SubsetSampler, Callable[[], None]]:
-    """Let a data loader draw from a :class:`SubsetSampler`, at first of all samples, instead of its own sampler.
+def draw_from_subset(loader: Any, seed: int | None = None) -> tuple[DataLoader, SubsetSampler]:
+    """A copy of a data loader that draws from a :class:`SubsetSampler`, at first of all samples.
 
     Args:
         loader: A map-style ``DataLoader`` that makes its batches itself.
         seed: Of a new sampler; None for that of the ``DistributedSampler`` it replaces, else of ``seed_everything``.
 
     Returns:
-        The sampler, a copy of the loader's own if that is such a one, and a function that brings the own one back.
+        The copy, and its sampler, which is a copy of the loader's own if that is such a one.
 
     Raises:
         TypeError: If it is another data loader or has another sampler.
@@ -35,7 +34,7 @@ def draw_from_subset(loader: Any, seed: int | None = None) -> tuple[SubsetSample
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         data = loader.dataset if isinstance(loader, DataLoader) else loader
         raise TypeError(f"Instances can be selected of a map-style `DataLoader`, but not of {type(data).__name__}.")
-    batches, outer = loader.batch_sampler, loader.sampler
+    batches = loader.batch_sampler
     inner: Any = getattr(batches, "sampler", None)
     kind = type(inner)
     known = isinstance(inner, SubsetSampler) or kind in (RandomSampler, SequentialSampler, DistributedSampler)
@@ -51,14 +50,11 @@ def draw_from_subset(loader: Any, seed: int | None = None) -> tuple[SubsetSample
         shuffle = getattr(inner, "shuffle", kind is RandomSampler)
         own_seed = inner.seed if kind is DistributedSampler else int(os.environ.get("PL_GLOBAL_SEED", 0))
         sampler = SubsetSampler(loader.dataset, shuffle=shuffle, seed=own_seed if seed is None else seed)
-
-    def undo() -> None:
-        batches.sampler = inner
-        vars(loader)["sampler"] = outer
-
-    batches.sampler = sampler
-    vars(loader)["sampler"] = sampler  # DataLoader forbids assigning; Lightning looks here for a distributed one
-    return sampler, undo
+    own, own_batches = copy.copy(loader), copy.copy(batches)
+    own_batches.sampler = sampler
+    # DataLoader forbids assigning; Lightning looks for a distributed sampler in `sampler`.
+    vars(own).update(sampler=sampler, batch_sampler=own_batches, _iterator=None)
+    return own, sampler
 
 
 def warn_of_other_data(index: SelectionIndex, dataset: Any) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from curation.callbacks.difficulty_adaptive_rollouts import gather
 from curation.callbacks.online_selection import wait_for
 from curation.recipes.language_models import LanguageModelSource, Text, global_seed
 from curation.recipes.tasks import score
@@ -63,7 +65,8 @@ class PolicyModule(LightningModule):
     (GRPO, arXiv 2402.03300). The batch is prompts alone, so nothing is generated ahead of its step.
 
     ``DifficultyAdaptiveRollouts`` decides how many answers a prompt gets; without it every prompt has ``rollouts``.
-    Optimizes by hand: ``accumulate_grad_batches`` and the trainer's gradient clipping do not apply.
+    Optimizes by hand: ``accumulate_grad_batches`` and the trainer's gradient clipping do not apply. Where every
+    answer of a step is right, or every one wrong, nothing is updated, and ``max_steps`` does not count it.
 
     Args:
         source: Of the model and its text.
@@ -87,7 +90,7 @@ class PolicyModule(LightningModule):
 
     Raises:
         ValueError: If an argument is out of its range.
-        TypeError: If the strategy is neither one device nor DDP.
+        TypeError: If the strategy is neither one device nor DDP, or the data module has no ``task``.
     """
 
     def __init__(
@@ -142,6 +145,11 @@ class PolicyModule(LightningModule):
         self.scored_wrongly = 0  # answers whose score failed
         self._cache: tuple[Any, PromptCache] | None = None
         self._calls = 0
+        self._warm = False
+        self._seed: int | None = seed
+        self._steps = 0  # of training, whether or not they taught anything
+        self._norm = torch.zeros(())
+        self._hard: Tensor | None = None
         self._last: tuple[list[str], Rollouts] | None = None
         ks = sorted({1, eval_rollouts})
         self.metrics = nn.ModuleDict(
@@ -150,24 +158,33 @@ class PolicyModule(LightningModule):
 
     # ------------------------------------------------------------------ the model
 
+    def setup(self, stage: str) -> None:
+        """Refuse data that cannot score answers."""
+        self._seed = global_seed(self._seed)
+        if not hasattr(getattr(self.trainer, "datamodule", None), "task"):
+            raise TypeError(
+                "PolicyModule needs a data module with a `task`, such as `curation.recipes.prompts.Prompts`."
+            )
+
     def configure_model(self) -> None:
-        """Make the model, and warm it up."""
-        if self.model is not None:
-            return
+        """Make the model, and in a fit warm it up."""
         if not isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
             raise TypeError(
                 f"PolicyModule supports one device and DDP, but not {type(self.trainer.strategy).__name__}."
             )
-        self.model, self.text = self.source.build()
-        self.model.train()
-        if self.hparams["warmup_steps"] and self.trainer.ckpt_path is None and self.trainer.training:
-            self._warm_up()
-        if self.hparams["kl"]:
+        if self.model is None:
+            self.model, self.text = self.source.build()
+        if self.trainer.training and not self._warm:
+            self._warm = True
+            if self.hparams["warmup_steps"] and self.trainer.ckpt_path is None:
+                self._warm_up()
+        if self.hparams["kl"] and self.reference is None:
             self.reference = copy.deepcopy(self.model).requires_grad_(False).eval()
 
     def _warm_up(self) -> None:
         data, device = self.trainer.datamodule, self.trainer.strategy.root_device  # type: ignore[attr-defined]
-        draw = np.random.default_rng(global_seed(self.hparams["seed"]))
+        self.model.train()
+        draw = np.random.default_rng(self._seed)
         self.model.to(device)
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.hparams["warmup_lr"])
         for _ in range(self.hparams["warmup_steps"]):
@@ -201,7 +218,7 @@ class PolicyModule(LightningModule):
             self._calls = 0
         self._calls += 1
         evaluates = not self.trainer.training
-        key = [global_seed(self.hparams["seed"]), evaluates, self.trainer.global_step, self.global_rank, self._calls]
+        key: list[Any] = [self._seed, evaluates, self._steps, self.global_rank, self._calls]
         if evaluates:
             key.append(int(batch["ids"][0]))
         generator = torch.Generator(self.device).manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
@@ -226,9 +243,6 @@ class PolicyModule(LightningModule):
         if wrong and not self.scored_wrongly:
             rank_zero_warn(f"An answer could not be scored and counts as wrong: {wrong[0]}. Others are counted only.")
         self.scored_wrongly += len(wrong)
-        if not evaluates:
-            for p, n in zip(of, lengths, strict=True):
-                self.lengths[ids[p]] = 0.9 * self.lengths.get(ids[p], n) + 0.1 * n
         return Rollouts(completions, torch.tensor([reward for reward, _ in scored]), texts)
 
     # ------------------------------------------------------------------ learning
@@ -239,6 +253,8 @@ class PolicyModule(LightningModule):
         self._cache = None  # it would be of other weights
         rollouts = self.rollout(batch, np.full(len(batch["ids"]), self.hparams["rollouts"]))
         self._cache = None
+        self._steps += 1
+        self._remember_lengths(batch["ids"], rollouts)
         generated = time.perf_counter()
         self._last = batch["questions"], rollouts
         statistics = self._learn(batch, rollouts)
@@ -265,20 +281,27 @@ class PolicyModule(LightningModule):
             batch_size=len(batch["ids"]),
         )
 
+    def _remember_lengths(self, ids: Tensor, rollouts: Rollouts) -> None:
+        """The same on all processes, since a checkpoint has those of the first."""
+        of, lengths = rollouts.prompts.numpy(), rollouts.completions.lengths.cpu().numpy()
+        mean = np.bincount(of, lengths, len(ids)) / np.bincount(of, minlength=len(ids))
+        for i, length in zip(*gather(self.trainer, ids, mean)[:2], strict=True):
+            self.lengths[i] = 0.9 * self.lengths.get(i, float(length)) + 0.1 * float(length)
+
     def _learn(self, batch: dict[str, Any], rollouts: Rollouts) -> dict[str, Any]:
         size, of = len(batch["ids"]), rollouts.prompts
         here = {f.name: getattr(rollouts.completions, f.name) for f in fields(Completions)}
         here = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in here.items()}
         rollouts = Rollouts(Completions(**here), rollouts.rewards, rollouts.texts)  # one copy, and not one a row
         advantage = advantages(rollouts.rewards, of, size, self.hparams["baseline"])
-        sums: dict[str, Tensor] = {}
+        updates = []
         for _ in range(self.hparams["epochs"]):
-            for prompts in torch.arange(size).chunk(self.hparams["mini_batches"]):
+            for prompts in torch.arange(size).tensor_split(min(self.hparams["mini_batches"], size)):
                 rows = ((of >= prompts[0]) & (of <= prompts[-1])).nonzero()[:, 0]
-                for name, value in self._update(batch, rollouts, advantage, rows).items():
-                    sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value
-        updates = self.hparams["epochs"] * self.hparams["mini_batches"]
-        return {f"policy/{name}": value / updates for name, value in sums.items()}
+                updates.append(self._update(batch, rollouts, advantage, rows))
+        taught = [found for found in updates if found]
+        names = taught[0] if taught else {}
+        return {f"policy/{name}": torch.stack([found[name] for found in taught]).mean() for name in names}
 
     def _update(
         self, batch: dict[str, Any], rollouts: Rollouts, advantage: Tensor, rows: Tensor
@@ -290,33 +313,36 @@ class PolicyModule(LightningModule):
             advantage[rows], of[rows], len(batch["ids"]), lengths[rows],
             self.hparams["normalizer"], self.hparams["max_new_tokens"],
         )  # fmt: skip
-        taught = torch.zeros(len(batch["ids"])).index_add_(0, of[rows], weights.abs()) > 0
+        taught = weights.new_zeros(len(batch["ids"])).index_add_(0, of[rows], weights.abs()) > 0
         used = taught[of[rows]]
         prompts = [self.text.prompt(question) for question in batch["questions"]]
         width = torch.tensor([len(prompt) for prompt in prompts])[of[rows]] + lengths[rows]
         parts = list(packed(rows[used], width[used], self.hparams["token_budget"]))
         strategy: Any = self.trainer.strategy
         whole = float(strategy.reduce(denominator.to(self.device), reduce_op="sum"))
-        passes = int(strategy.reduce(torch.tensor(float(len(parts)), device=self.device), reduce_op="max"))
+        passes = int(strategy.reduce(torch.tensor(len(parts), device=self.device), reduce_op="max"))
         if not whole:
             return {}  # every group of every process is all right or all wrong
-        weight_of = torch.zeros(len(of)).index_put_((rows,), weights) * self.trainer.world_size / whole
+        weight_of = weights.new_zeros(len(of)).index_put_((rows,), weights) * self.trainer.world_size / whole
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
         for i in range(passes):
             part = parts[i] if i < len(parts) else rows[:1]  # others are not done yet: nothing, but in step with them
-            weight = weight_of[part] if i < len(parts) else torch.zeros(1)
+            weight = weight_of[part] if i < len(parts) else weight_of.new_zeros(1)
             with strategy.block_backward_sync() if i < passes - 1 and self.trainer.world_size > 1 else nullcontext():
                 loss, found = self._loss(prompts, completions, of, part, weight, self.trainer.world_size / whole)
                 self.manual_backward(loss)
             for name, value in found.items():
                 sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.hparams["max_grad_norm"])
         optimizer.step()
         tokens = sums.pop("tokens").clamp(min=1)
         loss = sums.pop("loss")
-        return {"loss": loss, "grad_norm": norm, **{name: value / tokens for name, value in sums.items()}}
+        return {"loss": loss, "grad_norm": self._norm, **{name: value / tokens for name, value in sums.items()}}
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Clip the gradient, which is no longer scaled here."""
+        self._norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.hparams["max_grad_norm"])
 
     def _loss(
         self, prompts: list[Tensor], completions: Completions, of: Tensor, rows: Tensor, weight: Tensor, share: float
@@ -369,10 +395,10 @@ class PolicyModule(LightningModule):
         rewards = self.rollout(batch, np.full(len(batch["ids"]), n)).rewards.view(-1, n).to(self.device)
         self._cache = None
         part = "seen" if dataloader_idx else "val"
-        hard = torch.zeros(len(rewards), dtype=torch.bool)
-        if hasattr(task, "difficulty"):
-            levels = np.array([task.difficulty(i) for i in range(len(task))])
-            hard = torch.from_numpy(levels >= np.quantile(levels, 0.75))[batch["ids"].cpu()]
+        if self._hard is None:
+            levels = np.array([task.difficulty(i) if hasattr(task, "difficulty") else 0 for i in range(len(task))])
+            self._hard = torch.from_numpy((levels >= np.quantile(levels, 0.75)) & (levels > levels.min()))
+        hard = self._hard[batch["ids"].cpu()]
         for k in {1, n}:
             self.metrics[f"{part}_{k}"].update(rewards)  # type: ignore[operator]
             if hard.any():
@@ -382,9 +408,12 @@ class PolicyModule(LightningModule):
         """Log pass@1 and pass@k of held-out prompts, of some that are trained on, and of the hardest quarter."""
         for name, metric in self.metrics.items():
             assert isinstance(metric, PassAtK)
-            if metric.update_called:
+            with warnings.catch_warnings():  # of processes that had no such prompt; all must compute
+                warnings.simplefilter("ignore")
+                value = metric.compute()
+            if not value.isnan():
                 part, _, k = name.rpartition("_")
-                self.log(f"{part}_pass_at_{k}", metric.compute(), prog_bar=part == "val")
+                self.log(f"{part}_pass_at_{k}", value, prog_bar=part == "val")
             metric.reset()
 
     # ------------------------------------------------------------------ what is left
@@ -403,12 +432,21 @@ class PolicyModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what sampling depends on beside the weights."""
-        checkpoint["rollouts"] = {"made": self.rollouts_made, "lengths": self.lengths}
+        checkpoint["rollouts"] = {
+            "made": self.rollouts_made,
+            "lengths": self.lengths,
+            "steps": self._steps,
+            "seed": self._seed,
+            "scored_wrongly": self.scored_wrongly,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore that."""
-        self.rollouts_made = checkpoint["rollouts"]["made"]
-        self.lengths = dict(checkpoint["rollouts"]["lengths"])
+        kept = checkpoint.get("rollouts")
+        if kept is not None:  # else these are weights from elsewhere
+            self.rollouts_made, self.lengths = kept["made"], dict(kept["lengths"])
+            self._steps, self.scored_wrongly = kept["steps"], kept["scored_wrongly"]
+            self._seed = kept["seed"]
 
 
 def packed(rows: Tensor, width: Tensor, budget: int) -> Iterator[Tensor]:

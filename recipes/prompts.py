@@ -67,7 +67,17 @@ class Prompts(LightningDataModule):
         return {"ids": torch.tensor(ids), "questions": [self.task.question(i) for i in ids]}
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled; a last batch with fewer prompts is left out."""
+        """Shuffled; a last batch with fewer prompts is left out.
+
+        Raises:
+            ValueError: If there are fewer prompts than the batches of all processes take.
+        """
+        processes = 1 if self.trainer is None else self.trainer.world_size
+        if self.batch_size * processes > self.train_size:
+            raise ValueError(
+                f"Argument `batch_size` must be in [1, {self.train_size // processes}] on {processes} processes, but "
+                f"got {self.batch_size!r}."
+            )
         return self._loader(range(self.train_size), self.batch_size, shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> list[DataLoader]:

@@ -36,6 +36,8 @@ class SolvePicture(Callback):
         """Keep a point for each curve."""
         if not trainer.sanity_checking and trainer.training is False and trainer.state.fn == "fit":
             solved = {name: float(v) for name, v in trainer.callback_metrics.items() if "_pass_at_" in name}
+            if not solved:  # in a run that logs nothing
+                return
             self.points.append({"rollouts": float(pl_module.rollouts_made), **solved})  # type: ignore[arg-type]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -51,8 +51,9 @@ class PassAtK(Metric):
         if self._n not in (None, n):
             raise ValueError(f"Every prompt must have as many rollouts, but some have {self._n} and others {n}.")
         self._n = n
-        self.total += pass_at_k((rewards > 0.5).sum(1), n, self.k).sum()
-        self.prompts += len(rewards)
+        # Not in place: a state may have been made in inference mode.
+        self.total = self.total + pass_at_k((rewards > 0.5).sum(1), n, self.k).sum()
+        self.prompts = self.prompts + len(rewards)
 
     def compute(self) -> Tensor:
         """fp32 scalar."""
@@ -92,7 +93,7 @@ class SolveRate(Metric):
             n: ``[P]``, number of these.
         """
         none, every = successes <= 0, successes >= n
-        self.counts += torch.stack([none.sum(), (~none & ~every).sum(), every.sum()])
+        self.counts = self.counts + torch.stack([none.sum(), (~none & ~every).sum(), every.sum()])
 
     def compute(self) -> dict[str, Tensor]:
         """fp32 scalars ``solve_none``, ``solve_partial`` and ``solve_all``."""

@@ -85,6 +85,8 @@ def sum_of_singular_values(matrices: Tensor) -> Tensor:
         tensor([7.])
     """
     m = matrices if matrices.size(1) <= matrices.size(2) else matrices.mT
+    scale = m.abs().amax((1, 2), keepdim=True).clamp(min=torch.finfo(m.dtype).tiny)  # squares stay in range
+    m = m / scale
     x = m / torch.linalg.matrix_norm(m, keepdim=True).clamp(min=torch.finfo(m.dtype).tiny)
     low = 1e-5
     while low < 1 - 1e-6:
@@ -92,7 +94,7 @@ def sum_of_singular_values(matrices: Tensor) -> Tensor:
         r = (3 / (1 + near + near**2)) ** 0.5
         x = torch.baddbmm(x, x @ x.mT, x, beta=1.5 * r, alpha=-0.5 * r**3)
         low = min(0.5 * r * v * (3 - (r * v) ** 2) for v in (low, 1.0))
-    return (x * m).sum((1, 2))
+    return (x * m).sum((1, 2)) * scale[:, 0, 0]
 
 
 def _gram(rows: Tensor) -> Tensor:
@@ -159,8 +161,8 @@ def nuclear_norm_from_hidden(hidden: Tensor, head_gram: Tensor, mask: Tensor | N
 
     Args:
         hidden: ``[B, T, d]``, the input of the output head, any floating dtype.
-        head_gram: fp32 or fp64 ``[d, d]``, ``weight.T @ weight`` from :func:`gram_of_head`; its dtype is the
-            precision used.
+        head_gram: fp32 or fp64 ``[d, d]``, ``weight.T @ weight`` from :func:`gram_of_head`; on a CPU its dtype is
+            the precision used.
         mask: bool ``[B, T]``, true where a position is scored; all by default.
 
     Returns:
@@ -186,9 +188,10 @@ def nuclear_norm_from_hidden(hidden: Tensor, head_gram: Tensor, mask: Tensor | N
     return _norm_of_hidden(*_scored("hidden", hidden, mask), head_gram)
 
 
-def _norm_of_hidden(rows: Tensor, counts: Tensor, head_gram: Tensor) -> Tensor:
+def _norm_of_hidden(rows: Tensor, counts: Tensor, head_gram: Tensor, root: Tensor | None = None) -> Tensor:
     if rows.device.type != "cpu":
-        return _norms_by_products(rows, _root(head_gram), torch.float32).to(head_gram.dtype)
+        root = _root(head_gram) if root is None else root
+        return _norms_by_products(rows, root, torch.float32).to(head_gram.dtype)
     d = rows.size(-1)
 
     def gram_of(part: Tensor) -> Tensor:
@@ -201,11 +204,12 @@ def _norm_of_hidden(rows: Tensor, counts: Tensor, head_gram: Tensor) -> Tensor:
 
 
 def _root(gram: Tensor) -> Tensor:
-    """fp32 ``L`` with ``L L^T`` the Gram matrix; no rounding error makes it indefinite."""
-    shift = 20 * torch.finfo(gram.dtype).eps * gram.diagonal().sum()
-    return torch.linalg.cholesky_ex(
-        gram + shift * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    ).L.float()
+    """fp32 ``L`` with ``L L^T`` the Gram matrix, less eigenvalues below 0 by rounding; NaN if it is not finite."""
+    finite = gram.isfinite().all()
+    there = gram if gram.device.type != "mps" else gram.cpu()  # which has neither fp64 nor eigenvalues
+    values, vectors = torch.linalg.eigh(torch.nan_to_num(there.double(), nan=0.0, posinf=0.0, neginf=0.0))
+    root = (vectors * values.clamp(min=0).sqrt()).float().to(gram.device)
+    return torch.where(finite, root, torch.nan)
 
 
 def _vocabulary_slices(weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
@@ -343,6 +347,7 @@ class UtilityDiversityScorer:
         self.sketches = torch.zeros(0)
         self.moments = torch.zeros(2, dtype=torch.float32)
         self.head_gram: Tensor | None = None
+        self._root_of: tuple[Tensor, Tensor] | None = None  # a product with the head, and its root, on a GPU
         self._head_is_trained = False
         self._projected_head: Tensor | None = None
         self._vocab_projection: Tensor | None = None
@@ -413,7 +418,11 @@ class UtilityDiversityScorer:
         if self.head_gram is None:
             return _norm_of_logits(rows, counts)
         self.head_gram = self.head_gram.to(rows.device)
-        return _norm_of_hidden(rows, counts, self.head_gram)
+        if rows.device.type == "cpu":
+            return _norm_of_hidden(rows, counts, self.head_gram)
+        if self._root_of is None or self._root_of[0] is not self.head_gram:
+            self._root_of = self.head_gram, _root(self.head_gram)
+        return _norm_of_hidden(rows, counts, self.head_gram, self._root_of[1])
 
     def _sketch(self, rows: Tensor, height: int) -> Tensor:
         n = rows.size(1)

@@ -270,7 +270,7 @@ class DifficultyMemory:
     def successes(self, ids: Iterable[int], successes: Iterable[float], n: int) -> np.ndarray:
         """The first rollouts' successes as they would be at the accuracy that memory and they tell: fp64 ``[P]``."""
         known = [(*self.counts.get(i, (0.0, 0.0)), seen) for i, seen in zip(ids, successes, strict=True)]
-        return np.array([n * (k + seen) / (of + n) for k, of, seen in known])
+        return np.array([min(n * (k + seen) / (of + n), n) for k, of, seen in known])  # rounding may exceed n
 
 
 def _positive(name: str, value: Any) -> int:

@@ -5,7 +5,7 @@ from math import comb
 
 import numpy as np
 
-from curation.rollouts.allocation import Schedule, plan
+from curation.rollouts.allocation import EqualTreatment, Schedule, Uniform, plan
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Forecast:
 def forecast(schedule: Schedule | None, accuracy: np.ndarray, n: int, budget: int | None = None) -> Forecast:
     """What a schedule is expected to do with prompts of known accuracy.
 
-    Without a budget it is exact, over every count of successes: ``p^n`` and ``(1 - p)^n`` with no additions. With one
-    it is the mean of 20 draws, since there the prompts share it.
+    Exact, over every count of successes, where what a prompt gets depends on its own: ``p^n`` and ``(1 - p)^n`` with
+    no additions. With a budget, or another schedule than the paper's, it is the mean of 20 draws.
 
     Args:
         schedule: None for ``n`` each.
@@ -42,7 +42,7 @@ def forecast(schedule: Schedule | None, accuracy: np.ndarray, n: int, budget: in
     p = np.asarray(accuracy, np.float64)
     k = np.arange(n + 1)
     chances = np.array([comb(n, int(i)) for i in k]) * p[:, None] ** k * (1 - p[:, None]) ** (n - k)
-    if budget is None or schedule is None:
+    if schedule is None or (budget is None and isinstance(schedule, (Uniform, EqualTreatment))):
         extra = np.zeros(n + 1) if schedule is None else schedule.extra(k.astype(np.float64), n)
         rollouts = n + chances @ extra
         none, every = chances[:, 0] * (1 - p) ** extra[0], chances[:, n] * p ** extra[n]

@@ -119,11 +119,18 @@ class CutOff(Counted):
     def __init__(self, at=None, **options):
         super().__init__(**options)
         self.at = at
+        self.steps: list[int] = []
 
     def rollout(self, batch, counts):
-        if self.trainer.training and self.trainer.global_step == self.at and self._calls == 1:
+        if self.trainer.training and self._steps == self.at and self._calls == 1:
             raise SystemExit
+        self.steps.append(self._steps)
         return super().rollout(batch, counts)
+
+    def plans(self):
+        """What was asked for in training, and in which step."""
+        asked = zip(self.steps, self.calls, strict=True)
+        return [(step, counts.tolist()) for step, (training, counts, _) in asked if training]
 
 
 @pytest.mark.parametrize("forgetting", [None, 0.5])
@@ -140,13 +147,14 @@ def test_a_run_cut_off_in_the_second_stage_makes_the_same_plan_again(tmp_path, f
 
     whole = run(tmp_path / "whole")
     cut = run(tmp_path / "cut", at=3)
-    resumed = run(tmp_path / "cut", resume=tmp_path / "cut" / "step=3.ckpt")
-    plans = [[call[1].tolist() for call in m.calls if call[0]] for m in (whole, cut, resumed)]
-    done = len(plans[1]) - 1  # the first stage of the step that was cut off is made again
-    assert plans[1][:done] == plans[0][:done]
-    assert plans[2] == plans[0][done:]
+    last = max((tmp_path / "cut").glob("*.ckpt"), key=lambda file: int(file.stem.split("=")[1]))
+    resumed = run(tmp_path / "cut", resume=last)
+    done = torch.load(last, weights_only=False)["rollouts"]["steps"]
+    assert cut.plans()[-1][0] == 3
+    assert cut.plans() == whole.plans()[: len(cut.plans())]
+    assert resumed.plans() == [(step, plan) for step, plan in whole.plans() if step >= done]
     assert_same_weights(weights(whole), weights(resumed))
-    assert whole.rollouts_made == resumed.rollouts_made == sum(sum(p) for p in plans[0])
+    assert whole.rollouts_made == resumed.rollouts_made == sum(sum(plan) for _, plan in whole.plans())
 
 
 def test_a_forecast_is_printed_before_training_and_changes_nothing(caplog):

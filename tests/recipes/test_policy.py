@@ -101,6 +101,7 @@ class Canned(PolicyModule):
         return made(ids, [2 + 3 * (i % 4) for i in ids], self.text)
 
     def on_before_optimizer_step(self, optimizer):
+        super().on_before_optimizer_step(optimizer)
         self.gradient = {n: p.grad.clone() for n, p in self.model.named_parameters()}
 
 
@@ -210,7 +211,7 @@ def test_answers_that_cannot_be_scored_are_wrong_and_counted():
 
 
 def test_solutions_warm_up():
-    cold, warm = policy(), policy(warmup_steps=200, warmup_lr=1e-2)
+    cold, warm = policy(lr=1e-6), policy(lr=1e-6, warmup_steps=200, warmup_lr=1e-2)
     prompts = Prompts(Puzzles("sort", 20, 1, 1), batch_size=4, seen=8)
     for module in (cold, warm):
         module.source.alphabet = "abcdefghijklmnopqrstuvwxyz="
