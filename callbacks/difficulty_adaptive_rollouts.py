@@ -42,9 +42,11 @@ class RolloutsOfAModule(Protocol):
 class DifficultyAdaptiveRollouts(Callback):
     """Gives prompts ``n`` rollouts each, and then more to those that few of these solved.
 
-    The module has a method ``rollout(batch, counts)``, with ``counts`` int64 ``[P]`` for each prompt of the batch,
-    that makes rollouts with the weights as they are, and calls it in ``training_step`` once for a batch. During the
-    fit that call makes the rollouts of both stages, pooled, whatever its counts are. Evaluation is left alone.
+    The module has a method ``rollout(batch, counts)``, with ``counts`` a NumPy array int64 ``[P]`` for the prompts of
+    the batch, 0 for some, that makes so many rollouts of each with the weights as they are, and calls it in
+    ``training_step`` once for a batch. It gives an object with ``rewards`` floating ``[R]`` in [0, 1], ``prompts``
+    int64 ``[R]`` (rows of the batch, from 0) and ``pool(other)``, which makes one object of two. During the fit that
+    call makes the rollouts of both stages, pooled, whatever its counts are. Evaluation is left alone.
 
     All processes make one plan, from the successes of all, and each adds rollouts to the prompts that it has, whose
     prompts it has already run through the model. Logs ``rollouts/solve_none``, ``solve_partial`` and ``solve_all`` by
@@ -58,8 +60,8 @@ class DifficultyAdaptiveRollouts(Callback):
             while a prompt wants more; None for what the schedule says.
         forgetting: Remember what is known of each prompt from earlier epochs, where it counts for so much less each
             time, by ``batch["ids"]``, int64 ``[P]``; None plans by the present rollouts alone, as in the paper.
-        preflight: Before training, prompts whose accuracy is estimated to forecast what schedules would do; 0 for
-            none.
+        preflight: Before training, the least number of prompts whose accuracy is estimated to forecast what schedules
+            would do; 0 for none.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -80,6 +82,10 @@ class DifficultyAdaptiveRollouts(Callback):
             raise ValueError(f"Argument `budget` must be at least n = {n} rollouts per prompt, but got {budget!r}.")
         if forgetting is not None and not 0 <= forgetting < 1:
             raise ValueError(f"Argument `forgetting` must be in [0, 1) or None, but got {forgetting!r}.")
+        if schedule is not None and (isinstance(schedule, type) or not hasattr(schedule, "extra")):
+            raise ValueError(
+                f"Argument `schedule` must be a schedule, such as HardnessWeighted(), but got {schedule!r}."
+            )
         if not (hasattr(preflight, "__index__") and preflight >= 0):
             raise ValueError(f"Argument `preflight` must be an integer >= 0, but got {preflight!r}.")
         self.schedule: Schedule = HardnessWeighted(std=True) if schedule is None else schedule
@@ -121,7 +127,7 @@ class DifficultyAdaptiveRollouts(Callback):
                 raise TypeError("Argument `forgetting` needs batches with `ids`, int64 [P], to know prompts again.")
             numbers = batch["ids"]
         began = time.perf_counter()
-        first = make(batch, np.full(size, self.n))
+        first = checked(make(batch, np.full(size, self.n)), np.full(size, self.n))
         successes = _sums(first.rewards, first.prompts, size)
         planned = time.perf_counter()
         ids, of_all, mine = gather(trainer, numbers, successes)
@@ -132,7 +138,7 @@ class DifficultyAdaptiveRollouts(Callback):
         total = None if self.budget is None else int(self.budget * len(ids))
         extra = plan(self.schedule, known, self.n, total)
         ours = extra[mine]
-        rollouts = first.pool(make(batch, ours)) if ours.any() else first
+        rollouts = first.pool(checked(make(batch, ours), ours)) if ours.any() else first
         after = _sums(rollouts.rewards, rollouts.prompts, size)
         ended = time.perf_counter()
         self._per_prompt = self.n + extra
@@ -167,7 +173,7 @@ class DifficultyAdaptiveRollouts(Callback):
                 batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
                 batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
                 size = batch_size(batch)
-                first = pl_module.rollout(batch, np.full(size, self.n))  # type: ignore[operator]
+                first = checked(pl_module.rollout(batch, np.full(size, self.n)), np.full(size, self.n))  # type: ignore[operator]
                 seen += _sums(first.rewards, first.prompts, size).tolist()
                 if len(seen) >= self.preflight:
                     break
@@ -233,6 +239,34 @@ class DifficultyAdaptiveRollouts(Callback):
         """Go on with it, in a fit."""
         if self._fitting and self.memory is not None:
             self.memory.counts = dict(state_dict["memory"])
+
+
+def checked(rollouts: Any, counts: np.ndarray) -> Any:
+    """The rollouts of a module, if they are what was asked for.
+
+    Raises:
+        ValueError: If there are not as many of each prompt, or a reward is not in [0, 1].
+        TypeError: If they have no ``rewards``, ``prompts`` and ``pool``.
+    """
+    for name in ("rewards", "prompts", "pool"):
+        if not hasattr(rollouts, name):
+            raise TypeError(f"`rollout` must give an object with `{name}`, but gave {type(rollouts).__name__}.")
+    for name in ("rewards", "prompts"):
+        if not isinstance(getattr(rollouts, name), Tensor):
+            raise TypeError(
+                f"`rollout(...).{name}` must be a tensor, but is {type(getattr(rollouts, name)).__name__}."
+            )
+    rewards, prompts = rollouts.rewards.cpu(), rollouts.prompts.cpu()
+    expected = np.arange(len(counts)).repeat(counts)
+    if not (rewards.shape == prompts.shape == expected.shape and np.array_equal(prompts.sort().values, expected)):
+        raise ValueError(
+            f"`rollout` was asked for {counts.tolist()} rollouts of the prompts 0 to {len(counts) - 1}, but gave "
+            f"{list(rewards.shape)} rewards of the prompts {list(prompts.shape)}, not as many of each."
+        )
+    wrong = rewards[~((rewards >= 0) & (rewards <= 1))]
+    if len(wrong):
+        raise ValueError(f"`rollout(...).rewards` must be in [0, 1], but has {float(wrong[0])}.")
+    return rollouts
 
 
 def gather(trainer: Trainer, ids: Tensor, successes: np.ndarray) -> tuple[list[int], np.ndarray, slice]:

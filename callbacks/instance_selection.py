@@ -245,6 +245,10 @@ class InstanceSelection(Callback, SeamClient):
                 if not trainer.is_global_zero:
                     return None
                 selector.fit(features.numpy(), labels.numpy())
+                if not hasattr(selector, "sample_indices_"):
+                    raise TypeError(
+                        f"Argument `selector` must have `sample_indices_` after `fit`, but {name} has not."
+                    )
                 return np.unique(selector.sample_indices_)
 
             chosen = trainer.strategy.broadcast(together(trainer, fit))

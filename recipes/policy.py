@@ -66,7 +66,7 @@ class PolicyModule(LightningModule):
 
     ``DifficultyAdaptiveRollouts`` decides how many answers a prompt gets; without it every prompt has ``rollouts``.
     Optimizes by hand: ``accumulate_grad_batches`` and the trainer's gradient clipping do not apply. Where every
-    answer of a step is right, or every one wrong, nothing is updated, and ``max_steps`` does not count it.
+    answer is right, or every one wrong, an update changes nothing; it counts nonetheless, but in 16-mixed precision.
 
     Args:
         source: Of the model and its text.
@@ -321,11 +321,13 @@ class PolicyModule(LightningModule):
         strategy: Any = self.trainer.strategy
         whole = float(strategy.reduce(denominator.to(self.device), reduce_op="sum"))
         passes = int(strategy.reduce(torch.tensor(len(parts), device=self.device), reduce_op="max"))
-        if not whole:
-            return {}  # every group of every process is all right or all wrong
-        weight_of = weights.new_zeros(len(of)).index_put_((rows,), weights) * self.trainer.world_size / whole
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
+        if not whole:  # every group of every process is all right or all wrong
+            if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # which needs gradients
+                optimizer.step()  # of nothing: it counts, and changes nothing
+            return {}
+        weight_of = weights.new_zeros(len(of)).index_put_((rows,), weights) * self.trainer.world_size / whole
         sums: dict[str, Tensor] = {}
         for i in range(passes):
             part = parts[i] if i < len(parts) else rows[:1]  # others are not done yet: nothing, but in step with them

@@ -153,7 +153,8 @@ def draw(x: np.ndarray, y: np.ndarray, indices: np.ndarray, found: Retention) ->
 
     classes, place = np.unique(y, return_inverse=True)
     components = PCA(min(50, *x.shape), random_state=0).fit_transform(x)
-    method = "t-SNE" if 60 < len(x) <= EMBEDDED else "PCA"  # twice the perplexity
+    # It needs twice the perplexity, and samples that differ.
+    method = "t-SNE" if 60 < len(x) <= EMBEDDED and components.std() > 0 else "PCA"
     at = TSNE(random_state=0).fit_transform(components) if method == "t-SNE" else components[:, :2]
     palette = colormaps["tab10" if len(classes) <= 10 else "tab20" if len(classes) <= 20 else "gist_rainbow"]
     colours = palette(place if len(classes) <= NAMED else place / len(classes))
@@ -265,6 +266,8 @@ def main(args: list[str]) -> None:
     data.trainer = trainer
     data.prepare_data()
     data.setup("fit")
+    if options.layer is not None and options.ckpt_path is None:
+        print(f"layer {options.layer} of the model as the recipe makes it; --ckpt_path takes a trained one")
     if options.ckpt_path is not None:
         module.load_state_dict(torch.load(options.ckpt_path, map_location="cpu", weights_only=True)["state_dict"])
     began = time.perf_counter()
@@ -282,6 +285,10 @@ def main(args: list[str]) -> None:
     read = time.perf_counter()
     selector.fit(features, train[1])
     selected = time.perf_counter()
+    if not hasattr(selector, "sample_indices_"):
+        raise ValueError(
+            f"Argument `--selector` must have `sample_indices_` after `fit`, but {options.selector} has not."
+        )
     config = vars(options) | {"budget": getattr(selector, "budget", None), "recipe": rest}
     index = index_of(selector, loader.dataset, config)
     index.save(options.output)

@@ -23,8 +23,8 @@ class InstanceSelector(BaseEstimator):
 
     Attributes:
         sample_indices_: int64, ascending: the samples that stay.
-        ranking_: int64: the same, best first. Its first ``m`` are the selection of ``m`` samples, so that a smaller
-            budget needs no other fit.
+        ranking_: int64: the same, best first. Its first ``m`` are a selection of ``m`` samples without another fit,
+            if not the one of a smaller budget, by which coverage looks at more neighbours.
         scores_: fp32 ``[N]``, larger is better.
         report_: Samples, what was kept of them and of every class, seconds.
         classes_: The classes.
@@ -54,6 +54,11 @@ class InstanceSelector(BaseEstimator):
         X, y = (v.detach().cpu() if isinstance(v, Tensor) else v for v in (X, y))
         X = X.float() if isinstance(X, Tensor) else X  # NumPy has no bf16
         X, y = validate_data(self, X, y, dtype=[np.float32, np.float64])
+        largest = float(np.abs(X).max())
+        if largest > 1e35:
+            raise ValueError(
+                f"Argument `X` must hold values of at most 1e35, since it is computed in fp32, but has {largest}."
+            )
         check_classification_targets(y)
         self.classes_, codes = np.unique(y, return_inverse=True)
         self._check()

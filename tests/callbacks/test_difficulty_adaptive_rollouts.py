@@ -11,7 +11,7 @@ from curation.recipes.language_models import FromScratch
 from curation.recipes.policy import PolicyModule
 from curation.recipes.prompts import Prompts
 from curation.recipes.tasks import Puzzles
-from helpers import Classifier, assert_same_weights, loader, trainer, weights
+from helpers import Answering, Answers, Classifier, assert_same_weights, loader, trainer, weights
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -183,6 +183,7 @@ def test_a_forecast_is_printed_before_training_and_changes_nothing(caplog):
         ({"n": 0}, "Argument `n` must be an integer >= 1, but got 0"),
         ({"n": 8, "budget": 7.5}, "Argument `budget` must be at least n = 8 rollouts per prompt, but got 7.5"),
         ({"forgetting": 1.0}, r"Argument `forgetting` must be in \[0, 1\) or None, but got 1.0"),
+        ({"schedule": HardnessWeighted}, "Argument `schedule` must be a schedule, .* but got <class"),
         ({"preflight": -1}, "Argument `preflight` must be an integer >= 0, but got -1"),
     ],
 )
@@ -194,6 +195,25 @@ def test_a_bad_argument_is_named_with_its_value(arguments, message):
 def test_a_module_without_rollouts_is_refused():
     with pytest.raises(TypeError, match=r"Classifier must have a method `rollout\(batch, counts\)`, but has none"):
         trainer(DifficultyAdaptiveRollouts()).fit(Classifier(), loader(ids=False))
+
+
+def test_rollouts_that_are_not_what_was_asked_for_are_named():
+    class Mine(Answering):
+        def rollout(self, batch, counts):
+            return self.change(super().rollout(batch, counts))
+
+    for change, message in (
+        (lambda r: Answers(r.prompts[1:], r.rewards[1:]), r"asked for \[8, 8, .* but gave \[63\] rewards"),
+        (lambda r: Answers(r.prompts + 1, r.rewards), "not as many of each"),
+        (lambda r: Answers(r.prompts, r.rewards - 2), r"must be in \[0, 1\], but has -"),
+        (lambda r: Answers(r.prompts, r.rewards * torch.nan), r"must be in \[0, 1\], but has nan"),
+        (lambda r: None, "must give an object with `rewards`, but gave NoneType"),
+        (lambda r: Answers(r.prompts.numpy(), r.rewards), "must be a tensor, but is ndarray"),
+    ):
+        module = Mine()
+        module.change = change
+        with pytest.raises((TypeError, ValueError), match=message):
+            trainer(DifficultyAdaptiveRollouts(preflight=0)).fit(module, loader(ids=False))
 
 
 def test_the_method_comes_back_after_an_exception():

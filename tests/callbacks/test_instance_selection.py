@@ -205,6 +205,14 @@ def test_a_subset_of_the_users_own_bounds_the_selection_and_comes_back():
         trainer(InstanceSelection(saved())).fit(Classifier(), batches)
 
 
+def test_validation_by_the_same_data_loader_is_on_all_samples():
+    rows, batches = Rows(), loader(ids=False, shuffle=False)
+    trainer(InstanceSelection(saved()), rows, max_epochs=1).fit(Classifier(), batches, batches)
+    assert sorted(rows.epochs[0]) == list(range(3, 64, 3))
+    assert rows.validated == [8]
+    assert len(batches) == 8
+
+
 # ---------------------------------------------------------------------- when
 
 

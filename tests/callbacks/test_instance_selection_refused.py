@@ -147,6 +147,22 @@ def test_nothing_is_left_behind_by_a_selector_that_fails():
     assert not run.validating
 
 
+def test_a_selection_that_makes_no_batch_is_named():
+    with pytest.raises(ValueError, match="keeps 32 samples, which with `drop_last` make no batch of 40"):
+        trainer(InstanceSelection(selector=EverySecond())).fit(
+            Classifier(), DataLoader(data(), 40, shuffle=True, drop_last=True)
+        )
+
+
+def test_a_selector_without_an_outcome_is_named():
+    class Sampler:
+        def fit(self, X, y):
+            pass
+
+    with pytest.raises(TypeError, match="`selector` must have `sample_indices_` after `fit`, but Sampler has not"):
+        trainer(InstanceSelection(selector=Sampler())).fit(Classifier(), loader(ids=False))
+
+
 def test_a_layer_that_is_not_there_is_an_error():
     with pytest.raises(AttributeError, match="nowhere"):
         trainer(InstanceSelection(selector=EverySecond(), layer="nowhere")).fit(Unlabelled(), loader())

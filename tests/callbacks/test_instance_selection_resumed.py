@@ -103,6 +103,23 @@ def test_loader_workers_begin_a_resumed_epoch_in_its_order(tmp_path):
     assert seen[0] == seen[1]
 
 
+class Scheduled(Classifier):
+    def configure_optimizers(self):
+        self.trainer.estimated_stepping_batches  # noqa: B018, asks for the loader before the epoch is restored
+        return super().configure_optimizers()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_schedule_that_asks_for_the_length_does_not_change_the_order_of_a_resumed_epoch(tmp_path, workers):
+    seen = []
+    for resume in (None, tmp_path / "epoch=0.ckpt"):
+        rows, save = Rows(), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+        run = trainer(InstanceSelection(saved()), rows, save, enable_checkpointing=True)
+        run.fit(Scheduled(), loader(num_workers=workers), ckpt_path=resume)
+        seen.append(rows.epochs[-1])
+    assert seen[0] == seen[1]
+
+
 def test_a_second_fit_selects_again_and_an_evaluation_changes_nothing():
     selector = EverySecond()
     callback = InstanceSelection(selector=selector)

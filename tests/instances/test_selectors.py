@@ -286,6 +286,13 @@ def test_by_chance_every_sample_of_a_class_is_equally_likely_and_the_seed_decide
     assert np.array_equal(*again)
 
 
+@each
+def test_values_that_fp32_cannot_square_are_refused(selector):
+    X, y = make_blobs(60, random_state=0)
+    with pytest.raises(ValueError, match=r"Argument `X` must hold values of at most 1e35, .* but has 6"):
+        clone(selector).fit(X * 1e36, y)
+
+
 def test_coverage_is_better_than_chance_where_clusters_are_uneven():
     rng = np.random.default_rng(0)
     X = np.concatenate([rng.normal(0, 0.1, (460, 2)), rng.normal(9, 0.1, (20, 2)), rng.normal(-9, 0.1, (20, 2))])

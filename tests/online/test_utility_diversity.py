@@ -119,6 +119,22 @@ def test_products_alone_by_the_head_and_what_is_not_finite():
     assert [str(v) for v in sum_of_singular_values(hidden @ _root(gram)).tolist()] == ["0.0", "nan", "nan"]
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
+def test_products_alone_at_extreme_scales(scale):
+    m = torch.diag(torch.tensor([3.0, 4.0]))[None] * scale
+    torch.testing.assert_close(sum_of_singular_values(m), torch.tensor([7 * scale]), rtol=1e-5, atol=0)
+
+
+def test_the_root_of_a_product_that_rounding_made_indefinite():
+    weight = torch.randn(300, 24, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -5, 24)
+    gram = gram_of_head(weight) - 1e-6 * torch.eye(24)
+    root = _root(gram)
+    assert torch.linalg.eigvalsh(gram.double()).min() < 0
+    torch.testing.assert_close(root @ root.T, gram, rtol=0, atol=1e-4)
+    gram[0, 0] = torch.nan
+    assert _root(gram).isnan().all()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("T", "d"), [(1, 16), (64, 24), (48, 64)])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.image
 import pytest
@@ -167,6 +168,32 @@ def test_updates_of_a_pass_are_of_different_prompts():
     assert len({round(norm, 6) for norm in norms[:3]}) == 3
 
 
+def test_statistics_are_means_over_the_updates_that_there_were():
+    run = fit(policy(lr=1e-12, mini_batches=4), max_epochs=1, data=Prompts(Letters(), batch_size=5))
+    assert float(run.callback_metrics["policy/ratio"]) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_whole_precisions(precision):
+    run = fit(policy(), precision=precision, max_epochs=1)
+    assert run.global_step == 2
+    assert run.lightning_module.model.dtype == {"bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
+
+
+def test_an_evaluation_before_a_fit_changes_nothing():
+    results = []
+    for evaluate in (False, True):
+        module, data = policy(warmup_steps=2), Prompts(Letters(), batch_size=6)
+        module.source.alphabet = "abcdefghijklmnopqrstuvwxyz="
+        seed_everything(3, verbose=False)
+        run = trainer(max_epochs=1, num_sanity_val_steps=0)
+        if evaluate:
+            run.validate(module, data, verbose=False)
+        run.fit(module, data)
+        results.append(weights(module))
+    assert_same_weights(*results)
+
+
 def test_the_policy_stays_near_its_start_where_that_is_asked_for():
     logged = []
     for kl in (1e-9, 10.0):
@@ -193,7 +220,7 @@ def test_where_nothing_teaches_nothing_is_changed():
     run = fit(module, data=Prompts(Solved(), batch_size=6), max_epochs=1)
     fresh, _ = FromScratch("abc=", hidden=16, layers=1, heads=2, context=16).build()
     assert_same_weights(weights(module.model), weights(fresh))
-    assert run.global_step == 0
+    assert run.global_step == 2
     assert float(run.callback_metrics["rollouts/reward"]) == 1
 
 
@@ -248,6 +275,15 @@ def test_a_real_model_answers_in_its_own_words():
 def test_a_bad_argument_is_named_with_its_value(arguments, message):
     with pytest.raises(ValueError, match=message):
         policy(**arguments)
+
+
+def test_data_without_a_task_are_refused():
+    with pytest.raises(TypeError, match="PolicyModule needs a data module with a `task`"):
+        trainer().fit(policy(), [{"ids": torch.arange(2), "questions": ["a=", "b="]}])
+    data = Prompts(Letters(), batch_size=7)
+    data.trainer = SimpleNamespace(world_size=2)
+    with pytest.raises(ValueError, match=r"`batch_size` must be in \[1, 6\] on 2 processes, but got 7"):
+        data.train_dataloader()
 
 
 def test_what_cannot_be_answered_is_named_before_anything_is_trained():

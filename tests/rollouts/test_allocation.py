@@ -146,6 +146,14 @@ def test_memory_is_a_posterior_that_forgets():
     np.testing.assert_allclose(now, 8 * np.array([4 / 12, 4 / 8, 6 / 14]))
 
 
+@pytest.mark.parametrize("n", range(1, 20))
+def test_memory_of_what_is_always_solved_does_not_round_above_that(n):
+    memory = DifficultyMemory(forgetting=0.8)
+    for _ in range(40):
+        plan(HardnessWeighted(), memory.successes([0], [n], n), n)
+        memory.update([0], [n], n)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
