@@ -312,6 +312,7 @@ FEW = [
 
 def test_the_recipe_runs_and_draws_what_is_solved(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    wandb.finish()  # one that was left open would be gone on with
     run = cli.run(["fit", f"--config={cli.find_recipe('rollouts_tiny')}", *FEW]).trainer
     assert {"val_pass_at_1", "val_hard_pass_at_4", "seen_pass_at_4"} <= run.callback_metrics.keys()
     wandb.finish()
