@@ -241,7 +241,7 @@ def report(found: dict[str, Any]) -> str:
         "# On a GPU",
         "",
         f"{found['device']}, {found['cores']} CPU cores, torch {found['torch']}; `{found['command']}`.",
-        "Every test marked `gpu` passes on it: each callback trains in fp32, bf16 and fp16, and has the host wait",
+        "The tests marked `gpu` that there were then passed on it: each callback trains in fp32, bf16 and fp16, and has the host wait",
         "for the GPU no more often than training alone, but for one wait a round of the delta rule.",
         "",
         f"A decoder of 12 layers of 1024, {CANDIDATES} candidates of {TOKENS} tokens,",
