@@ -242,7 +242,7 @@ def report(found: dict[str, Any]) -> str:
         "",
         f"{found['device']}, {found['cores']} CPU cores, torch {found['torch']}; `{found['command']}`.",
         "The tests marked `gpu` that there were then passed on it: each callback trains in fp32, bf16 and fp16, and",
-        "has the host wait for the GPU no more often than training alone, but for one wait a round of the delta rule.",
+        "the host waits for the GPU no more often than in training alone, but once a round of the delta rule.",
         "",
         f"A decoder of 12 layers of 1024, {CANDIDATES} candidates of {TOKENS} tokens,",
         f"{CANDIDATES * KEEP:.0f} trained on.",
