@@ -65,7 +65,11 @@ def test_word_problems_of_a_file(tmp_path):
 )
 def test_final_answers(text, answer):
     assert final_answer(text) == answer
-    assert number(text.replace(answer, "")) is None or answer
+
+
+@pytest.mark.parametrize(("text", "value"), [("", None), ("none", None), ("3 and -1,200.50$", -1200.5), ("$ 7", 7)])
+def test_last_numbers(text, value):
+    assert number(text) == value
 
 
 class Odd(Puzzles):
