@@ -233,11 +233,27 @@ def variants(x: np.ndarray, y: np.ndarray, budget: float, seed: int, search: boo
         "top ambiguity": kept(criterion="ambiguity", select="rank"),
     }
     if search:
+        from imblearn.under_sampling import CondensedNearestNeighbour, InstanceHardnessThreshold, NearMiss
+
+        classes = np.unique(y)
+        counts = class_budgets(y, budget, "proportional", classes)
+        asked = dict(zip(classes.tolist(), counts.tolist(), strict=True))
+        peers = {
+            "near miss": NearMiss(sampling_strategy=asked),
+            "instance hardness threshold": InstanceHardnessThreshold(sampling_strategy=asked, random_state=seed),
+            "condensed nearest neighbour": CondensedNearestNeighbour(sampling_strategy="all", random_state=seed),
+        }
+        for name, peer in peers.items():
+            peer.fit_resample(x, y)
+            found[f"imbalanced-learn, {name}"] = peer.sample_indices_
         quantile, one_graph, mini_batch = {"distance_quantile": 0.8}, {"n_graphs": 1}, {"graph": "minibatch"}
         found |= {
             "covering by ambiguity, nearest .8 of the edges": kept(**quantile),
             "covering by ambiguity, one graph, in sample": kept(**one_graph),
             "covering by ambiguity, mini-batch graph": kept(**mini_batch),
+            "covering by ambiguity, multi-level graph": kept(graph="multilevel"),
+            "covering by ambiguity, HNSW graph": kept(graph="hnsw"),
+            "covering by ambiguity, exact graph": kept(graph="exact"),
             "top attention, nearest .8 of the edges": kept(**quantile, criterion="attention", select="rank"),
             "top attention, one graph": kept(**one_graph, criterion="attention", select="rank"),
             "top attention, mini-batch graph": kept(**mini_batch, criterion="attention", select="rank"),
@@ -263,9 +279,10 @@ def one(name: str, seed: int, budget: float, noise: float, search: bool) -> dict
     def accuracy(rows: np.ndarray) -> float:
         return RandomForestClassifier(random_state=seed).fit(x[rows], y[rows]).score(test, test_y)
 
-    found = {"all samples": accuracy(np.arange(len(y)))}
-    found |= {name: accuracy(rows) for name, rows in variants(x, y, budget, seed, search).items()}
-    return {"table": name, "seed": seed, "accuracy": found}
+    chosen = variants(x, y, budget, seed, search)
+    found = {"all samples": accuracy(np.arange(len(y)))} | {name: accuracy(rows) for name, rows in chosen.items()}
+    kept = {name: len(rows) / len(y) for name, rows in chosen.items()}
+    return {"table": name, "seed": seed, "accuracy": found, "kept": kept}
 
 
 def quality(budget: float, noise: float, seeds: int, search: bool, output: Path) -> None:
@@ -298,18 +315,20 @@ def report(files: list[Path]) -> None:
         share = {name: shares(name) for name in names}
         rows = []
         for name in names:
-            accuracy = statistics.mean(run["accuracy"][name] for run in runs)
+            accuracy, stays = (statistics.mean(run[what][name] for run in runs) for what in ("accuracy", "kept"))
             by_table = (share[name] - share[base]).mean(1)
             mean, low, high = paired_interval(by_table.tolist()) if name != base else (0.0, 0.0, 0.0)
-            rows.append((name, share[name].mean(), accuracy, mean, low, high, int((by_table > 0).sum())))
+            of_tables = f"{stays:.0%} | " + ("" if name == base else f"{(by_table > 0).sum()}")
+            rows.append((name, share[name].mean(), accuracy, mean, low, high, of_tables))
         rows.sort(key=lambda row: -row[1])
         print(f"## {found['budget']:.0%} kept, {found['noise']:.0%} of the labels wrong\n\n`{found['command']}`\n")
         print(
-            "| | retention | accuracy | against random [95 % over tables] | tables won of 12 |\n|---|---|---|---|---|"
+            "| | retention | accuracy | against random [95 % over tables] | kept | tables won of 12 |\n"
+            "|---|---|---|---|---|---|"
         )
-        for name, kept, accuracy, mean, low, high, wins in rows:
+        for name, share_of_all, accuracy, mean, low, high, of_tables in rows:
             against = "" if name == base else f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-            print(f"| {name} | {kept:.3f} | {accuracy:.3f} | {against} | {'' if name == base else wins} |")
+            print(f"| {name} | {share_of_all:.3f} | {accuracy:.3f} | {against} | {of_tables} |")
         shown = [
             base,
             "coverage",
@@ -347,7 +366,7 @@ def main() -> None:
     tables.add_argument("--budget", type=float, default=0.04)
     tables.add_argument("--noise", type=float, default=0.0)
     tables.add_argument("--seeds", type=int, default=5)
-    tables.add_argument("--search", action="store_true", help="try more graphs, too")
+    tables.add_argument("--search", action="store_true", help="try more graphs, and imbalanced-learn, too")
     tables.add_argument("--output", type=Path, required=True)
     commands.add_parser("report").add_argument("files", type=Path, nargs="+")
     options = vars(parser.parse_args())

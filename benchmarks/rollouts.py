@@ -1,6 +1,6 @@
 """Rollouts: what a plan costs, and what it saves to run every prompt once.
 
-    python benchmarks/rollouts.py             # on an idle machine; one line of JSON a measurement
+    python benchmarks/rollouts.py [PART ...]      # on an idle machine; one line of JSON a measurement
 
 Medians; ratios are taken within one run.
 """
@@ -113,6 +113,6 @@ def log_probs() -> None:
 if __name__ == "__main__":
     parts = {"planning": planning, "answering": answering, "log_probs": log_probs}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*parts, []], default=list(parts))
-    for part in parser.parse_args().parts:
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}; all of them by default")
+    for part in parser.parse_args().parts or parts:
         parts[part]()

@@ -10,12 +10,13 @@ import torch
 from curation.callbacks.online_selection import logs_now
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from curation import rng
 from curation.batch import batch_size, split_sample_ids
+from curation.metrics.rollouts import SolveRate
 from curation.replace import replace_attribute
 from curation.rollouts.allocation import (
     DifficultyMemory,
@@ -89,6 +90,11 @@ class DifficultyAdaptiveRollouts(Callback):
         if not (hasattr(preflight, "__index__") and preflight >= 0):
             raise ValueError(f"Argument `preflight` must be an integer >= 0, but got {preflight!r}.")
         self.schedule: Schedule = HardnessWeighted(std=True) if schedule is None else schedule
+        if not self.schedule.extra(np.arange(n + 1.0), n).any():
+            raise ValueError(
+                f"Argument `n` must be such that the schedule adds rollouts, but {type(self.schedule).__name__} adds "
+                f"none to n = {n}, whatever their rewards."
+            )
         self.n = n
         self.budget = budget
         self.forgetting = forgetting
@@ -100,6 +106,7 @@ class DifficultyAdaptiveRollouts(Callback):
     def _reset(self) -> None:
         self.memory = None if self.forgetting is None else DifficultyMemory(self.forgetting)
         self._logged: dict[str, float] = {}
+        self._told = False
         self._per_prompt = np.zeros(0, np.int64)
         self._table: list[list[Any]] = []
 
@@ -207,6 +214,12 @@ class DifficultyAdaptiveRollouts(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log what was planned and what came of it."""
+        if not self._logged and not self._told:
+            self._told = True
+            rank_zero_warn(
+                f"DifficultyAdaptiveRollouts changes nothing: {type(pl_module).__name__}.training_step did not call "
+                "`self.rollout(batch, counts)`."
+            )
         for name, value in self._logged.items():
             pl_module.log(f"rollouts/{name}", value, on_step=True, on_epoch=False, batch_size=1, sync_dist=True)
         if self._logged and logs_now(trainer):
@@ -298,7 +311,7 @@ def _sums(rewards: Tensor, prompts: Tensor, size: int) -> np.ndarray:
 
 
 def _solved(successes: np.ndarray, n: np.ndarray, suffix: str) -> dict[str, float]:
-    """Shares of the prompts that no rollout, some and all solved."""
-    none, every = successes <= 0, successes >= n
-    shares = {"none": none.mean(), "partial": (~none & ~every).mean(), "all": every.mean()}
-    return {f"solve_{name}{suffix}": float(share) for name, share in shares.items()}
+    """The shares of :class:`SolveRate`."""
+    metric = SolveRate()
+    metric.update(torch.from_numpy(successes), torch.from_numpy(n))
+    return {f"{name}{suffix}": float(share) for name, share in metric.compute().items()}

@@ -3,15 +3,14 @@
 import copy
 import time
 import warnings
-from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 from curation.callbacks.difficulty_adaptive_rollouts import gather
 from curation.callbacks.online_selection import wait_for
+from curation.recipes.answers import Rollouts, answer_log_probs, packed
 from curation.recipes.language_models import LanguageModelSource, Text, global_seed
 from curation.recipes.tasks import score
 from lightning.pytorch import LightningModule
@@ -20,41 +19,11 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from curation.log_probs import token_log_probs
 from curation.metrics.rollouts import PassAtK
 from curation.rollouts.advantages import Baseline, Normalizer, advantages, loss_weights
 from curation.rollouts.generation import Completions, PromptCache, generate, prefill
 
 TABLE_ROWS = 32
-
-
-@dataclass
-class Rollouts:
-    """Answers of a policy, in the order of their prompts.
-
-    Attributes:
-        completions: The tokens, on the device.
-        rewards: fp32 ``[R]``, on the CPU.
-        texts: The answers.
-    """
-
-    completions: Completions
-    rewards: Tensor
-    texts: list[str]
-
-    @property
-    def prompts(self) -> Tensor:
-        """int64 ``[R]``, rising: which prompt of the batch each is of; on the CPU."""
-        return self.completions.prompts.cpu()
-
-    def pool(self, other: "Rollouts") -> "Rollouts":
-        """These and others of the same batch."""
-        order = torch.cat([self.prompts, other.prompts]).argsort(stable=True)
-        texts = [*self.texts, *other.texts]
-        rewards = torch.cat([self.rewards, other.rewards])[order]
-        return Rollouts(
-            Completions.cat([self.completions, other.completions]), rewards, [texts[i] for i in order.tolist()]
-        )
 
 
 class PolicyModule(LightningModule):
@@ -190,7 +159,7 @@ class PolicyModule(LightningModule):
         for _ in range(self.hparams["warmup_steps"]):
             solved = [data.solved(int(i)) for i in draw.integers(2**31, size=64)]
             pairs = [(self.text.prompt(question), self.text.answer(answer)) for question, answer in solved]
-            log_probs, _ = self._log_probs(self.model, *zip(*pairs, strict=True))
+            log_probs, _ = answer_log_probs(self.model, *zip(*pairs, strict=True), self.hparams["temperature"])
             optimizer.zero_grad()
             loss = -log_probs.mean()
             loss.backward()
@@ -290,9 +259,7 @@ class PolicyModule(LightningModule):
 
     def _learn(self, batch: dict[str, Any], rollouts: Rollouts) -> dict[str, Any]:
         size, of = len(batch["ids"]), rollouts.prompts
-        here = {f.name: getattr(rollouts.completions, f.name) for f in fields(Completions)}
-        here = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in here.items()}
-        rollouts = Rollouts(Completions(**here), rollouts.rewards, rollouts.texts)  # one copy, and not one a row
+        rollouts = rollouts.cpu()
         advantage = advantages(rollouts.rewards, of, size, self.hparams["baseline"])
         updates = []
         for _ in range(self.hparams["epochs"]):
@@ -354,7 +321,7 @@ class PolicyModule(LightningModule):
         ends = list(zip(rows.tolist(), completions.lengths[rows].tolist(), strict=True))
         answers = [completions.tokens[r, :n] for r, n in ends]
         questions = [prompts[int(of[r])] for r in rows.tolist()]
-        new, row = self._log_probs(self.model, questions, answers)
+        new, row = answer_log_probs(self.model, questions, answers, self.hparams["temperature"])
         old = torch.cat([completions.log_probs[r, :n] for r, n in ends]).to(self.device)
         a = weight.to(self.device)[row]
         ratio = (new - old).exp()
@@ -368,26 +335,11 @@ class PolicyModule(LightningModule):
         }
         if self.reference is not None:
             with torch.no_grad():
-                theirs, _ = self._log_probs(self.reference, questions, answers)
+                theirs, _ = answer_log_probs(self.reference, questions, answers, self.hparams["temperature"])
             k3 = ((theirs - new).exp() - (theirs - new) - 1) * counts
             loss = loss + self.hparams["kl"] * share * k3.sum()
             statistics["kl"] = k3.detach().sum()
         return loss, {"loss": loss.detach(), **statistics}
-
-    def _log_probs(self, model: Any, questions: Iterable[Tensor], answers: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-        """Of the tokens of answers, one after the other: fp32 ``[N]``, and whose each is, int64 ``[N]``."""
-        device = model.device
-        pairs = list(zip(questions, answers, strict=True))
-        ids = nn.utils.rnn.pad_sequence([torch.cat(pair) for pair in pairs], batch_first=True)
-        mask = nn.utils.rnn.pad_sequence([torch.ones(len(q) + len(a), dtype=torch.int64) for q, a in pairs], True)
-        width = ids.size(1)
-        at = torch.cat([torch.arange(len(a)) + len(q) - 1 + i * width for i, (q, a) in enumerate(pairs)])
-        row = torch.cat([torch.full((len(a),), i) for i, (_, a) in enumerate(pairs)]).to(device)
-        hidden = model.base_model(ids.to(device), attention_mask=mask.to(device), use_cache=False).last_hidden_state
-        head = model.get_output_embeddings()
-        rows = hidden.flatten(0, 1).index_select(0, at.to(device))  # position t predicts token t + 1
-        targets = torch.cat([a for _, a in pairs]).to(device)
-        return token_log_probs(rows, head.weight, targets, head.bias, self.hparams["temperature"]), row
 
     # ------------------------------------------------------------------ evaluation
 
@@ -449,23 +401,3 @@ class PolicyModule(LightningModule):
             self.rollouts_made, self.lengths = kept["made"], dict(kept["lengths"])
             self._steps, self.scored_wrongly = kept["steps"], kept["scored_wrongly"]
             self._seed = kept["seed"]
-
-
-def packed(rows: Tensor, width: Tensor, budget: int) -> Iterator[Tensor]:
-    """Rows in batches of at most ``budget`` tokens, padding included, long ones first; one at least.
-
-    Args:
-        rows: int64 ``[R]``.
-        width: int64 ``[R]``, tokens of each.
-        budget: Tokens.
-
-    Example:
-        >>> [part.tolist() for part in packed(torch.arange(4), torch.tensor([2, 5, 4, 1]), 10)]
-        [[1, 2], [0, 3]]
-    """
-    order = width.argsort(descending=True, stable=True)
-    start = 0
-    while start < len(rows):
-        size = max(1, budget // int(width[order[start]]))
-        yield rows[order[start : start + size]]
-        start += size

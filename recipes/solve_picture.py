@@ -19,6 +19,8 @@ PARTS = {
 class SolvePicture(Callback):
     """Draws pass@1 and pass@k of a :class:`~curation.recipes.policy.PolicyModule` at the end of a fit.
 
+    With ``Trainer(num_sanity_val_steps=-1)`` curves begin before the first step.
+
     Args:
         path: Of the PNG; in W&B it is ``rollouts/solved``.
     """
@@ -34,7 +36,8 @@ class SolvePicture(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep a point for each curve."""
-        if not trainer.sanity_checking and trainer.training is False and trainer.state.fn == "fit":
+        partial = trainer.sanity_checking and trainer.num_sanity_val_steps != float("inf")
+        if not partial and trainer.training is False and trainer.state.fn == "fit":
             solved = {name: float(v) for name, v in trainer.callback_metrics.items() if "_pass_at_" in name}
             if not solved:  # in a run that logs nothing
                 return

@@ -1,8 +1,5 @@
 """Large contrastive batches with the memory of small ones: the gradient is that of the full batch."""
 
-import os
-import socket
-import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -10,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from ranks import on_two_ranks
 from torch import nn
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -258,22 +256,7 @@ def fit(folder, batch_size, **kwargs):
 
 
 def test_the_mean_gradient_of_two_ranks_is_that_of_one_process(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "pairs", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    environment |= {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, tmp_path], env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        assert [rank.wait(120) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    on_two_ranks(__file__, tmp_path)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     fit(tmp_path, 12)
     for a, b, expected in zip(*found, torch.load(tmp_path / "0.pt"), strict=True):

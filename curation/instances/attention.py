@@ -7,6 +7,7 @@ layer at a time.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,15 @@ from curation.instances.graph import Graph
 CHUNK = 2**14  # samples predicted at a time
 BLOCKS = 128  # places of the data set that a batch is from: fewer keep more edges, more are closer to chance
 STEPS = 200  # at least
+
+
+class Table(NamedTuple):
+    """What is looked up of samples: ``W x`` ``[N, H, F]``, its parts of the logits ``[N, H]``; the bias ``[H F]``."""
+
+    h: Tensor
+    source: Tensor
+    target: Tensor
+    bias: Tensor
 
 
 class GraphAttentionLayer(nn.Module):
@@ -40,12 +50,14 @@ class GraphAttentionLayer(nn.Module):
         for parameter in (self.project.weight, self.source, self.target):
             nn.init.xavier_uniform_(parameter)
 
-    def table(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What is looked up of samples ``[N, D]``: ``W x`` ``[N, H, F]``, and its parts of the logits ``[N, H]``."""
-        h = self.project(x).view(-1, self.heads, self.hidden)
-        return h, (h * self.source).sum(-1), (h * self.target).sum(-1)
+    def table(self, x: Tensor, heads: slice = slice(None)) -> Table:
+        """What some heads look up of samples ``[N, D]``."""
+        weight = self.project.weight.view(self.heads, self.hidden, -1)[heads].flatten(0, 1)
+        h = F.linear(x, weight).view(len(x), -1, self.hidden)
+        source, target = (torch.einsum("nhf,hf->nh", h, a[heads]) for a in (self.source, self.target))
+        return Table(h, source, target, self.bias.view(self.heads, self.hidden)[heads].flatten())
 
-    def attend(self, table: tuple[Tensor, Tensor, Tensor], rows: slice, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(self, table: Table, rows: slice, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's output for some rows of the table.
 
         Args:
@@ -56,7 +68,8 @@ class GraphAttentionLayer(nn.Module):
         Returns:
             ``[B, H F]`` and the attention ``[B, k + 1, H]``, the sample's own last.
         """
-        h, source, target = table
+        h, source, target, bias = table
+        heads = h.shape[1]
         own = torch.arange(len(h), device=ids.device)[rows]
         ids = torch.cat([ids, own[:, None]], 1)
         missing = ids < 0
@@ -65,11 +78,11 @@ class GraphAttentionLayer(nn.Module):
         of_sources = source.index_select(0, ids.flatten()).view(*ids.shape, -1)
         logits = F.leaky_relu(of_sources + target[rows, None], 0.2).masked_fill(missing[..., None], -torch.inf)
         attention = logits.softmax(1)
-        entries = (ids[:, None] * self.heads + torch.arange(self.heads, device=ids.device)[:, None]).flatten(0, 1)
+        entries = (ids[:, None] * heads + torch.arange(heads, device=ids.device)[:, None]).flatten(0, 1)
         out = F.embedding_bag(
             entries, h.flatten(0, 1), per_sample_weights=attention.mT.flatten(0, 1).contiguous(), mode="sum"
         )
-        return F.elu(out.view(len(own), -1) + self.bias), attention
+        return F.elu(out.view(len(own), -1) + bias), attention
 
 
 class GraphAttentionNetwork(nn.Module):
@@ -96,17 +109,26 @@ class GraphAttentionNetwork(nn.Module):
 
     @torch.no_grad()
     def predict(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Probabilities fp32 ``[N, C]``, and the attention ``[N, k]`` to neighbours, the mean of layers and heads."""
+        """Probabilities fp32 ``[N, C]``, and the attention ``[N, k]`` to neighbours, the mean of layers and heads.
+
+        A head at a time, so that of all samples only its table and the first layer's output are held.
+        """
         attention = torch.zeros(ids.shape, device=x.device)
+        hidden = x.new_empty(len(x), self.classify.in_features)
+        logits = self.classify.bias.repeat(len(x), 1)
         parts = [slice(start, start + CHUNK) for start in range(0, len(x), CHUNK)]
         for layer in (self.first, self.second):
-            table, outputs = layer.table(x), []
-            for part in parts:
-                output, weights = layer.attend(table, part, ids[part])
-                outputs.append(output)
-                attention[part] += weights[:, :-1].mean(-1) / 2
-            x = torch.cat(outputs)
-        return self.classify(x).float().softmax(1), attention
+            for head in range(layer.heads):
+                columns = slice(head * layer.hidden, (head + 1) * layer.hidden)
+                table = layer.table(x if layer is self.first else hidden, slice(head, head + 1))
+                for part in parts:
+                    output, weights = layer.attend(table, part, ids[part])
+                    attention[part] += weights[:, :-1, 0] / (2 * layer.heads)
+                    if layer is self.first:
+                        hidden[part, columns] = output
+                    else:
+                        logits[part] += F.linear(output, self.classify.weight[:, columns])
+        return logits.float().softmax(1), attention
 
 
 def focal_loss(logits: Tensor, y: Tensor, weights: Tensor, gamma: float = 2.0) -> Tensor:

@@ -1,7 +1,10 @@
 """Both stages, whose plan, what is logged, and that a run that was cut off in stage two makes the same plan."""
 
 import logging
+import os
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from curation.recipes.tasks import Puzzles
 from helpers import Answering, Answers, Classifier, assert_same_weights, loader, trainer, weights
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from ranks import on_two_ranks
 
 from curation.rollouts.allocation import HardnessWeighted, Neyman, Uniform, plan
 
@@ -184,6 +188,8 @@ def test_a_forecast_is_printed_before_training_and_changes_nothing(caplog):
         ({"n": 8, "budget": 7.5}, "Argument `budget` must be at least n = 8 rollouts per prompt, but got 7.5"),
         ({"forgetting": 1.0}, r"Argument `forgetting` must be in \[0, 1\) or None, but got 1.0"),
         ({"schedule": HardnessWeighted}, "Argument `schedule` must be a schedule, .* but got <class"),
+        ({"schedule": Uniform(8)}, "Argument `n` must be .* but Uniform adds none to n = 8"),
+        ({"n": 1}, "Argument `n` must be .* but HardnessWeighted adds none to n = 1"),
         ({"preflight": -1}, "Argument `preflight` must be an integer >= 0, but got -1"),
     ],
 )
@@ -195,6 +201,16 @@ def test_a_bad_argument_is_named_with_its_value(arguments, message):
 def test_a_module_without_rollouts_is_refused():
     with pytest.raises(TypeError, match=r"Classifier must have a method `rollout\(batch, counts\)`, but has none"):
         trainer(DifficultyAdaptiveRollouts()).fit(Classifier(), loader(ids=False))
+
+
+def test_a_module_that_does_not_ask_for_its_rollouts_is_told_once():
+    class Silent(Answering):
+        def training_step(self, batch, batch_idx):
+            return Classifier.training_step(self, batch, batch_idx)
+
+    with pytest.warns(UserWarning, match=r"changes nothing: Silent.training_step did not call") as told:
+        trainer(DifficultyAdaptiveRollouts(preflight=0), max_epochs=2).fit(Silent(), loader(ids=False))
+    assert sum("changes nothing" in str(w.message) for w in told) == 1
 
 
 def test_rollouts_that_are_not_what_was_asked_for_are_named():
@@ -225,3 +241,32 @@ def test_the_method_comes_back_after_an_exception():
     with pytest.raises(RuntimeError, match="stop"):
         trainer(DifficultyAdaptiveRollouts(preflight=0), Fails()).fit(module, prompts())
     assert "rollout" not in vars(module)
+
+
+# ---------------------------------------------------------------------- two processes
+
+
+def of_two_ranks(folder):
+    torch.set_num_threads(1)
+    callback = DifficultyAdaptiveRollouts(HardnessWeighted(20), 4, 10, forgetting=0.5, preflight=0)
+    module, _ = fit(callback, devices=2, strategy="ddp", max_epochs=1)
+    calls = [call[1:] for call in module.calls if call[0]]
+    torch.save((calls, callback.state_dict()), Path(folder, f"{os.environ['RANK']}.pt"))
+
+
+def test_two_ranks_make_one_plan_and_each_its_part_of_it(tmp_path):
+    on_two_ranks(__file__, tmp_path)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    assert ranks[0][1] == ranks[1][1]
+    assert len(ranks[0][1]["memory"]) == 12
+    calls = [calls for calls, _ in ranks]
+    assert [first[0].tolist() for first, *_ in calls] == [[4] * 6] * 2
+    extra = plan(HardnessWeighted(20), np.concatenate([first[1] for first, *_ in calls]), 4, 120)
+    assert extra.sum() == 120 - 48
+    assert [[counts.tolist() for counts, _ in added] for _, *added in calls] == [
+        [part.tolist()] if part.any() else [] for part in (extra[:6], extra[6:])
+    ]
+
+
+if __name__ == "__main__":
+    of_two_ranks(sys.argv[1])

@@ -1,8 +1,6 @@
 """Instance selection in two processes."""
 
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from curation.callbacks import ExactResume, InstanceSelection
 from helpers import Classifier, data, loader, trainer
 from instance_runs import Rows, Stream, Unlabelled
 from lightning.pytorch import seed_everything
+from ranks import on_two_ranks
 from stand_ins import EverySecond, Fails, Smallest
 from torch.utils.data import (
     DataLoader,
@@ -90,23 +89,7 @@ def main(folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "instances", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    environment |= {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
-    started = [
-        subprocess.Popen(
-            [sys.executable, __file__, folder], env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        assert [process.wait(120) for process in started] == [0, 0]
-    finally:
-        for process in started:
-            process.kill()
+    on_two_ranks(__file__, folder)
     return folder
 
 

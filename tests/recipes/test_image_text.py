@@ -3,8 +3,6 @@
 import json
 import math
 import os
-import socket
-import subprocess
 import sys
 from io import BytesIO
 from pathlib import Path
@@ -17,6 +15,7 @@ from curation.recipes import cli, image_text
 from curation.recipes.image_text import ImageTextModel, TaggedPictures, augment, decode, load, tokenize
 from lightning.pytorch import Trainer, seed_everything
 from PIL import Image
+from ranks import on_two_ranks
 from torch.nn.functional import normalize
 
 from curation.samplers.concept_aware import ConceptAwareSampler
@@ -174,24 +173,7 @@ def test_the_metrics_are_those_of_the_whole_validation_set(folder):
 
 def test_two_ranks_measure_and_train_alike(folder, tmp_path):
     """33 pictures: a rank sees one of them twice, which must not count."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "pictures", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    environment |= {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    environment["HF_DATASETS_CACHE"] = str(tmp_path / "cache")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, folder, tmp_path],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        assert [rank.wait(120) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    on_two_ranks(__file__, folder, tmp_path, HF_DATASETS_CACHE=str(tmp_path / "cache"))
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     expected, _, _ = fit_and_validate(folder)
     assert one["before"] == other["before"] == {k: pytest.approx(v, rel=1e-4) for k, v in expected.items()}
