@@ -4,6 +4,7 @@ from curation.callbacks.concept_aware import ConceptAwareSelection
 from curation.callbacks.concept_coverage import ConceptCoverageMonitor
 from curation.callbacks.difficulty_adaptive_rollouts import DifficultyAdaptiveRollouts
 from curation.callbacks.exact_resume import ExactResume
+from curation.callbacks.global_batch_load_balancing import GlobalBatchLoadBalancing
 from curation.callbacks.hard_batches import HardBatchTraining
 from curation.callbacks.hard_samples import HardSampleSelection
 from curation.callbacks.instance_selection import InstanceSelection
@@ -19,6 +20,7 @@ __all__ = [
     "ConceptCoverageMonitor",
     "DifficultyAdaptiveRollouts",
     "ExactResume",
+    "GlobalBatchLoadBalancing",
     "HardBatchTraining",
     "HardSampleSelection",
     "InstanceSelection",

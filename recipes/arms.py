@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from curation.callbacks import DifficultyAdaptiveRollouts, HardBatchTraining, InstanceSelection, OnlineSelection
+from curation.callbacks import (
+    DifficultyAdaptiveRollouts,
+    GlobalBatchLoadBalancing,
+    HardBatchTraining,
+    InstanceSelection,
+    OnlineSelection,
+)
 from curation.recipes import cli
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar, Timer
@@ -152,7 +158,14 @@ def is_a(entry: dict[str, Any], *classes: type) -> bool:
 
 def chooses(entry: dict[str, Any]) -> bool:
     """Whether a callback decides what is trained on, so that an arm takes its place."""
-    return is_a(entry, OnlineSelection, HardBatchTraining, InstanceSelection, DifficultyAdaptiveRollouts)
+    return is_a(
+        entry,
+        OnlineSelection,
+        HardBatchTraining,
+        InstanceSelection,
+        DifficultyAdaptiveRollouts,
+        GlobalBatchLoadBalancing,
+    )
 
 
 def with_seed(value: Any, seed: int) -> Any:

@@ -166,16 +166,7 @@ class FinalNumber:
     """
 
     def __init__(self, data: str, split: str = "train", limit: int | None = None) -> None:
-        if Path(data).is_file():
-            rows: Any = [json.loads(line) for line in Path(data).read_text().splitlines() if line.strip()]
-        else:
-            require_extra()
-            from datasets import load_dataset
-
-            rows = load_dataset(data, "main" if data == "openai/gsm8k" else None, split=split)
-        self.items = [(row["question"], row["answer"]) for row in rows][:limit]
-        if not self.items:
-            raise ValueError(f"Argument `data` must hold questions, but {data!r} has none.")
+        self.items = _questions(data, split, limit)
         self.numbers = [number(answer) for _, answer in self.items]
         if None in self.numbers:
             raise ValueError(
@@ -196,6 +187,67 @@ class FinalNumber:
     def score(self, i: int, answer: str) -> float:
         """1 if the last number is the right one."""
         return float(number(final_answer(answer)) == self.numbers[i])
+
+
+class Expression:
+    """Problems whose answer is an expression, such as MATH: right is what math-verify finds equal to it.
+
+    Args:
+        data: File of JSON lines, or a hub name, with ``question`` and ``answer``, in LaTeX or plain.
+        split: Of the hub.
+        limit: Questions at most.
+
+    Raises:
+        ImportError: If math-verify is missing.
+        ValueError: If there is nothing, or an answer is no expression.
+    """
+
+    def __init__(self, data: str, split: str = "train", limit: int | None = None) -> None:
+        try:
+            import math_verify
+        except ImportError as error:
+            raise ImportError("Expression needs `pip install math-verify`.") from error
+        self._library = math_verify
+        self.items = _questions(data, split, limit)
+        self.expected = [self._parse(answer) for _, answer in self.items]
+        if [] in self.expected:
+            raise ValueError(
+                f"Argument `data` must have an expression in every answer, but row {self.expected.index([])} has "
+                "none."
+            )
+
+    def _parse(self, text: str) -> list[Any]:
+        # Without its own timeouts, which take the timer that scores run under.
+        return self._library.parse(text, parsing_timeout=None)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def question(self, i: int) -> str:
+        """The problem."""
+        return self.items[i][0]
+
+    def solution(self, i: int) -> str:
+        """The worked answer."""
+        return self.items[i][1]
+
+    def score(self, i: int, answer: str) -> float:
+        """1 if the answer is equal, however it is written."""
+        return float(self._library.verify(self.expected[i], self._parse(answer), timeout_seconds=None))
+
+
+def _questions(data: str, split: str, limit: int | None) -> list[tuple[str, str]]:
+    if Path(data).is_file():
+        rows: Any = [json.loads(line) for line in Path(data).read_text().splitlines() if line.strip()]
+    else:
+        require_extra()
+        from datasets import load_dataset
+
+        rows = load_dataset(data, "main" if data == "openai/gsm8k" else None, split=split)
+    items = [(row["question"], row["answer"]) for row in rows][:limit]
+    if not items:
+        raise ValueError(f"Argument `data` must hold questions, but {data!r} has none.")
+    return items
 
 
 def final_answer(text: str) -> str:

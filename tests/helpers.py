@@ -65,6 +65,32 @@ class ManualClassifier(Classifier):
         optimizer.step()
 
 
+class Experts(nn.Module):
+    """Two of four experts for each row."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.router, self.top_k = nn.Linear(width, 4), 2
+        self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.router(x).softmax(-1).topk(self.top_k, dim=-1)
+        outputs = torch.stack([expert(x) for expert in self.experts], 1)
+        return x + (weights[..., None] * outputs.gather(1, chosen[..., None].expand(-1, -1, x.size(1)))).sum(1)
+
+
+class Routed(Classifier):
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.net = nn.Sequential(*self.net[:4], Experts(), self.net[4])
+
+
+class ManualRouted(ManualClassifier, Routed):
+    pass
+
+
 @dataclass
 class Answers:
     """Rollouts of a classifier: its answer is always that of the highest logit."""

@@ -12,6 +12,7 @@ from curation.callbacks import (
     ConceptCoverageMonitor,
     DifficultyAdaptiveRollouts,
     ExactResume,
+    GlobalBatchLoadBalancing,
     HardBatchTraining,
     HardSampleSelection,
     InstanceSelection,
@@ -21,7 +22,7 @@ from curation.callbacks import (
     UniformSelection,
     UtilityDiversitySelection,
 )
-from helpers import Answering, Classifier, ManualAnswering, ManualClassifier, data
+from helpers import Answering, Classifier, ManualAnswering, ManualClassifier, ManualRouted, Routed, data
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader, Sampler
 from twins import ConceptAwareTwin, HardSampleTwin, UniformTwin, UtilityDiversityTwin, tags
@@ -135,6 +136,13 @@ CALLBACKS = {
             manual=ManualAnswering,
         ),
         Entry(ExactResume),
+        Entry(
+            GlobalBatchLoadBalancing,
+            {"buffer": "warm"},
+            {"coefficient": -1.0},
+            module=Routed,
+            manual=ManualRouted,
+        ),
         Entry(HardBatchTraining, sampler=HardBatchSampler, refuses=("manual", "overfit_batches"), waits=1),
         Entry(
             InstanceSelection,

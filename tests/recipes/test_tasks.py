@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from curation.recipes.tasks import FinalNumber, Puzzles, ReasoningGym, final_answer, number, score
+from curation.recipes.tasks import Expression, FinalNumber, Puzzles, ReasoningGym, final_answer, number, score
 
 
 @pytest.mark.parametrize("kind", ["sum", "reverse", "sort"])
@@ -58,6 +58,24 @@ def test_word_problems_of_a_file(tmp_path):
     file.write_text("\n")
     with pytest.raises(ValueError, match=r"must hold questions, but '.*gsm.jsonl' has none"):
         FinalNumber(str(file))
+
+
+def test_expressions_are_right_however_they_are_written(tmp_path):
+    pytest.importorskip("math_verify", reason="needs math-verify, from the [test] extra")
+    file = tmp_path / "math.jsonl"
+    rows = [
+        {"question": "Half?", "answer": "So $\\boxed{\\frac{1}{2}}$."},
+        {"question": "Root?", "answer": "$\\sqrt{8}$"},
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    task = Expression(str(file))
+    assert (len(task), task.question(0), task.solution(1)) == (2, "Half?", "$\\sqrt{8}$")
+    assert task.score(0, "It is 0.5") == task.score(0, "$\\boxed{2/4}$") == task.score(1, "$2\\sqrt{2}$") == 1
+    assert task.score(0, "0.51") == task.score(0, "") == task.score(1, "3") == 0
+    assert score(task, 0, "\\boxed{" * 50)[0] == 0
+    file.write_text(json.dumps({"question": "?", "answer": ""}))
+    with pytest.raises(ValueError, match="an expression in every answer, but row 0 has none"):
+        Expression(str(file))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,436 @@
+"""The gradient of every rule in every kind of run, and what is refused."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from curation.callbacks import ExactResume, GlobalBatchLoadBalancing
+from experts.mixture import EXPERTS, Mixture, Tokens, error, routed, slow_counts, slow_gradients
+from helpers import trainer
+from lightning.pytorch import Callback
+from lightning.pytorch.plugins import MixedPrecision
+from ranks import on_two_ranks
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Subset
+
+from curation.experts import load_balancing as lb
+
+COEFFICIENT = 2.0
+RULES = {
+    "micro": {"scope": "micro"},
+    "rank": {"scope": "rank"},
+    "running": {},
+    "warm": {"buffer": "warm"},
+    "deferred": {"buffer": "deferred"},
+}
+
+
+def fit(rule="running", module=None, rows=16, ragged=False, callbacks=(), **options):
+    """Windows of 4 micro-batches of 2 rows, with weights that stay as they are."""
+    module = module or Mixture(lr=0.0)
+    callback = GlobalBatchLoadBalancing(COEFFICIENT, **RULES[rule]) if isinstance(rule, str) else rule
+    run = trainer(callback, *callbacks, **{"accumulate_grad_batches": 4, "max_epochs": 1, **options})
+    run.fit(module, DataLoader(Tokens(rows, 2, ragged), 2), DataLoader(Tokens(4, 2), 2))
+    return module, run
+
+
+def split(rows=16, ragged=False, size=4):
+    batches = Tokens(rows, 2, ragged).batches(2)
+    return [batches[i : i + size] for i in range(0, len(batches), size)]
+
+
+def check(module, windows, rule, tolerance=1e-6, size=4):
+    """The gradients of a fit are those of its windows."""
+    assert len(module.gradients) == len(windows)
+    average = None
+    for found, window in zip(module.gradients, windows, strict=True):
+        short = len(window) / size  # of which Lightning divides by as many as of any other
+        expected = slow_gradients(module, [window], COEFFICIENT, rule, average)
+        assert error(found, {name: g * short for name, g in expected.items()}) < tolerance
+        if rule != "micro" and len(window) > 1:
+            assert error(expected, slow_gradients(module, [window], COEFFICIENT, "micro")) > 1e-2
+        mean = sum(slow_counts(module, batch) for batch in window) / len(window)
+        average = mean if average is None else (average + mean) / 2
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_the_gradient_of_a_rule_is_that_of_its_definition(rule, ragged):
+    module, _ = fit(rule, ragged=ragged)
+    check(module, split(ragged=ragged), rule)
+
+
+@pytest.mark.parametrize("rule", ["running", "warm", "deferred"])
+def test_a_short_last_window(rule):
+    module, _ = fit(rule, rows=22, ragged=True)
+    windows = split(22, True)
+    assert [len(window) for window in windows] == [4, 4, 3]
+    check(module, windows, rule)
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_deferred_gives_a_router_the_gradient_of_one_large_batch_however_it_is_cut(size):
+    """Of its own loss, that is: here there is one layer."""
+    module, _ = fit("deferred", Mixture(layers=1, lr=0.0), ragged=True, accumulate_grad_batches=size)
+    for found, window in zip(module.gradients, split(ragged=True, size=size), strict=True):
+        exact, running = (slow_gradients(module, [window], COEFFICIENT, rule) for rule in ("exact", "running"))
+        assert error(found, exact, ["layers.0.router.weight"]) < 1e-6
+        assert size == 1 or error(running, exact, ["layers.0.router.weight"]) > 1e-2
+
+
+def test_a_number_of_micro_batches_that_changes():
+    from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+    module, _ = fit(
+        "deferred", callbacks=[GradientAccumulationScheduler({0: 4, 1: 2})], max_epochs=2, accumulate_grad_batches=1
+    )
+    assert len(module.gradients) == 2 + 4
+    first, second = module.gradients[:2], module.gradients[2:]
+    module.gradients = first
+    check(module, split(), "deferred")
+    module.gradients = second
+    check(module, split(size=2), "deferred", size=2)
+
+
+class Manual(Mixture):
+    """Steps after every four micro-batches, each of which counts as a fourth."""
+
+    def __init__(self):
+        super().__init__(lr=0.0)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(self.loss(batch) / 4)
+        if batch_idx % 4 == 3:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+
+@pytest.mark.parametrize("rule", ["running", "warm", "deferred"])
+def test_manual_optimization(rule):
+    callback = GlobalBatchLoadBalancing(COEFFICIENT, **RULES[rule], accumulate=4)
+    module, _ = fit(callback, Manual(), ragged=True, accumulate_grad_batches=1)
+    check(module, split(ragged=True), rule)
+
+
+@pytest.mark.parametrize("rule", ["running", "deferred"])
+def test_bf16(rule):
+    module, _ = fit(rule, precision="bf16-mixed")
+    check(module, split(), rule, tolerance=0.05)
+
+
+@pytest.mark.parametrize("rule", ["running", "deferred"])
+def test_a_scaled_loss(rule):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    module, _ = fit(rule, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    check(module, split(), rule, tolerance=0.02)
+
+
+def test_clipping_comes_after_the_correction():
+    class Norm(Callback):
+        def on_before_zero_grad(self, trainer, pl_module, optimizer):
+            found = [p.grad.norm() for p in pl_module.parameters() if p.grad is not None]
+            if found:
+                self.norm = float(torch.stack(found).norm())
+
+    norm = Norm()
+    fit("deferred", callbacks=[norm], gradient_clip_val=1e-3)
+    assert norm.norm == pytest.approx(1e-3, rel=1e-3)
+
+
+class Checkpointed(Mixture):
+    def __init__(self, reentrant):
+        super().__init__(lr=0.0)
+        self.reentrant = reentrant
+
+    def forward(self, ids):
+        h = self.embed(ids)
+        for layer in self.layers:
+            h = checkpoint(layer, h, use_reentrant=self.reentrant)
+        return self.head(h)
+
+
+@pytest.mark.parametrize("rule", ["running", "deferred"])
+def test_activation_checkpointing(rule):
+    module, _ = fit(rule, Checkpointed(False))
+    check(module, split(), rule)
+
+
+def test_reentrant_checkpointing_is_refused():
+    with pytest.raises(RuntimeError, match=r"No router of Checkpointed fired .* use `use_reentrant=False`"):
+        fit("running", Checkpointed(True))
+
+
+def test_a_compiled_model():
+    module = Mixture(lr=0.0)
+    module.layers = nn.ModuleList(torch.compile(layer, backend="aot_eager") for layer in module.layers)
+    callback = GlobalBatchLoadBalancing(COEFFICIENT, routers=r"router$")
+    fit(callback, module)
+    plain = Mixture(lr=0.0)
+    module.gradients = [{n.replace("_orig_mod.", ""): g for n, g in found.items()} for found in module.gradients]
+    plain.gradients = module.gradients
+    check(plain, split(), "running")
+
+
+class Twice(Mixture):
+    """Two forward passes for one loss, each of half the rows."""
+
+    def loss(self, batch):
+        halves = [{n: v[i : i + 1] for n, v in batch.items()} for i in (0, 1)]
+        share = [h["attention_mask"].sum() / batch["attention_mask"].sum() for h in halves]
+        return sum(s * super(Twice, self).loss(h) for s, h in zip(share, halves, strict=True))
+
+
+def test_several_forward_passes_in_a_step():
+    def whole(batch):
+        return torch.ones(5, dtype=torch.bool)
+
+    module, _ = fit(GlobalBatchLoadBalancing(COEFFICIENT, mask=whole), Twice(lr=0.0))
+    check(module, split(), "running")
+
+
+def test_validation_in_the_middle_of_a_window_changes_nothing():
+    module, _ = fit("warm", val_check_interval=3)
+    check(module, split(), "warm")
+
+
+def test_sequences_z_loss_and_a_share_of_the_micro_batch():
+    module, _ = fit(GlobalBatchLoadBalancing(1.0, "sequence", micro_fraction=0.3, z_coefficient=0.1), ragged=True)
+    (window, _) = split(ragged=True)
+    total = 0
+    for batch in window:
+        total = total + module.loss(batch) / 4
+        h = module.embed(batch["input_ids"])
+        for layer, (p, chosen, mask) in zip(module.layers, routed(module, batch), strict=True):
+            of_rows = []
+            for row in range(2):
+                at = torch.arange(10) // 5 == row
+                f = lb.shares(lb.expert_counts(chosen[at], EXPERTS, mask[at]))
+                of_rows.append(EXPERTS * (f * p[at][mask[at]].mean(0)).sum())
+            f = lb.shares(lb.expert_counts(chosen, EXPERTS, mask))
+            micro = EXPERTS * (f * p[mask].mean(0)).sum()
+            z = layer.router(h).flatten(0, 1)[mask].logsumexp(-1).square().mean()
+            total = total + (0.7 * sum(of_rows) / 2 + 0.3 * micro + 0.1 * z) / 4
+            h = layer(h)
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    expected = dict(zip(names, torch.autograd.grad(total, parameters), strict=True))
+    assert error(module.gradients[0], expected) < 1e-5
+
+
+def test_balance_comes_with_the_loss_and_is_logged():
+    loads = []
+    for coefficient in (0.0, 1.0):
+        module = Mixture(supervised=0.01, lr=0.3)
+        module.embed.weight.data[:, 0] = 2
+        for layer in module.layers:
+            layer.router.weight.data[:2, 0] += 2  # all tokens to two experts
+        run = trainer(GlobalBatchLoadBalancing(coefficient), max_epochs=60, accumulate_grad_batches=4)
+        run.fit(module, DataLoader(Tokens(16, 2), 2))
+        assert {
+            "experts/loss",
+            "experts/max_load",
+            "experts/dead",
+            "experts/projection",
+        } == run.callback_metrics.keys()
+        loads.append(float(run.callback_metrics["experts/max_load"]))
+    assert loads[0] > 1.95
+    assert 1 <= loads[1] < 1.7
+
+
+class Biased(nn.Module):
+    """A router as in DeepSeek-V3: sigmoids, and a bias for choosing alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(EXPERTS, 6, generator=torch.Generator().manual_seed(0)))
+        self.e_score_correction_bias = nn.Buffer(torch.zeros(EXPERTS))
+        self.top_k = 2
+
+    def forward(self, h):
+        logits = h.flatten(0, -2) @ self.weight.T
+        scores = logits.sigmoid()
+        chosen = (scores + self.e_score_correction_bias).topk(2, dim=-1).indices
+        return logits, scores.gather(1, chosen), chosen
+
+
+class BiasedMixture(Mixture):
+    def __init__(self):
+        super().__init__(lr=0.0)
+        self.gate = Biased()
+
+    def forward(self, ids):
+        h = self.embed(ids)
+        _, weights, _ = self.gate(h)
+        return self.head(h * weights.sum(-1).view(*h.shape[:2], 1))
+
+
+def test_a_bias_for_choosing_moves_towards_balance():
+    module = BiasedMixture()
+    callback = GlobalBatchLoadBalancing(0.0, bias_rate=0.01, routers=r"^gate$")
+    run = trainer(callback, max_epochs=1, accumulate_grad_batches=8)
+    data = DataLoader(Tokens(16, 2), 2)
+    counts = torch.zeros(EXPERTS, dtype=torch.int64)
+    for batch in data:
+        counts += lb.expert_counts(module.gate(module.embed(batch["input_ids"]))[2], EXPERTS)
+    run.fit(module, data)
+    expected = 0.01 * (counts.float().mean() - counts).sign()
+    torch.testing.assert_close(module.gate.e_score_correction_bias, expected)
+    assert callback.found[0].scores == "sigmoid"
+    with pytest.raises(ValueError, match=r"Argument `bias_rate` must be 0 where no router has a bias, but got 0\.01"):
+        fit(GlobalBatchLoadBalancing(bias_rate=0.01))
+
+
+class Save(Callback):
+    def __init__(self, folder, at):
+        self.folder, self.at, self.losses = folder, at, []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(float(trainer.callback_metrics["experts/loss"]))
+        if batch_idx == self.at:
+            trainer.save_checkpoint(self.folder / "middle.ckpt")
+
+
+def test_a_run_resumed_in_the_middle_of_a_window_has_its_counts(tmp_path):
+    save = Save(tmp_path, 5)
+    fit("warm", callbacks=[ExactResume(), save])
+    again = Save(tmp_path, None)
+    callback = GlobalBatchLoadBalancing(COEFFICIENT, buffer="warm")
+    run = trainer(callback, ExactResume(), again, accumulate_grad_batches=4, max_epochs=1)
+    run.fit(Mixture(lr=0.0), DataLoader(Tokens(16, 2), 2), ckpt_path=tmp_path / "middle.ckpt")
+    assert callback.window.size == 4
+    assert again.losses[-1] == pytest.approx(save.losses[-1], rel=1e-6)
+
+
+def test_hooks_and_the_loss_are_gone_after_a_fit():
+    module, _ = fit()
+    assert not module.layers[0].router._forward_hooks
+
+    class Fails(Callback):
+        def on_train_batch_end(self, *_):
+            raise ZeroDivisionError
+
+    module = Mixture()
+    with pytest.raises(ZeroDivisionError):
+        fit("running", module, callbacks=[Fails()])
+    assert not module.layers[0].router._forward_hooks
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"coefficient": -1.0}, r"Argument `coefficient` must be in \[0, inf\), but got -1.0"),
+        ({"z_coefficient": float("nan")}, r"Argument `z_coefficient` must be in \[0, inf\), but got nan"),
+        ({"scope": "batch"}, "Argument `scope` must be one of micro, sequence, rank, global, but got 'batch'"),
+        ({"buffer": "exact"}, "Argument `buffer` must be one of running, warm, deferred, but got 'exact'"),
+        ({"scope": "micro", "buffer": "warm"}, "Argument `buffer` must be 'running' with the scope 'micro'"),
+        ({"micro_fraction": 1.5}, r"Argument `micro_fraction` must be in \[0, 1\], but got 1.5"),
+        ({"top_k": 0}, "Argument `top_k` must be an integer >= 1, but got 0"),
+        ({"scores": "relu"}, "Argument `scores` must be one of auto, softmax, sigmoid, but got 'relu'"),
+    ],
+)
+def test_a_bad_argument_is_named_with_its_value(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        GlobalBatchLoadBalancing(**arguments)
+
+
+def test_what_does_not_fit_the_model_is_named():
+    with pytest.raises(ValueError, match="Argument `routers` must name the routers of Mixture, but 'nothing' finds"):
+        fit(GlobalBatchLoadBalancing(routers="nothing"))
+    with pytest.raises(ValueError, match=r"Argument `mask` must give one value for each token, but it gives \[3\]"):
+        fit(GlobalBatchLoadBalancing(mask=lambda batch: torch.ones(3)))
+    with pytest.raises(ValueError, match=r"Argument `mask` must give \[B, T\] with the scope 'sequence'"):
+        fit(GlobalBatchLoadBalancing(scope="sequence", mask=None))
+    module = Mixture()
+    for layer in module.layers:
+        del layer.top_k
+    with pytest.raises(ValueError, match=r"Argument `top_k` must be given: the router layers\.0\.router"):
+        fit("running", module)
+
+
+def test_a_model_that_never_runs_its_routers_is_named():
+    class Silent(Mixture):
+        def forward(self, ids):
+            return self.head(self.embed(ids))
+
+    with pytest.raises(RuntimeError, match="No router of Silent fired before the first backward pass"):
+        fit("running", Silent())
+
+
+def test_a_model_with_a_loss_of_its_own_is_refused():
+    transformers = pytest.importorskip("transformers")
+    module = Mixture()
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2}
+    config = transformers.MixtralConfig(**sizes, output_router_logits=True)
+    module.model = transformers.MixtralForCausalLM(config)
+    with pytest.raises(ValueError, match="MixtralForCausalLM adds a load-balancing loss itself"):
+        fit("running", module)
+
+
+class Probabilities(nn.Linear):
+    def forward(self, h):
+        return super().forward(h).softmax(-1)
+
+
+def test_a_router_that_puts_out_probabilities_is_not_normalised_again():
+    module, plain = Mixture(lr=0.0, supervised=0.0), Mixture(lr=0.0, supervised=0.0)
+    for layer, other in zip(module.layers, plain.layers, strict=True):
+        weight = layer.router.weight
+        layer.router = Probabilities(6, EXPERTS, bias=False)
+        layer.router.weight.data.copy_(weight)
+        other.router.weight.data.copy_(weight)
+        layer.forward = lambda h, layer=layer: h + layer.router(h).sum(-1, keepdim=True)
+        other.forward = lambda h, layer=other: h + layer.router(h).softmax(-1).sum(-1, keepdim=True)
+    fit("micro", module)
+    fit("micro", plain)
+    assert error(module.gradients[0], plain.gradients[0]) < 1e-5
+
+
+# ---------------------------------------------------------------------- two processes
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    for rule in RULES:
+        for size in (1, 4):
+            module = Mixture(lr=0.0)
+            run = trainer(
+                GlobalBatchLoadBalancing(COEFFICIENT, **RULES[rule]), devices=2, strategy="ddp", max_epochs=1,
+                accumulate_grad_batches=size, use_distributed_sampler=False,
+            )  # fmt: skip
+            batches = torch.arange(16).view(8, 2)[rank::2].flatten()
+            run.fit(module, DataLoader(Subset(Tokens(16, 2, True), batches.tolist()), 2))
+            torch.save(module.gradients, Path(folder, f"{rule}-{size}-{rank}.pt"))
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    on_two_ranks(__file__, folder)
+    return folder
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("rule", RULES)
+def test_two_ranks_with_unequal_tokens(ranks, rule, size):
+    one, other = (torch.load(ranks / f"{rule}-{size}-{rank}.pt") for rank in (0, 1))
+    batches, module, average = Tokens(16, 2, True).batches(2), Mixture(lr=0.0), None
+    assert len(one) == len(other) == 4 // size
+    for step, (found, same) in enumerate(zip(one, other, strict=True)):
+        window = [batches[rank::2][size * step : size * (step + 1)] for rank in (0, 1)]
+        expected = slow_gradients(module, window, COEFFICIENT, rule, average)
+        assert error(found, expected) < 1e-6
+        assert error(same, found) == 0
+        mean = sum(slow_counts(module, batch) for rank in window for batch in rank) / size
+        average = mean if average is None else (average + mean) / 2
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
