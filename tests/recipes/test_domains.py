@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from curation.callbacks import GlobalBatchLoadBalancing
 from curation.recipes import cli
 from curation.recipes.domains import Domains, DomainSampler, cut, read
+from curation.recipes.expert_picture import ExpertPicture
 from curation.recipes.mixture import MixtureLM
 from helpers import trainer
 
@@ -256,6 +258,12 @@ def test_the_packaged_recipe_runs(folders, tmp_path, monkeypatch):
     assert run.datamodule.names == ["letters", "digits"]
     assert run.trainer.callback_metrics["val_max_load"] >= 1
     assert run.trainer.callback_metrics["experts/max_load"] >= 1
+    image = matplotlib.image.imread("runs/load_balancing.png")
+    assert image.shape[1] > image.shape[0] > 300
+    assert image.std() > 0.05
+    (pictured,) = (c for c in run.trainer.callbacks if isinstance(c, ExpertPicture))
+    assert pictured.frequencies.shape == (4, 2, 16)
+    torch.testing.assert_close(pictured.frequencies.sum(-1), torch.ones(4, 2))
 
 
 def test_data_without_domains_are_refused():
