@@ -1,11 +1,16 @@
 """A load-balancing loss over all tokens that an update is made of, for any mixture of experts."""
 
+import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
+from curation.callbacks.look_ahead import LookAhead
+from curation.callbacks.online_selection import OnlineSelection
+from curation.callbacks.seam import BatchSeam, SeamClient
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -14,10 +19,12 @@ from torch.utils._pytree import tree_map_only
 
 from curation.experts import load_balancing as lb
 from curation.experts.routers import Router, Scores, find_routers, selection_bias
+from curation.replace import replace_attribute
+from curation.scoring import side_effect_free
 
 OPTIONS = {
     "scope": ("micro", "sequence", "rank", "global"),
-    "buffer": ("running", "warm", "deferred"),
+    "buffer": ("running", "warm", "deferred", "prepass"),
     "scores": ("auto", "softmax", "sigmoid"),
 }
 
@@ -60,7 +67,7 @@ class _Layer:
     z: Tensor
 
 
-class GlobalBatchLoadBalancing(Callback):
+class GlobalBatchLoadBalancing(Callback, SeamClient):
     """Adds a load-balancing loss whose shares are those of all tokens between two steps of the optimizer.
 
     For each router ``E sum_i f_i P_i`` is added to the loss of every micro-batch, ``f`` over the micro-batches of all
@@ -78,8 +85,10 @@ class GlobalBatchLoadBalancing(Callback):
         scope: What is to be balanced: ``"global"``, all tokens of an update; ``"rank"``, those of a process;
             ``"micro"``, those of a micro-batch, as is usual elsewhere; or ``"sequence"``, those of each sequence.
         buffer: How a micro-batch knows of those that come after it. ``"running"``: not at all (the paper's);
-            ``"warm"``: the window before stands for them; ``"deferred"``: as running, and just before the optimizer
-            steps the gradients of the routers are corrected, exactly, for which their inputs are kept.
+            ``"warm"``: earlier windows stand for them; ``"deferred"``: as running, and just before the optimizer
+            steps the gradients of the routers are corrected, exactly, for which their inputs are kept;
+            ``"prepass"``: all of them go through the model in evaluation mode first, which is exact for all weights
+            where the routers' choices do not depend on dropout.
         micro_fraction: Share of the loss that has the scope ``"micro"`` (0.01 in the paper).
         z_coefficient: Of the z-loss (arXiv 2202.08906).
         bias_rate: By how much a step changes the bias that some routers add for choosing alone (arXiv 2408.15664,
@@ -100,7 +109,7 @@ class GlobalBatchLoadBalancing(Callback):
         self,
         coefficient: float = 0.008,
         scope: Literal["global", "rank", "micro", "sequence"] = "global",
-        buffer: Literal["running", "warm", "deferred"] = "running",
+        buffer: Literal["running", "warm", "deferred", "prepass"] = "running",
         micro_fraction: float = 0.0,
         z_coefficient: float = 0.0,
         bias_rate: float = 0.0,
@@ -147,8 +156,11 @@ class GlobalBatchLoadBalancing(Callback):
         self._kept: list[_Heard] = []  # in the window, for the exact gradients
         self._mask: Tensor | None = None
         self._scores: dict[int, Scores] = {}
-        self._open = self._backward = self._without_gradient = False
+        self._open = self._backward = self._trying = self._without_gradient = False
         self._left = 0.0  # micro-batches of the epoch after this one
+        self._trainer: Trainer | None = None
+        self._ahead: LookAhead | None = None
+        self._exact: tuple[Tensor, int] | None = None  # counts of the window, and its micro-batches, known beforehand
         self._logged: dict[str, Tensor] = {}
 
     # ------------------------------------------------------------------ the routers
@@ -179,6 +191,10 @@ class GlobalBatchLoadBalancing(Callback):
                 "Argument `buffer` must not be 'deferred', which needs whole gradients, with "
                 f"{type(trainer.strategy).__name__}."
             )
+        if self.buffer == "prepass":
+            self._check_that_steps_can_be_tried(trainer, pl_module)
+            self._trainer = trainer
+            BatchSeam.attach(trainer, self)  # now, so that those who need the loader itself have had it
         self._undo = [
             router.module.register_forward_hook(self._hear(i), with_kwargs=True).remove
             for i, router in enumerate(self.found)
@@ -194,7 +210,7 @@ class GlobalBatchLoadBalancing(Callback):
     def _hear(self, number: int) -> Callable[[nn.Module, Any, Any, Any], None]:
         def hear(module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
             if self._open and not self._backward:  # a backward pass may run it again
-                if torch.is_grad_enabled():
+                if torch.is_grad_enabled() or self._trying:
                     self._heard.append(_Heard(number, (inputs, named), output))
                 else:
                     self._without_gradient = True
@@ -205,12 +221,61 @@ class GlobalBatchLoadBalancing(Callback):
         """Know which tokens count."""
         self._heard, self._backward, self._open = [], False, not trainer.fit_loop._skip_backward
         self._left = trainer.num_training_batches - batch_idx - 1
+        if self.buffer == "prepass" and self.window.closed and self._open:
+            self._exact = self._try(trainer, pl_module, batch, batch_idx)
+        self._mask = self._mask_of(batch)
+
+    def _mask_of(self, batch: Any) -> Tensor | None:
         if callable(self.mask):
-            self._mask = self.mask(batch)
-        elif isinstance(batch, Mapping) and self.mask in batch:
-            self._mask = batch[self.mask] != 0
-        else:
-            self._mask = None
+            return self.mask(batch)
+        return batch[self.mask] != 0 if isinstance(batch, Mapping) and self.mask in batch else None
+
+    def _length(self, trainer: Trainer, pl_module: LightningModule) -> tuple[int, int]:
+        """Micro-batches by which an update is divided, and those that this window will have."""
+        length = trainer.accumulate_grad_batches if pl_module.automatic_optimization else self.accumulate
+        return length, int(min(length, (0 if self.window.closed else self.window.size) + 1 + self._left))
+
+    # ------------------------------------------------------------------ a pass before the window
+
+    def _check_that_steps_can_be_tried(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not pl_module.automatic_optimization:
+            raise ValueError("Argument `buffer` must not be 'prepass' where the module optimizes by hand.")
+        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            raise ValueError(f"Argument `buffer` must not be 'prepass' with {type(trainer.strategy).__name__}.")
+        others = [type(c).__name__ for c in trainer.callbacks if isinstance(c, OnlineSelection)]  # type: ignore[attr-defined]
+        if others:
+            raise ValueError(f"Argument `buffer` must not be 'prepass' beside {others[0]}, which changes batches.")
+
+    def watch(self, dataloader: Any) -> Any:
+        """Have the batches of a window at its beginning."""
+        trainer = self._trainer
+        assert trainer is not None
+        self._ahead = LookAhead(dataloader, lambda: trainer.accumulate_grad_batches - 1)
+        return self._ahead
+
+    def _try(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> tuple[Tensor, int]:
+        """Count the choices of a window without gradients and without a trace."""
+        assert self._ahead is not None
+        seam = BatchSeam.of(trainer)
+        assert seam is not None
+        _, coming = self._length(trainer, pl_module)
+        batches = [batch, *(seam.transfer(other) for other in itertools.islice(self._ahead.queue, coming - 1))]
+        quiet = [replace_attribute(pl_module, name, lambda *_, **__: None) for name in ("log", "log_dict")]
+        self._trying = True
+        try:
+            total: Any = 0
+            for i, one in enumerate(batches):
+                self._mask = self._mask_of(one)
+                named = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), one, batch_idx + i)
+                with side_effect_free(pl_module), trainer.precision_plugin.train_step_context():
+                    pl_module.training_step(**named)
+                heard, self._heard = self._heard, []
+                total = total + _counts(self._layers(heard))
+        finally:
+            self._trying = False
+            for undo in quiet:
+                undo()
+        return trainer.strategy.reduce(total, reduce_op="sum"), len(batches)
 
     # ------------------------------------------------------------------ the loss
 
@@ -222,15 +287,15 @@ class GlobalBatchLoadBalancing(Callback):
             self._check_silence(pl_module)
             return
         layers = self._layers(heard)
-        width = max(len(layer.counts) for layer in layers)
-        rows = [nn.functional.pad(layer.counts, (0, width - len(layer.counts))) for layer in layers]
-        counts = torch.cat([torch.stack(rows), torch.stack([layer.tokens for layer in layers])[:, None]], 1)
+        counts = _counts(layers)
         of_all = trainer.strategy.reduce(counts.clone(), reduce_op="sum")
-        length = trainer.accumulate_grad_batches if pl_module.automatic_optimization else self.accumulate
-        done = 0 if self.window.closed else self.window.size
-        coming = int(min(length, done + 1 + self._left))
+        length, coming = self._length(trainer, pl_module)
         f = self.window.add(of_all, coming)
         weight = trainer.world_size * counts[:, -1] / of_all[:, -1].clamp(min=1)
+        if self._exact is not None:
+            whole, size = self._exact
+            f = lb.shares(whole[:, :-1])
+            weight = trainer.world_size * size * counts[:, -1] / whole[:, -1].clamp(min=1)
         if self.scope == "rank":
             f = self.own.add(counts, coming)
         if self.scope != "global":
@@ -401,6 +466,8 @@ class GlobalBatchLoadBalancing(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Listen no longer."""
+        BatchSeam.detach(trainer, self)
+        self._trainer = self._ahead = None
         for undo in self._undo:
             undo()
         self._undo, self._heard, self._kept, self._open = [], [], [], False
@@ -418,6 +485,13 @@ class GlobalBatchLoadBalancing(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with them, in a fit."""
         self._state = dict(state_dict)
+
+
+def _counts(layers: list[_Layer]) -> Tensor:
+    """Choices of each expert, and tokens last: int64 ``[L, E + 1]``, 0 where a layer has fewer experts."""
+    width = max(len(layer.counts) for layer in layers)
+    rows = [nn.functional.pad(layer.counts, (0, width - len(layer.counts))) for layer in layers]
+    return torch.cat([torch.stack(rows), torch.stack([layer.tokens for layer in layers])[:, None]], 1)
 
 
 def _alike(weight: Tensor, x: Tensor) -> Tensor:

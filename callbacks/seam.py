@@ -103,6 +103,13 @@ class BatchSeam:
         self._batch = batch
         return batch
 
+    def transfer(self, batch: Any) -> Any:
+        """Another batch as it will be on the device, curated by nobody."""
+        trainer = self.trainer
+        batch = trainer.precision_plugin.convert_input(split_sample_ids(batch)[0])
+        batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+        return self._transfer(batch, device=None, dataloader_idx=0)
+
     def _on_device(self, ids: Tensor, batch: Any, device: torch.device | None) -> Tensor:
         size = batch_size(batch)
         if len(ids) != size:

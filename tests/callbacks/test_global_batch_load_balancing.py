@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from curation.callbacks import ExactResume, GlobalBatchLoadBalancing
+from curation.callbacks import ExactResume, GlobalBatchLoadBalancing, UniformSelection
 from experts.mixture import EXPERTS, Mixture, Tokens, error, routed, slow_counts, slow_gradients
 from helpers import trainer
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import MixedPrecision
 from ranks import on_two_ranks
 from torch import nn
@@ -25,6 +26,7 @@ RULES = {
     "running": {},
     "warm": {"buffer": "warm"},
     "deferred": {"buffer": "deferred"},
+    "prepass": {"buffer": "prepass"},
 }
 
 
@@ -63,7 +65,7 @@ def test_the_gradient_of_a_rule_is_that_of_its_definition(rule, ragged):
     check(module, split(ragged=ragged), rule)
 
 
-@pytest.mark.parametrize("rule", ["running", "warm", "deferred"])
+@pytest.mark.parametrize("rule", ["running", "warm", "deferred", "prepass"])
 def test_a_short_last_window(rule):
     module, _ = fit(rule, rows=22, ragged=True)
     windows = split(22, True)
@@ -81,18 +83,53 @@ def test_deferred_gives_a_router_the_gradient_of_one_large_batch_however_it_is_c
         assert size == 1 or error(running, exact, ["layers.0.router.weight"]) > 1e-2
 
 
-def test_a_number_of_micro_batches_that_changes():
-    from lightning.pytorch.callbacks import GradientAccumulationScheduler
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_a_pass_before_the_window_gives_all_weights_the_gradient_of_one_large_batch(size):
+    supervised = {"supervised": 0.0, "lr": 0.0}
+    module, _ = fit("prepass", Mixture(**supervised), ragged=True, accumulate_grad_batches=size)
+    for found, window in zip(module.gradients, split(ragged=True, size=size), strict=True):
+        whole = {name: torch.cat([batch[name] for batch in window]) for name in window[0]}
+        assert error(found, slow_gradients(Mixture(**supervised), [[whole]], COEFFICIENT, "exact")) < 1e-6
 
-    module, _ = fit(
-        "deferred", callbacks=[GradientAccumulationScheduler({0: 4, 1: 2})], max_epochs=2, accumulate_grad_batches=1
-    )
+
+@pytest.mark.parametrize("rule", ["deferred", "prepass"])
+def test_a_number_of_micro_batches_that_changes(rule):
+    scheduler = GradientAccumulationScheduler({0: 4, 1: 2})
+    module, _ = fit(rule, callbacks=[scheduler], max_epochs=2, accumulate_grad_batches=1)
     assert len(module.gradients) == 2 + 4
     first, second = module.gradients[:2], module.gradients[2:]
     module.gradients = first
-    check(module, split(), "deferred")
+    check(module, split(), rule)
     module.gradients = second
-    check(module, split(size=2), "deferred", size=2)
+    check(module, split(size=2), rule, size=2)
+
+
+class Dropped(Mixture):
+    """Dropout, logging, and ids of samples."""
+
+    def forward(self, ids):
+        return super().forward(ids) + nn.functional.dropout(torch.zeros(1), 0.5, self.training)
+
+    def training_step(self, batch, batch_idx):
+        self.log("train_loss", 1.0, on_step=True, on_epoch=True)
+        self.steps = getattr(self, "steps", 0) + torch.is_grad_enabled()
+        return self.loss(batch)
+
+
+def test_a_pass_before_the_window_leaves_no_trace():
+    states = []
+    for rule in ("running", "prepass"):
+        torch.manual_seed(5)
+        module, run = fit(rule, Dropped(lr=0.0), callbacks=[ExactResume()])
+        assert module.steps == 8
+        assert "log" not in vars(module)
+        states.append(torch.get_rng_state())
+        assert float(run.callback_metrics["train_loss_epoch"]) == 1
+    assert torch.equal(*states)
+    with pytest.raises(ValueError, match="must not be 'prepass' where the module optimizes by hand"):
+        fit("prepass", Manual(), accumulate_grad_batches=1)
+    with pytest.raises(ValueError, match="must not be 'prepass' beside UniformSelection, which changes batches"):
+        fit("prepass", callbacks=[UniformSelection(0.5)])
 
 
 class Manual(Mixture):
@@ -116,13 +153,13 @@ def test_manual_optimization(rule):
     check(module, split(ragged=True), rule)
 
 
-@pytest.mark.parametrize("rule", ["running", "deferred"])
+@pytest.mark.parametrize("rule", ["running", "deferred", "prepass"])
 def test_bf16(rule):
     module, _ = fit(rule, precision="bf16-mixed")
     check(module, split(), rule, tolerance=0.05)
 
 
-@pytest.mark.parametrize("rule", ["running", "deferred"])
+@pytest.mark.parametrize("rule", ["running", "deferred", "prepass"])
 def test_a_scaled_loss(rule):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     module, _ = fit(rule, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
@@ -153,7 +190,7 @@ class Checkpointed(Mixture):
         return self.head(h)
 
 
-@pytest.mark.parametrize("rule", ["running", "deferred"])
+@pytest.mark.parametrize("rule", ["running", "deferred", "prepass"])
 def test_activation_checkpointing(rule):
     module, _ = fit(rule, Checkpointed(False))
     check(module, split(), rule)
@@ -327,7 +364,7 @@ def test_hooks_and_the_loss_are_gone_after_a_fit():
         ({"coefficient": -1.0}, r"Argument `coefficient` must be in \[0, inf\), but got -1.0"),
         ({"z_coefficient": float("nan")}, r"Argument `z_coefficient` must be in \[0, inf\), but got nan"),
         ({"scope": "batch"}, "Argument `scope` must be one of micro, sequence, rank, global, but got 'batch'"),
-        ({"buffer": "exact"}, "Argument `buffer` must be one of running, warm, deferred, but got 'exact'"),
+        ({"buffer": "exact"}, "Argument `buffer` must be one of running, warm, deferred, prepass, but got 'exact'"),
         ({"scope": "micro", "buffer": "warm"}, "Argument `buffer` must be 'running' with the scope 'micro'"),
         ({"micro_fraction": 1.5}, r"Argument `micro_fraction` must be in \[0, 1\], but got 1.5"),
         ({"top_k": 0}, "Argument `top_k` must be an integer >= 1, but got 0"),

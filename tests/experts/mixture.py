@@ -102,13 +102,14 @@ def slow_counts(module, batch):
 def slow_gradients(module, ranks, coefficient, rule, average=None, own=False):
     """Gradients of a window by the definition of a rule, the mean over ranks.
 
-    That of ``deferred`` is ``running``, with what a router gets of its own layer's loss by ``exact`` instead.
+    That of ``prepass`` is ``exact``, and that of ``deferred`` is ``running``, with what a router gets of its own
+    layer's loss by ``exact`` instead.
 
     Args:
         module: A mixture.
         ranks: For every rank its micro-batches, of as many.
         coefficient: Of the loss.
-        rule: ``micro``, ``rank``, ``running``, ``warm``, ``deferred`` or ``exact``.
+        rule: ``micro``, ``rank``, ``running``, ``warm``, ``deferred``, ``prepass`` or ``exact``.
         average: Counts of an average micro-batch, for ``warm``.
         own: Of the loss of a router's own layer alone, and not of the supervised one.
     """
