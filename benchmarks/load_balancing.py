@@ -1,0 +1,100 @@
+"""Load balancing of experts: what it adds to a step, and one collective against one for each layer.
+
+    python benchmarks/load_balancing.py            # on an idle machine; one line of JSON a measurement
+
+A decoder with 16 experts in each of 8 layers (Qwen3-MoE of transformers), micro-batches of 8 x 256 tokens, 4 to an
+update. Medians, and ratios within a round of fits; collectives are of two processes (gloo).
+"""
+
+import json
+import statistics
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from curation.callbacks import GlobalBatchLoadBalancing
+from curation.recipes.mixture import MixtureLM
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from torch.utils.data import DataLoader
+
+ROUNDS, STEPS, ACCUMULATE = 5, 3, 4
+BUFFERS: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "micro": {"scope": "micro"},
+    **{buffer: {"buffer": buffer} for buffer in ("running", "warm", "deferred", "prepass")},
+}
+
+
+class Steps(Callback):
+    """Seconds of every update after the first."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Begin, with a window."""
+        if batch_idx % ACCUMULATE == 0:
+            self.began = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """End, with it."""
+        if batch_idx % ACCUMULATE == ACCUMULATE - 1 and batch_idx >= ACCUMULATE:
+            self.seconds.append(time.perf_counter() - self.began)
+
+
+class Noise(LightningDataModule):
+    """Random tokens."""
+
+    names = ("one", "other")
+
+    def train_dataloader(self) -> DataLoader:
+        """Micro-batches."""
+        rows = [{"input_ids": torch.randint(256, (256,)), "domain": torch.tensor(0)} for _ in range(64)]
+        return DataLoader(rows * (STEPS + 1), 8)  # type: ignore[arg-type]
+
+
+def overhead() -> None:
+    """Seconds of an update, by buffer."""
+    seconds: dict[str, list[float]] = {name: [] for name in BUFFERS}
+    for _ in range(ROUNDS):
+        for name, options in BUFFERS.items():
+            torch.manual_seed(0)
+            steps = Steps()
+            balancing = [] if options is None else [GlobalBatchLoadBalancing(**options)]
+            run = Trainer(
+                callbacks=[*balancing, steps], max_steps=STEPS + 1, accumulate_grad_batches=ACCUMULATE,
+                limit_val_batches=0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                enable_model_summary=False,
+            )  # fmt: skip
+            run.fit(MixtureLM(hidden=256, layers=8, heads=8, experts=16, expert_hidden=64), Noise())
+            seconds[name].append(statistics.median(steps.seconds))
+    for name, values in seconds.items():
+        ratio = statistics.median(v / none for v, none in zip(values, seconds["none"], strict=True))
+        median = statistics.median(values)
+        print(json.dumps({"buffer": name, "seconds_an_update": round(median, 3), "over_none": round(ratio, 3)}))
+
+
+def reduce(rank: int, layers: int, experts: int) -> None:
+    """Counts of all layers at once, and layer by layer, on one of two processes."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method="tcp://127.0.0.1:29617", rank=rank, world_size=2)
+    stacked = torch.zeros(layers, experts + 1, dtype=torch.int64)
+    took: dict[str, list[float]] = {"one": [], "each": []}
+    for _ in range(50):
+        for name, parts in (("one", [stacked]), ("each", list(stacked))):
+            dist.barrier()
+            start = time.perf_counter()
+            for part in parts:
+                dist.all_reduce(part)
+            took[name].append(time.perf_counter() - start)
+    if rank == 0:
+        of = {f"{name}_ms": round(1e3 * statistics.median(values), 2) for name, values in took.items()}
+        print(json.dumps({"layers": layers, "experts": experts, **of}))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    overhead()
+    multiprocessing.spawn(reduce, args=(48, 128), nprocs=2)
