@@ -3,13 +3,13 @@
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from curation.callbacks.look_ahead import LookAhead
 from curation.callbacks.online_selection import OnlineSelection
+from curation.callbacks.router_listener import Heard, Layer, RouterListener, stacked
 from curation.callbacks.seam import BatchSeam, SeamClient
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from curation.experts import load_balancing as lb
-from curation.experts.routers import Router, Scores, find_routers, selection_bias
+from curation.experts.routers import Router, find_routers, selection_bias
 from curation.replace import replace_attribute
 from curation.scoring import side_effect_free
 
@@ -27,44 +27,6 @@ OPTIONS = {
     "buffer": ("running", "warm", "deferred", "prepass"),
     "scores": ("auto", "softmax", "sigmoid"),
 }
-
-
-@dataclass
-class _Heard:
-    """A forward pass of a router.
-
-    Attributes:
-        router: Its number.
-        inputs: What went in, by position and by name.
-        output: What came out.
-        mask: Which tokens count, bool ``[N]``; None for all.
-        pull: By how much each expert's probability of a token is in the loss, fp32 ``[E]``.
-    """
-
-    router: int
-    inputs: tuple[tuple[Any, ...], dict[str, Any]]
-    output: Any
-    mask: Tensor | None = None
-    pull: Tensor | None = None
-
-
-@dataclass
-class _Layer:
-    """What a router did in a micro-batch, in all its forward passes.
-
-    Attributes:
-        counts: int64 ``[E]``.
-        tokens: int64 scalar: those that count.
-        mean: fp32 ``[E]``, of the probabilities of these, with gradient.
-        sequences: Scalar: the loss of its sequences, where that is asked for.
-        z: Scalar.
-    """
-
-    counts: Tensor
-    tokens: Tensor
-    mean: Tensor
-    sequences: Tensor
-    z: Tensor
 
 
 class GlobalBatchLoadBalancing(Callback, SeamClient):
@@ -145,18 +107,14 @@ class GlobalBatchLoadBalancing(Callback, SeamClient):
         self.mask = mask
         self.accumulate = accumulate
         self.found: list[Router] = []
+        self._listener: RouterListener | None = None
         self._state: dict[str, Any] | None = None
-        self._undo: list[Callable[[], None]] = []
         self._reset()
 
     def _reset(self) -> None:
         self.window = lb.Window(self.buffer == "warm")  # of all processes
         self.own = lb.Window()  # of this one
-        self._heard: list[_Heard] = []
-        self._kept: list[_Heard] = []  # in the window, for the exact gradients
-        self._mask: Tensor | None = None
-        self._scores: dict[int, Scores] = {}
-        self._open = self._backward = self._trying = self._without_gradient = False
+        self._kept: list[Heard] = []  # in the window, for the exact gradients
         self._left = 0.0  # micro-batches of the epoch after this one
         self._trainer: Trainer | None = None
         self._ahead: LookAhead | None = None
@@ -195,10 +153,7 @@ class GlobalBatchLoadBalancing(Callback, SeamClient):
             self._check_that_steps_can_be_tried(trainer, pl_module)
             self._trainer = trainer
             BatchSeam.attach(trainer, self)  # now, so that those who need the loader itself have had it
-        self._undo = [
-            router.module.register_forward_hook(self._hear(i), with_kwargs=True).remove
-            for i, router in enumerate(self.found)
-        ]
+        self._listener = RouterListener(self.found, self.scope == "sequence", self.z_coefficient > 0)
         rank_zero_info(
             f"GlobalBatchLoadBalancing: {len(self.found)} routers, {self.found[0].name} to {self.found[-1].name}."
         )
@@ -207,23 +162,18 @@ class GlobalBatchLoadBalancing(Callback, SeamClient):
             self.window.load_state_dict(self._state["window"], device)
             self.own.load_state_dict(self._state["own"], device)
 
-    def _hear(self, number: int) -> Callable[[nn.Module, Any, Any, Any], None]:
-        def hear(module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
-            if self._open and not self._backward:  # a backward pass may run it again
-                if torch.is_grad_enabled() or self._trying:
-                    self._heard.append(_Heard(number, (inputs, named), output))
-                else:
-                    self._without_gradient = True
-
-        return hear
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Know which tokens count."""
-        self._heard, self._backward, self._open = [], False, not trainer.fit_loop._skip_backward
+        listener = self._listening()
+        listener.begin(not trainer.fit_loop._skip_backward)
         self._left = trainer.num_training_batches - batch_idx - 1
-        if self.buffer == "prepass" and self.window.closed and self._open:
+        if self.buffer == "prepass" and self.window.closed and listener.open:
             self._exact = self._try(trainer, pl_module, batch, batch_idx)
-        self._mask = self._mask_of(batch)
+        listener.mask = self._mask_of(batch)
+
+    def _listening(self) -> RouterListener:
+        assert self._listener is not None
+        return self._listener
 
     def _mask_of(self, batch: Any) -> Tensor | None:
         if callable(self.mask):
@@ -261,18 +211,18 @@ class GlobalBatchLoadBalancing(Callback, SeamClient):
         _, coming = self._length(trainer, pl_module)
         batches = [batch, *(seam.transfer(other) for other in itertools.islice(self._ahead.queue, coming - 1))]
         quiet = [replace_attribute(pl_module, name, lambda *_, **__: None) for name in ("log", "log_dict")]
-        self._trying = True
+        listener = self._listening()
+        listener.trying = True
         try:
             total: Any = 0
             for i, one in enumerate(batches):
-                self._mask = self._mask_of(one)
+                listener.mask = self._mask_of(one)
                 named = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), one, batch_idx + i)
                 with side_effect_free(pl_module), trainer.precision_plugin.train_step_context():
                     pl_module.training_step(**named)
-                heard, self._heard = self._heard, []
-                total = total + _counts(self._layers(heard))
+                total = total + stacked(listener.layers(listener.take()))
         finally:
-            self._trying = False
+            listener.trying = False
             for undo in quiet:
                 undo()
         return trainer.strategy.reduce(total, reduce_op="sum"), len(batches)
@@ -281,13 +231,13 @@ class GlobalBatchLoadBalancing(Callback, SeamClient):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Add the loss of what the routers did since the last backward pass."""
-        self._backward = True
-        heard, self._heard = self._heard, []
+        listener = self._listening()
+        listener.backward = True
+        heard = listener.take()
         if not heard:
-            self._check_silence(pl_module)
-            return
-        layers = self._layers(heard)
-        counts = _counts(layers)
+            return  # a loss without the model
+        layers = listener.layers(heard)
+        counts = stacked(layers)
         of_all = trainer.strategy.reduce(counts.clone(), reduce_op="sum")
         length, coming = self._length(trainer, pl_module)
         f = self.window.add(of_all, coming)
@@ -324,72 +274,10 @@ class GlobalBatchLoadBalancing(Callback, SeamClient):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen again."""
-        self._backward = False
+        self._listening().backward = False
 
     def _strength(self, length: int) -> float:
         return self.coefficient * (1 - self.micro_fraction) / length
-
-    def _layers(self, heard: list[_Heard]) -> list[_Layer]:
-        layers = []
-        for i, router in enumerate(self.found):
-            passes = [one for one in heard if one.router == i]
-            if not passes:
-                raise RuntimeError(
-                    f"The router {router.name} did not fire where others did: leave it out of `routers`."
-                )
-            counts, tokens, total, sequences, z = [], [], [], [], []
-            for one in passes:
-                logits, indices = router.read(one.output)
-                mask = one.mask = self._counted(router, len(logits))
-                p = lb.probabilities(logits, self._kind(i, logits))
-                n = mask.sum() if mask is not None else torch.full((), len(p), device=p.device)
-                counts.append(lb.expert_counts(indices, p.size(1), mask))
-                tokens.append(n)
-                total.append(p.sum(0) if mask is None else mask.float() @ p)
-                sequences.append(self._sequences(router, p, indices, mask))
-                z.append(n * lb.z_loss(logits, mask) if self.z_coefficient else p.new_zeros(()))
-            n = torch.stack(tokens).sum()
-            mean, of_z = torch.stack(total).sum(0) / n.clamp(min=1), torch.stack(z).sum() / n.clamp(min=1)
-            layers.append(_Layer(torch.stack(counts).sum(0), n, mean, torch.stack(sequences).mean(), of_z))
-        return layers
-
-    def _counted(self, router: Router, n: int) -> Tensor | None:
-        """Which of the tokens of a forward pass count."""
-        if self._mask is None:
-            return None
-        if self._mask.numel() != n:
-            raise ValueError(
-                f"Argument `mask` must give one value for each token, but it gives {list(self._mask.shape)} and the "
-                f"router {router.name} saw {n} tokens."
-            )
-        return self._mask.reshape(-1).bool()
-
-    def _sequences(self, router: Router, p: Tensor, indices: Tensor, mask: Tensor | None) -> Tensor:
-        if self.scope != "sequence":
-            return p.new_zeros(())
-        if self._mask is None or self._mask.dim() != 2:
-            raise ValueError(
-                "Argument `mask` must give [B, T] with the scope 'sequence', to know where sequences end."
-            )
-        return lb.sequence_loss(p, indices, len(self._mask), mask)
-
-    def _kind(self, i: int, logits: Tensor) -> Scores:
-        """How the router's logits become probabilities: not at all, where it puts out probabilities."""
-        if i not in self._scores:  # once: the host waits for it
-            rows = logits.detach().float()
-            sure = (rows >= 0).all() & ((rows.sum(-1) - 1).abs() < 1e-2).all()
-            self._scores[i] = "none" if bool(sure) else self.found[i].scores
-        return self._scores[i]
-
-    def _check_silence(self, pl_module: LightningModule) -> None:
-        if self._scores:
-            return  # a loss without the model
-        why = (
-            "It ran without gradients, as under reentrant activation checkpointing: use `use_reentrant=False`."
-            if self._without_gradient
-            else "Does `training_step` run them?"
-        )
-        raise RuntimeError(f"No router of {type(pl_module).__name__} fired before the first backward pass. {why}")
 
     # ------------------------------------------------------------------ the step
 
@@ -418,7 +306,7 @@ class GlobalBatchLoadBalancing(Callback, SeamClient):
             args, named = tree_map_only(Tensor, partial(_alike, weight), kept.inputs)
             with torch.autocast(weight.device.type, enabled=False):
                 logits, _ = router.read(router.module(*args, **named))
-            p = lb.probabilities(logits, self._scores[kept.router])
+            p = lb.probabilities(logits, self._listening().scores[kept.router])
             p = p if kept.mask is None else p * kept.mask[:, None]
             lost[kept.router] = lost.get(kept.router, 0) + (p * (exact - kept.pull)).sum()
         parameters = [p for i in lost for p in self.found[i].module.parameters() if p.requires_grad]
@@ -440,7 +328,7 @@ class GlobalBatchLoadBalancing(Callback, SeamClient):
     # ------------------------------------------------------------------ what is told
 
     @torch.no_grad()
-    def _note(self, layers: list[_Layer], losses: list[Tensor]) -> None:
+    def _note(self, layers: list[Layer], losses: list[Tensor]) -> None:
         f = self.window.shares()
         loads, dead, excess = [], [], []
         for i, layer in enumerate(layers):
@@ -459,7 +347,7 @@ class GlobalBatchLoadBalancing(Callback, SeamClient):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the loss and the loads."""
-        self._open = False
+        self._listening().open = False
         for name, value in self._logged.items():
             pl_module.log(f"experts/{name}", value, on_step=True, on_epoch=False, batch_size=1)
         self._logged = {}
@@ -468,9 +356,9 @@ class GlobalBatchLoadBalancing(Callback, SeamClient):
         """Listen no longer."""
         BatchSeam.detach(trainer, self)
         self._trainer = self._ahead = None
-        for undo in self._undo:
-            undo()
-        self._undo, self._heard, self._kept, self._open = [], [], [], False
+        if self._listener is not None:
+            self._listener.remove()
+        self._listener, self._kept = None, []
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """As :meth:`teardown`, which Lightning does not call then."""
@@ -485,13 +373,6 @@ class GlobalBatchLoadBalancing(Callback, SeamClient):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with them, in a fit."""
         self._state = dict(state_dict)
-
-
-def _counts(layers: list[_Layer]) -> Tensor:
-    """Choices of each expert, and tokens last: int64 ``[L, E + 1]``, 0 where a layer has fewer experts."""
-    width = max(len(layer.counts) for layer in layers)
-    rows = [nn.functional.pad(layer.counts, (0, width - len(layer.counts))) for layer in layers]
-    return torch.cat([torch.stack(rows), torch.stack([layer.tokens for layer in layers])[:, None]], 1)
 
 
 def _alike(weight: Tensor, x: Tensor) -> Tensor:
