@@ -1,5 +1,6 @@
 """A load-balancing loss over all tokens that an update is made of, for any mixture of experts."""
 
+import copy
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -7,14 +8,16 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from curation.callbacks.look_ahead import LookAhead
 from curation.callbacks.online_selection import OnlineSelection
 from curation.callbacks.router_listener import Heard, Layer, RouterListener, stacked
-from curation.callbacks.seam import BatchSeam, SeamClient
+from curation.callbacks.seam import BatchSeam, SeamClient, check_training_step
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from curation.experts import load_balancing as lb
@@ -39,7 +42,7 @@ class GlobalBatchLoadBalancing(Callback, SeamClient):
 
     Logs ``experts/loss``, the mean over layers; ``experts/max_load``, ``E max f`` of the worst layer;
     ``experts/dead``, the share of experts that were not chosen; and ``experts/projection``, by how much the loss
-    exceeds 1, which can be 0 without balance: ``max_load`` tells. They are of all processes and of the micro-batches
+    exceeds 1, which can be 0 without balance: ``max_load`` tells. Shares are of all processes and of the micro-batches
     since the last step.
 
     Args:
@@ -133,14 +136,13 @@ class GlobalBatchLoadBalancing(Callback, SeamClient):
         """Find the routers, and listen to them."""
         self.found = find_routers(pl_module, self.routers, self.top_k, self.scores)
         for module in pl_module.modules():
-            config = getattr(module, "config", None)
-            own = getattr(config, "router_aux_loss_coef", 0) or getattr(config, "router_z_loss_coef", 0)
-            if own and getattr(config, "output_router_logits", False):
+            if _adds_its_own(getattr(module, "config", None)):
                 raise ValueError(
                     f"{type(module).__name__} adds a load-balancing loss itself: set `config.output_router_logits` "
                     "to False, or leave GlobalBatchLoadBalancing out."
                 )
-        if self.bias_rate and all(selection_bias(router) is None for router in self.found):
+        biases = [bias for router in self.found if (bias := selection_bias(router)) is not None]
+        if self.bias_rate and not biases:
             raise ValueError(
                 f"Argument `bias_rate` must be 0 where no router has a bias, but got {self.bias_rate!r}."
             )
@@ -157,10 +159,22 @@ class GlobalBatchLoadBalancing(Callback, SeamClient):
         rank_zero_info(
             f"GlobalBatchLoadBalancing: {len(self.found)} routers, {self.found[0].name} to {self.found[-1].name}."
         )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on in the window of a checkpoint."""
+        for router in self.found if self.bias_rate else []:
+            bias = selection_bias(router)
+            if bias is not None and (bias.dtype != torch.float32 or isinstance(bias, DTensor) or not bias.numel()):
+                raise ValueError(
+                    "Argument `bias_rate` must be 0 where a bias is not a whole fp32 tensor, but that of "
+                    f"{router.name} is {bias.dtype}, {type(bias).__name__}."
+                )
         if self._state is not None:
             device = trainer.strategy.root_device
             self.window.load_state_dict(self._state["window"], device)
-            self.own.load_state_dict(self._state["own"], device)
+            exact = self._state["exact"]
+            self._exact = None if exact is None else (exact[0].to(device), exact[1])
+            self._state = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Know which tokens count."""
@@ -188,6 +202,7 @@ class GlobalBatchLoadBalancing(Callback, SeamClient):
     # ------------------------------------------------------------------ a pass before the window
 
     def _check_that_steps_can_be_tried(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_training_step(pl_module)
         if not pl_module.automatic_optimization:
             raise ValueError("Argument `buffer` must not be 'prepass' where the module optimizes by hand.")
         if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
@@ -200,32 +215,41 @@ class GlobalBatchLoadBalancing(Callback, SeamClient):
         """Have the batches of a window at its beginning."""
         trainer = self._trainer
         assert trainer is not None
-        self._ahead = LookAhead(dataloader, lambda: trainer.accumulate_grad_batches - 1)
+        loader = dataloader.loader if isinstance(dataloader, LookAhead) else dataloader
+        if hasattr(loader, "state_dict"):
+            raise ValueError(f"Argument `buffer` must not be 'prepass' with a stateful {type(loader).__name__}.")
+        loop = trainer.fit_loop
+        self._ahead = LookAhead(loader, lambda: 0 if loop._skip_backward else trainer.accumulate_grad_batches - 1)
         return self._ahead
 
     def _try(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> tuple[Tensor, int]:
         """Count the choices of a window without gradients and without a trace."""
+        seam, listener, loop = BatchSeam.of(trainer), self._listening(), trainer.fit_loop
         assert self._ahead is not None
-        seam = BatchSeam.of(trainer)
+        queue = self._ahead.queue
+        if trainer.train_dataloader is not self._ahead:
+            raise ValueError("Argument `buffer` must not be 'prepass' with several data loaders.")
         assert seam is not None
+        assert loop._data_fetcher is not None
+        if loop._data_fetcher.length is None:
+            raise ValueError("Argument `buffer` must not be 'prepass' with a data loader that has no length.")
         _, coming = self._length(trainer, pl_module)
-        batches = [batch, *(seam.transfer(other) for other in itertools.islice(self._ahead.queue, coming - 1))]
         quiet = [replace_attribute(pl_module, name, lambda *_, **__: None) for name in ("log", "log_dict")]
-        listener = self._listening()
         listener.trying = True
         try:
             total: Any = 0
-            for i, one in enumerate(batches):
-                listener.mask = self._mask_of(one)
-                named = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), one, batch_idx + i)
+            for i, other in enumerate([None, *itertools.islice(queue, coming - 1)]):
                 with side_effect_free(pl_module), trainer.precision_plugin.train_step_context():
-                    pl_module.training_step(**named)
-                total = total + stacked(listener.layers(listener.take()))
+                    one = copy.copy(batch) if other is None else seam.transfer(other)
+                    listener.mask = self._mask_of(one)
+                    named = loop.epoch_loop._build_kwargs(OrderedDict(), one, batch_idx + i)
+                    pl_module.training_step(*named.values())
+                    total = total + stacked(listener.layers(listener.take()))
         finally:
             listener.trying = False
             for undo in quiet:
                 undo()
-        return trainer.strategy.reduce(total, reduce_op="sum"), len(batches)
+        return _sum(total), i + 1
 
     # ------------------------------------------------------------------ the loss
 
@@ -234,11 +258,19 @@ class GlobalBatchLoadBalancing(Callback, SeamClient):
         listener = self._listening()
         listener.backward = True
         heard = listener.take()
-        if not heard:
-            return  # a loss without the model
-        layers = listener.layers(heard)
+        if heard:  # else it is a loss without the model
+            with torch.autocast(loss.device.type, enabled=False):
+                added = self._added(trainer, pl_module, heard)
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            added = (added if scaler is None else scaler.scale(added)).to(loss.dtype)
+            # In place, since this very tensor is differentiated next. Its value stays, and so does what was saved.
+            with torch.autograd._unsafe_preserve_version_counter(loss):
+                loss.add_(added - added.detach())
+
+    def _added(self, trainer: Trainer, pl_module: LightningModule, heard: list[Heard]) -> Tensor:
+        layers = self._listening().layers(heard)
         counts = stacked(layers)
-        of_all = trainer.strategy.reduce(counts.clone(), reduce_op="sum")
+        of_all = _sum(counts.clone())
         length, coming = self._length(trainer, pl_module)
         f = self.window.add(of_all, coming)
         weight = trainer.world_size * counts[:, -1] / of_all[:, -1].clamp(min=1)
@@ -250,7 +282,7 @@ class GlobalBatchLoadBalancing(Callback, SeamClient):
             f = self.own.add(counts, coming)
         if self.scope != "global":
             weight = torch.ones_like(weight)
-        added, losses = torch.zeros((), device=loss.device), []
+        added, losses = torch.zeros((), device=counts.device), []
         for i, layer in enumerate(layers):
             micro = lb.load_balancing_loss(lb.shares(layer.counts), layer.mean)
             of_scope = {"micro": micro, "sequence": layer.sequences}.get(self.scope)
@@ -266,11 +298,8 @@ class GlobalBatchLoadBalancing(Callback, SeamClient):
             one.pull = self._strength(length) * len(f_i) * weight[one.router] / n * f_i
             one.inputs, one.output = tree_map_only(Tensor, Tensor.detach, one.inputs), None
             self._kept.append(one)
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        added = added / length
-        added = added if scaler is None else scaler.scale(added)
-        loss.add_(added.to(loss.dtype))  # in place, since this tensor is differentiated next
         self._note(layers, losses)
+        return added / length
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen again."""
@@ -282,37 +311,51 @@ class GlobalBatchLoadBalancing(Callback, SeamClient):
     # ------------------------------------------------------------------ the step
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Correct the gradients of routers, and end the window."""
+        """Correct the gradients of routers, and end the window, if this is the optimizer of routers."""
+        ours = {id(p) for router in self.found for p in router.module.parameters() if p.requires_grad}
+        if ours and not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+            return
         if self._kept:
-            self._correct(trainer, pl_module)
-        self._kept = []
+            listener = self._listening()
+            listener.backward = True  # routers run again
+            # Optimizers that scale by themselves still have scaled gradients.
+            scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
+            scaled = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
+            self._correct(trainer, pl_module, scaler.scale if scaled else lambda x: x)
+            listener.backward = False
+        self._kept, self._exact = [], None
         if self.bias_rate and not self.window.closed:
             self._move_biases()
         self.window.closed = self.own.closed = True
 
     @torch.enable_grad()
-    def _correct(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _correct(self, trainer: Trainer, pl_module: LightningModule, scale: Callable[[Tensor], Tensor]) -> None:
         """Add the gradient by the shares of the whole window, less that by the shares there were."""
-        length = trainer.accumulate_grad_batches if pl_module.automatic_optimization else self.accumulate
+        length, _ = self._length(trainer, pl_module)
         assert self.window.counts is not None
         f, tokens = self.window.shares(), self.window.counts[:, -1].clamp(min=1)
         strength = self._strength(length) * trainer.world_size * self.window.size
+        parameters = {i: [p for p in r.module.parameters() if p.requires_grad] for i, r in enumerate(self.found)}
         lost: dict[int, Tensor] = {}
         for kept in self._kept:
+            if not parameters[kept.router]:
+                continue
             assert kept.pull is not None
             router, experts = self.found[kept.router], len(kept.pull)
             exact = strength * experts / tokens[kept.router] * f[kept.router, :experts]
-            weight = next(router.module.parameters())
-            args, named = tree_map_only(Tensor, partial(_alike, weight), kept.inputs)
-            with torch.autocast(weight.device.type, enabled=False):
+            args, named = tree_map_only(Tensor, partial(_alike, parameters[kept.router][0]), kept.inputs)
+            with torch.autocast(exact.device.type, enabled=False):
                 logits, _ = router.read(router.module(*args, **named))
-            p = lb.probabilities(logits, self._listening().scores[kept.router])
-            p = p if kept.mask is None else p * kept.mask[:, None]
-            lost[kept.router] = lost.get(kept.router, 0) + (p * (exact - kept.pull)).sum()
-        parameters = [p for i in lost for p in self.found[i].module.parameters() if p.requires_grad]
-        found = torch.autograd.grad(list(lost.values()), parameters, [torch.ones_like(v) for v in lost.values()])
-        whole = trainer.strategy.reduce(torch.cat([g.float().flatten() for g in found]), reduce_op="mean")
-        for parameter, part in zip(parameters, whole.split([p.numel() for p in parameters]), strict=True):
+                p = lb.probabilities(logits, self._listening().scores[kept.router])
+                p = p if kept.mask is None else p * kept.mask[:, None]
+                lost[kept.router] = lost.get(kept.router, 0) + (p * (exact - kept.pull)).sum()
+        those = [p for i in lost for p in parameters[i]]
+        if not those:
+            return
+        of_each = [torch.ones_like(value) for value in lost.values()]
+        found = torch.autograd.grad(list(lost.values()), those, of_each, allow_unused=True, materialize_grads=True)
+        whole = scale(_sum(torch.cat([g.float().flatten() for g in found])) / trainer.world_size)
+        for parameter, part in zip(those, whole.split([p.numel() for p in those]), strict=True):
             gradient = part.view_as(parameter).to(parameter.dtype)
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
@@ -347,7 +390,7 @@ class GlobalBatchLoadBalancing(Callback, SeamClient):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the loss and the loads."""
-        self._listening().open = False
+        self._listening().end(pl_module)
         for name, value in self._logged.items():
             pl_module.log(f"experts/{name}", value, on_step=True, on_epoch=False, batch_size=1)
         self._logged = {}
@@ -356,6 +399,7 @@ class GlobalBatchLoadBalancing(Callback, SeamClient):
         """Listen no longer."""
         BatchSeam.detach(trainer, self)
         self._trainer = self._ahead = None
+        self.found = []
         if self._listener is not None:
             self._listener.remove()
         self._listener, self._kept = None, []
@@ -368,11 +412,27 @@ class GlobalBatchLoadBalancing(Callback, SeamClient):
 
     def state_dict(self) -> dict[str, Any]:
         """The counts of the window, so that a run may be resumed in the middle of one."""
-        return {"window": self.window.state_dict(), "own": self.own.state_dict()}
+        exact = None if self._exact is None else (self._exact[0].cpu(), self._exact[1])
+        return {"window": self.window.state_dict(), "exact": exact}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with them, in a fit."""
         self._state = dict(state_dict)
+
+
+def _sum(counts: Tensor) -> Tensor:
+    """Over processes, in place; without the barrier of Lightning's own, which would make the host wait."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(counts)
+    return counts
+
+
+def _adds_its_own(config: Any) -> bool:
+    """Whether a model of transformers adds a loss for the balance of its experts."""
+    names = ("router_aux_loss_coef", "router_z_loss_coef", "aux_loss_coef", "moe_loss_weight")
+    owners = (config, getattr(config, "ffn_config", None))
+    found = [getattr(owner, name) for owner in owners for name in names if hasattr(owner, name)]
+    return bool(getattr(config, "output_router_logits", False)) and (not found or any(found))
 
 
 def _alike(weight: Tensor, x: Tensor) -> Tensor:

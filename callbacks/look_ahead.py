@@ -21,10 +21,12 @@ class LookAhead:
         [(1, [2, 3]), (2, [3, 4]), (3, [4]), (4, [])]
     """
 
+    loader: Any
+    ahead: Callable[[], int]
+    queue: deque[Any]
+
     def __init__(self, loader: Any, ahead: Callable[[], int]) -> None:
-        self.loader = loader
-        self.ahead = ahead
-        self.queue: deque[Any] = deque()
+        vars(self).update(loader=loader, ahead=ahead, queue=deque())
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -42,3 +44,6 @@ class LookAhead:
         if name == "loader":  # while it is being unpickled
             raise AttributeError(name)
         return getattr(self.loader, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.loader, name, value)  # such as what Lightning seeds workers with

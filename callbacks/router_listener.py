@@ -1,6 +1,5 @@
 """What routers do in a step, heard through hooks."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +8,8 @@ from torch import Tensor, nn
 
 from curation.experts import load_balancing as lb
 from curation.experts.routers import Router, Scores
+
+HEARD = "_curation_heard"  # of a router, while it is listened to
 
 
 @dataclass
@@ -72,42 +73,69 @@ class RouterListener:
         self.scores: dict[int, Scores] = {}
         self.mask: Tensor | None = None
         self.open = self.backward = self.trying = False
-        self._without_gradient = False
-        self._heard: list[Heard] = []
-        self._undo = [
-            router.module.register_forward_hook(self._hear(i), with_kwargs=True).remove
-            for i, router in enumerate(routers)
-        ]
+        self._fired = False  # with gradients, ever
+        self._silent: list[bool] = []  # of each backward pass of the step, whether nothing was heard before it
+        self._without = False  # gradients, in this step
+        self._undo = [router.module.register_forward_hook(self._hear, with_kwargs=True).remove for router in routers]
+        for router in routers:
+            setattr(router.module, HEARD, [])
 
-    def _hear(self, number: int) -> Callable[[nn.Module, Any, Any, Any], None]:
-        def hear(module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
-            if self.open and not self.backward:
-                if torch.is_grad_enabled() or self.trying:
-                    self._heard.append(Heard(number, (inputs, named), output))
-                else:
-                    self._without_gradient = True
-
-        return hear
+    def _hear(self, module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
+        # One function for all, and a list on the module: torch.compile makes one graph of layers that are alike.
+        if self.open and not self.backward:
+            with_gradient = torch.is_grad_enabled() or self.trying
+            getattr(module, HEARD).append(((inputs, named), output if with_gradient else None))
 
     def begin(self, training: bool) -> None:
         """Forget what was heard, and listen if this is a step of training."""
-        self._heard, self.open, self.backward = [], training, False
+        self._collect()
+        self._silent, self._without = [], False
+        self.open, self.backward = training, False
+
+    def _collect(self) -> list[Heard]:
+        heard = []
+        for i, router in enumerate(self.routers):
+            kept = getattr(router.module, HEARD)
+            heard += [Heard(i, inputs, output) for inputs, output in kept]
+            kept.clear()
+        return heard
 
     def take(self) -> list[Heard]:
-        """What was heard since the last time.
+        """What was heard since the last time, with gradients.
 
         Raises:
-            RuntimeError: If it is nothing, and never was anything.
+            RuntimeError: If routers ran without gradients alone, and never ran with any.
         """
-        heard, self._heard = self._heard, []
-        if not heard and not self.scores:
-            why = (
-                "They ran without gradients, as under reentrant activation checkpointing: use `use_reentrant=False`."
-                if self._without_gradient
-                else "Does `training_step` run them?"
-            )
-            raise RuntimeError(f"No router fired before the first backward pass. {why}")
+        every = self._collect()
+        heard = [one for one in every if one.output is not None]
+        if not self.trying:
+            self._silent.append(not heard)
+            self._fired |= bool(heard)
+            self._without |= len(every) > len(heard)
+            if self._without and not self._fired:
+                raise RuntimeError(
+                    "No router fired with gradients before the first backward pass, but without: as under reentrant "
+                    "activation checkpointing; use `use_reentrant=False`."
+                )
         return heard
+
+    def end(self, pl_module: nn.Module) -> None:
+        """Listen no longer, until the next step.
+
+        Raises:
+            RuntimeError: If routers did not fire in a step that was differentiated, or the loss passed by.
+        """
+        self.open = False
+        left = self._collect()
+        if self._silent and all(self._silent) and (self._without or not self._fired):
+            why = "Is its activation checkpointing reentrant?" if self._without else "Does `training_step` run them?"
+            raise RuntimeError(f"No router of {type(pl_module).__name__} fired with gradients in this step. {why}")
+        by_hand = not getattr(pl_module, "automatic_optimization", True)
+        if by_hand and not self._silent and any(one.output is not None for one in left):
+            raise RuntimeError(
+                f"{type(pl_module).__name__} differentiates a loss that GlobalBatchLoadBalancing does not see: call "
+                "`self.manual_backward(loss)` and not `loss.backward()`."
+            )
 
     def layers(self, heard: list[Heard]) -> list[Layer]:
         """What was heard, by router; enters the masks there.
@@ -121,7 +149,8 @@ class RouterListener:
             passes = [one for one in heard if one.router == i]
             if not passes:
                 raise RuntimeError(
-                    f"The router {router.name} did not fire where others did: leave it out of `routers`."
+                    f"The router {router.name} did not fire with gradients where others did. If it is not meant to, "
+                    "leave it out of `routers`; under reentrant activation checkpointing use `use_reentrant=False`."
                 )
             counts, tokens, total, sequences, z = [], [], [], [], []
             for one in passes:
@@ -131,7 +160,7 @@ class RouterListener:
                 n = mask.sum() if mask is not None else torch.full((), len(p), device=p.device)
                 counts.append(lb.expert_counts(indices, p.size(1), mask))
                 tokens.append(n)
-                total.append(p.sum(0) if mask is None else mask.float() @ p)
+                total.append(p.sum(0) if mask is None else (p * mask[:, None]).sum(0))
                 sequences.append(self._of_sequences(p, indices, mask))
                 z.append(n * lb.z_loss(logits, mask) if self.z else p.new_zeros(()))
             n = torch.stack(tokens).sum()
@@ -167,10 +196,12 @@ class RouterListener:
         return self.scores[i]
 
     def remove(self) -> None:
-        """Listen no longer."""
+        """Leave the routers as they were."""
         for undo in self._undo:
             undo()
-        self._undo, self._heard = [], []
+        for router in self.routers:
+            vars(router.module).pop(HEARD, None)
+        self._undo, self.routers = [], []
 
 
 def stacked(layers: list[Layer]) -> Tensor:

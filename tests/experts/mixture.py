@@ -109,11 +109,13 @@ def slow_gradients(module, ranks, coefficient, rule, average=None, own=False):
         module: A mixture.
         ranks: For every rank its micro-batches, of as many.
         coefficient: Of the loss.
-        rule: ``micro``, ``rank``, ``running``, ``warm``, ``deferred``, ``prepass`` or ``exact``.
+        rule: Shares fp32 ``[L, E]`` of each micro-batch, of one rank; or ``micro``, ``rank``, ``running``, ``warm``,
+            ``deferred``, ``prepass`` or ``exact``.
         average: Counts of an average micro-batch, for ``warm``.
         own: Of the loss of a router's own layer alone, and not of the supervised one.
     """
-    if rule == "deferred":
+    given = None if isinstance(rule, str) else rule
+    if given is None and rule == "deferred":
         found = slow_gradients(module, ranks, coefficient, "running")
         for sign, other in ((1, "exact"), (-1, "running")):
             for name, g in slow_gradients(module, ranks, coefficient, other, own=True).items():
@@ -126,7 +128,9 @@ def slow_gradients(module, ranks, coefficient, rule, average=None, own=False):
     for r, rank in enumerate(ranks):
         for a, batch in enumerate(rank):
             at_once = sum(of_rank[a] for of_rank in tokens)
-            if rule == "micro":
+            if given is not None:
+                seen, weight = given[a], 1.0
+            elif rule == "micro":
                 seen, weight = counts[r][a], 1.0
             elif rule == "rank":
                 seen, weight = sum(counts[r][: a + 1]), 1.0

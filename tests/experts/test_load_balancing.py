@@ -87,7 +87,20 @@ def one_batch(window):
 def test_shares_of_the_window_and_weights_by_tokens_give_the_gradient_of_one_batch(ranks, size, ragged):
     module, window = Mixture(supervised=0.0).double(), windows(ranks, size, ragged)
     expected = slow_gradients(module, one_batch(window), 1.0, "exact")
-    assert error(slow_gradients(module, window, 1.0, "exact"), expected) < 1e-6
+    flat = [batch for rank in window for batch in rank]
+    counts = [
+        torch.stack([lb.expert_counts(chosen, EXPERTS, mask) for _, chosen, mask in routed(module, batch)])
+        for batch in flat
+    ]
+    f, tokens = lb.shares(sum(counts)), sum(batch["attention_mask"].sum() for batch in flat)
+    total = 0
+    for batch in flat:
+        weight = ranks * size * batch["attention_mask"].sum() / tokens
+        means = torch.stack([p[mask].mean(0) for p, _, mask in routed(module, batch)])
+        total = total + weight * lb.load_balancing_loss(f, means).sum() / size / ranks
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
+    assert error(dict(zip(names, gradients, strict=True)), expected) < 1e-6
     if ranks * size > 1:
         assert error(slow_gradients(module, window, 1.0, "micro"), expected) > 0.05
 
@@ -130,14 +143,15 @@ def drifting(cycle, seed):
 def test_the_window_before_makes_up_for_what_is_still_to_come(cycle, bar):
     module, found = Mixture(supervised=0.0), {"running": [], "warm": []}
     for seed in range(3):
-        average = None
+        kept = {"running": lb.Window(), "warm": lb.Window(warm=True)}
         for window in drifting(cycle, seed):
+            counts = [torch.nn.functional.pad(slow_counts(module, batch), (0, 1)).long() for batch in window[0]]
             exact = slow_gradients(module, window, 1.0, "exact")
-            if average is not None:
-                for rule, errors in found.items():
-                    errors.append(error(slow_gradients(module, window, 1.0, rule, average), exact))
-            mean = sum(slow_counts(module, batch) for batch in window[0]) / 8
-            average = mean if average is None else (average + mean) / 2
+            for rule, of_rule in kept.items():
+                error_of_rule = error(slow_gradients(module, window, 1.0, [of_rule.add(c, 8) for c in counts]), exact)
+                of_rule.closed = True
+                if kept["warm"].average is not None:
+                    found[rule].append(error_of_rule)
     running, warm = (torch.tensor(errors).mean() for errors in found.values())
     assert warm <= bar * running
 
@@ -159,34 +173,9 @@ def test_pooling_the_counts_of_layers_hides_that_each_has_collapsed():
     assert ours.tolist() == pytest.approx([4.0] * 4, abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "least"),
-    [
-        ("shares that are not divided by k", 0.9),
-        ("divided by the tokens of all ranks", 0.4),
-        ("added once a micro-batch, whole", 0.9),
-        ("weights that ignore the tokens", 0.01),
-    ],
-)
-def test_factors_that_others_have_wrong_are_not_ours(wrong, least):
+def test_weights_by_tokens_are_needed_where_they_are_unequal():
     module, window = Mixture(supervised=0.0).double(), windows(2, 4, True)
     expected = slow_gradients(module, window, 1.0, "exact")
-    factor = {
-        "shares that are not divided by k": 2.0, "divided by the tokens of all ranks": 0.5,
-        "added once a micro-batch, whole": 4.0,
-    }  # fmt: skip
-    found = {name: g * factor.get(wrong, 1.0) for name, g in expected.items()}
-    if wrong not in factor:
-        counts = sum(slow_counts(module, batch) for rank in window for batch in rank)
-        total = 0
-        for rank in window:
-            for batch in rank:
-                for layer, (p, _, mask) in enumerate(routed(module, batch)):
-                    f = counts[layer].double() / counts[layer].sum()
-                    total = total + EXPERTS * (f * p[mask].mean(0)).sum() / 8
-        names, parameters = zip(*module.named_parameters(), strict=True)
-        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
-        found = {
-            n: torch.zeros_like(p) if g is None else g for n, p, g in zip(names, parameters, gradients, strict=True)
-        }
-    assert error(found, expected) > least
+    flat = [[batch for rank in window for batch in rank]]
+    shares = lb.shares(sum(slow_counts(module, batch) for batch in flat[0]))
+    assert error(slow_gradients(module, flat, 1.0, [shares] * 8), expected) > 0.01
