@@ -42,8 +42,8 @@ class GlobalBatchLoadBalancing(Callback, SeamClient):
 
     Logs ``experts/loss``, the mean over layers; ``experts/max_load``, ``E max f`` of the worst layer;
     ``experts/dead``, the share of experts that were not chosen; and ``experts/projection``, by how much the loss
-    exceeds 1, which can be 0 without balance: ``max_load`` tells. Shares are of all processes and of the micro-batches
-    since the last step.
+    exceeds 1, which can be 0 without balance: ``max_load`` tells. Shares are of all processes, and of the
+    micro-batches since the last step.
 
     Args:
         coefficient: Of the sum over layers.
