@@ -233,7 +233,7 @@ def variants(x: np.ndarray, y: np.ndarray, budget: float, seed: int, search: boo
         "top ambiguity": kept(criterion="ambiguity", select="rank"),
     }
     if search:
-        from imblearn.under_sampling import CondensedNearestNeighbour, InstanceHardnessThreshold, NearMiss
+        from imblearn.under_sampling import InstanceHardnessThreshold, NearMiss
 
         classes = np.unique(y)
         counts = class_budgets(y, budget, "proportional", classes)
@@ -241,7 +241,6 @@ def variants(x: np.ndarray, y: np.ndarray, budget: float, seed: int, search: boo
         peers = {
             "near miss": NearMiss(sampling_strategy=asked),
             "instance hardness threshold": InstanceHardnessThreshold(sampling_strategy=asked, random_state=seed),
-            "condensed nearest neighbour": CondensedNearestNeighbour(sampling_strategy="all", random_state=seed),
         }
         for name, peer in peers.items():
             peer.fit_resample(x, y)
