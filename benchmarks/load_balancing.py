@@ -7,6 +7,7 @@ update. Medians, and ratios within a round of fits; collectives are of two proce
 """
 
 import json
+import logging
 import statistics
 import time
 from typing import Any
@@ -28,7 +29,7 @@ BUFFERS: dict[str, dict[str, Any] | None] = {
 
 
 class Steps(Callback):
-    """Seconds of every update after the first."""
+    """Seconds of every update after the first; before the others, so that a pass before a window counts."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -64,7 +65,7 @@ def overhead() -> None:
             steps = Steps()
             balancing = [] if options is None else [GlobalBatchLoadBalancing(**options)]
             run = Trainer(
-                callbacks=[*balancing, steps], max_steps=STEPS + 1, accumulate_grad_batches=ACCUMULATE,
+                callbacks=[steps, *balancing], max_steps=STEPS + 1, accumulate_grad_batches=ACCUMULATE,
                 limit_val_batches=0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
                 enable_model_summary=False,
             )  # fmt: skip
@@ -96,5 +97,6 @@ def reduce(rank: int, layers: int, experts: int) -> None:
 
 
 if __name__ == "__main__":
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     overhead()
     multiprocessing.spawn(reduce, args=(48, 128), nprocs=2)

@@ -420,11 +420,11 @@ class GlobalBatchLoadBalancing(Callback, SeamClient):
         self._state = dict(state_dict)
 
 
-def _sum(counts: Tensor) -> Tensor:
+def _sum(values: Tensor) -> Tensor:
     """Over processes, in place; without the barrier of Lightning's own, which would make the host wait."""
     if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(counts)
-    return counts
+        dist.all_reduce(values)
+    return values
 
 
 def _adds_its_own(config: Any) -> bool:

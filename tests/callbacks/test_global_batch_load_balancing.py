@@ -105,7 +105,7 @@ def test_a_number_of_micro_batches_that_changes(rule):
 
 
 class Dropped(Mixture):
-    """Dropout, logging, and ids of samples."""
+    """Dropout, logging, arguments with names of its own, and a batch that is emptied."""
 
     def forward(self, ids):
         return super().forward(ids) + nn.functional.dropout(torch.zeros(1), 0.5, self.training)
@@ -131,6 +131,9 @@ def test_a_pass_before_the_window_leaves_no_trace():
         states.append(torch.get_rng_state())
         assert float(run.callback_metrics["train_loss_epoch"]) == 1
     assert torch.equal(*states)
+
+
+def test_a_pass_before_the_window_is_refused_where_it_cannot_look_ahead():
     with pytest.raises(ValueError, match="must not be 'prepass' with a data loader that has no length"):
         trainer(GlobalBatchLoadBalancing(buffer="prepass")).fit(Mixture(), DataLoader(Unsized(), 2))
     several = {name: DataLoader(Tokens(16, 2), 2) for name in ("one", "other")}
