@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from curation.callbacks.choice import Choice, SelectionListener
 from curation.callbacks.online_selection import OnlineSelection, logs_now
-from curation.callbacks.seam import BatchSeam, SeamClient
+from curation.callbacks.seam import BatchSeam, SeamClient, check_one_loader
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -68,6 +68,7 @@ class ConceptCoverageMonitor(Callback, SeamClient, SelectionListener):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the concepts of the sampler or the data module."""
+        check_one_loader(trainer, self)
         batches = getattr(trainer.train_dataloader, "batch_sampler", None)
         sampler = getattr(batches, "sampler", None)
         targets = self.targets

@@ -8,8 +8,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from curation.callbacks.online_selection import logs_now
+from curation.callbacks.seam import refuse_strategies
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -117,6 +119,7 @@ class DifficultyAdaptiveRollouts(Callback):
         self._fitting = stage == "fit"
         if not self._fitting:
             return
+        refuse_strategies(trainer, self, FSDPStrategy)
         self._reset()
         if not callable(getattr(pl_module, "rollout", None)):
             raise TypeError(f"{type(pl_module).__name__} must have a method `rollout(batch, counts)`, but has none.")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from curation.callbacks.hard_batches import HardBatchTraining
-from curation.callbacks.seam import BatchSeam, SeamClient
+from curation.callbacks.seam import BatchSeam, SeamClient, check_one_loader
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
@@ -123,9 +123,7 @@ class ExactResume(Callback, SeamClient):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse several data loaders, of which only one could be resumed."""
-        loaders = trainer.fit_loop._combined_loader
-        if loaders is not None and len(loaders.flattened) > 1:
-            raise TypeError(f"ExactResume needs one training data loader, but got {len(loaders.flattened)}.")
+        check_one_loader(trainer, self)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the streams of the epoch."""

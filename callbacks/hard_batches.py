@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from curation.callbacks.seam import BatchSeam, SeamClient
+from curation.callbacks.seam import BatchSeam, SeamClient, check_one_loader
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -55,6 +55,10 @@ class HardBatchTraining(Callback, SeamClient):
             else:
                 sampler.load_state_dict(state)
         self.sampler = sampler
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse several data loaders, whose losses would be mixed up."""
+        check_one_loader(trainer, self)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from curation.callbacks.embed import flat, inputs_and_labels, row_vectors
 from curation.callbacks.online_selection import logs_now
-from curation.callbacks.seam import BatchSeam, SeamClient
+from curation.callbacks.seam import BatchSeam, SeamClient, check_one_loader, refuse_strategies
 from curation.callbacks.subset_loader import draw_from_subset, warn_of_other_data
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -124,8 +124,8 @@ class InstanceSelection(Callback, SeamClient):
             return
         if trainer.overfit_batches:  # type: ignore[attr-defined]
             raise ValueError("InstanceSelection cannot choose samples where `overfit_batches` does.")
-        if self.layer is not None and isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
-            raise TypeError(f"InstanceSelection does not support {type(trainer.strategy).__name__} yet.")
+        if self.layer is not None:
+            refuse_strategies(trainer, self, FSDPStrategy)
         self._reset()
         self._trainer = trainer
         seam = BatchSeam.of(trainer)
@@ -187,9 +187,7 @@ class InstanceSelection(Callback, SeamClient):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse several data loaders; select if the checkpoint was saved after the last batch of an epoch."""
-        loaders = trainer.fit_loop._combined_loader
-        if loaders is not None and len(loaders.flattened) > 1:
-            raise TypeError(f"InstanceSelection needs one training data loader, but got {len(loaders.flattened)}.")
+        check_one_loader(trainer, self)
         if self._select(trainer, next_epoch(trainer)):
             loop = trainer.fit_loop.epoch_loop
             loop.reset()  # while the length is that of the epoch that has ended; else a longer one would be cut
@@ -331,8 +329,8 @@ class InstanceSelection(Callback, SeamClient):
         self._selected_for = state_dict["selected_for"]
         self._samples = state_dict["samples"]
         self._seed = state_dict["seed"]
-        if self._trainer is not None and self._sampler is not None:  # `configure_optimizers` has asked for the loader
-            self._trainer.fit_loop._combined_loader = None
+        if self._trainer is not None and self._sampler is not None:  # a tuner, or `configure_optimizers`, had it
+            self._trainer.fit_loop._combined_loader = self._given = None
 
 
 def next_epoch(trainer: Trainer) -> int:

@@ -10,10 +10,17 @@ from typing import Any, Literal
 
 import torch
 from curation.callbacks.choice import Choice, SelectionListener
-from curation.callbacks.seam import BatchSeam, SeamClient, check_training_step, warn_of_mixing
+from curation.callbacks.seam import (
+    BatchSeam,
+    SeamClient,
+    check_one_loader,
+    check_training_step,
+    refuse_strategies,
+    warn_of_mixing,
+)
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
@@ -244,8 +251,7 @@ class OnlineSelection(Callback, SeamClient, ABC):
         if len(rules) > 1:
             names = " and ".join(type(rule).__name__ for rule in rules)
             raise ValueError(f"Only one online selection can choose the rows of a batch, but got {names}.")
-        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
-            raise TypeError(f"{type(self).__name__} does not support {type(trainer.strategy).__name__} yet.")
+        refuse_strategies(trainer, self, FSDPStrategy)
         warn_of_mixing(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -356,7 +362,8 @@ class OnlineSelection(Callback, SeamClient, ABC):
                 logger.experiment.add_histogram("curation/scores", torch.tensor(values), step)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clocks."""
+        """Refuse several data loaders; start the clocks."""
+        check_one_loader(trainer, self)
         self._clock = self._step_began = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

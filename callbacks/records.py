@@ -198,5 +198,5 @@ class SelectionLedger(Callback, SelectionListener):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
-        self._resumed = state_dict
+        self._resumed = state_dict if state_dict["run"] else None  # else nothing was begun: a tuner came first
         self._run, self._steps = state_dict["run"], state_dict["steps"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -61,7 +62,12 @@ class BatchSeam:
 
     @staticmethod
     def attach(trainer: Trainer, client: SeamClient) -> None:
-        """Add a client, installing the seam with the first one."""
+        """Add a client, installing the seam with the first one.
+
+        Raises:
+            TypeError: Under DeepSpeed.
+        """
+        refuse_strategies(trainer, client)
         seam = BatchSeam.of(trainer) or BatchSeam(trainer)
         if client not in seam.clients:
             seam.clients.append(client)
@@ -80,7 +86,9 @@ class BatchSeam:
 
     def _process_dataloader(self, dataloader: object) -> object:
         dataloader = self._prepare(dataloader)
-        if self.trainer.training:
+        loop = self.trainer.fit_loop
+        due = loop._combined_loader is None or loop._should_reload_train_dl  # else a tuner prepares validation
+        if self.trainer.training and due:
             for client in self.clients:
                 other = client.watch(dataloader)
                 dataloader = dataloader if other is None else other
@@ -136,6 +144,19 @@ def check_training_step(pl_module: LightningModule) -> None:
             f"`{type(pl_module).__name__}.training_step(dataloader_iter)` fetches its own batches, so none can be "
             "curated. Take `batch` as the argument of `training_step` instead."
         )
+
+
+def check_one_loader(trainer: Trainer, client: object) -> None:
+    """Raise if a fit has several training data loaders, of which a row or a sample id could be of any."""
+    loaders = trainer.fit_loop._combined_loader
+    if loaders is not None and len(loaders.flattened) > 1:
+        raise TypeError(f"{type(client).__name__} needs one training data loader, but got {len(loaders.flattened)}.")
+
+
+def refuse_strategies(trainer: Trainer, client: object, *strategies: type[Strategy]) -> None:
+    """Raise under DeepSpeed, where nothing of this package was ever tried, and under ``strategies``."""
+    if isinstance(trainer.strategy, (DeepSpeedStrategy, *strategies)):
+        raise TypeError(f"{type(client).__name__} does not support {type(trainer.strategy).__name__} yet.")
 
 
 def warn_of_mixing(trainer: Trainer, pl_module: LightningModule) -> None:

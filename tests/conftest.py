@@ -8,6 +8,9 @@ os.environ["WANDB_SILENT"] = "true"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # what most tests train is so small that a second one costs more than it gives
 
 
 @pytest.fixture(autouse=True)

@@ -59,10 +59,11 @@ class ManualClassifier(Classifier):
         self.automatic_optimization = False
 
     def training_step(self, batch, batch_idx):
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
+        self.zero_grad()
         self.manual_backward(super().training_step(batch, batch_idx))
-        optimizer.step()
+        optimizers = self.optimizers()
+        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+            optimizer.step()
 
 
 class Experts(nn.Module):

@@ -43,7 +43,7 @@ class Entry:
     sampler: Callable[..., Sampler] | None = None  # of the training data, by data set and batch size
     candidates: int = 1  # batches of samples that it takes to make one to train on
     ids: bool = False  # it needs them
-    refuses: tuple[str, ...] = ()  # kinds of runs
+    refuses: dict[str, str] = field(default_factory=dict)  # by kind of run, what the error says
     module: type[Classifier] = Classifier
     manual: type[Classifier] = ManualClassifier
     waits: int = 0  # of the host for a GPU, in a round of four batches
@@ -65,12 +65,16 @@ class Entry:
     def dataset(self, samples: Any) -> Any:
         return SampleIds(samples) if self.curates or self.ids else samples
 
-    def loader(self, samples: Any = None, **kwargs: Any) -> DataLoader:
+    def loader(self, samples: Any = None, batch_size: int = 8, **kwargs: Any) -> DataLoader:
         dataset = self.dataset(data(64 * self.candidates) if samples is None else samples)
         if self.arguments.get("index") == EVERY_SECOND:
             write_every_second(dataset)
-        how = {"shuffle": True} if self.sampler is None else {"sampler": self.sampler(dataset, 8)}
-        return DataLoader(dataset, 8, **how, **kwargs)
+        how = {"shuffle": True} if self.sampler is None else {"sampler": self.sampler(dataset, batch_size)}
+        return DataLoader(dataset, batch_size, **how, **kwargs)
+
+    def refusal(self, kind: str) -> str | None:
+        """What the error says of that kind of run or that strategy; None where it works."""
+        return {**DEEPSPEED, **({**ONE_LOADER, **FSDP1} if self.curates else {}), **self.refuses}.get(kind)
 
     @property
     def curates(self) -> bool:
@@ -101,6 +105,16 @@ def concept_aware_sampler(dataset: Any, batch_size: int) -> Sampler:
     return ConceptAwareSampler(concepts, batch_size, 2 * batch_size, visit_penalty=0.1)
 
 
+DEEPSPEED = {"deepspeed": "does not support DeepSpeedStrategy"}
+FSDP1 = {"fsdp1": "does not support FSDPStrategy"}
+ONE_LOADER = {"combined_loader": "needs one training data loader"}
+NOT_OF_HARD_BATCHES = {
+    **ONE_LOADER,
+    "batch_size_finder": "mini-batches of the checkpoint are others",
+    "manual": "must return its loss",
+    "overfit_batches": "overfit_batches",
+    "two_optimizers": "must return its loss",
+}
 CALLBACKS = {
     entry.name: entry
     for entry in (
@@ -126,16 +140,17 @@ CALLBACKS = {
             sampler=concept_aware_sampler,
             candidates=2,
             ids=True,
-            refuses=("overfit_batches",),
+            refuses={**ONE_LOADER, "overfit_batches": "overfit_batches"},
         ),
         Entry(
             DifficultyAdaptiveRollouts,
             {"n": 2, "preflight": 4},
             {"n": 0},
+            refuses=FSDP1,
             module=Answering,
             manual=ManualAnswering,
         ),
-        Entry(ExactResume),
+        Entry(ExactResume, refuses=ONE_LOADER),
         Entry(
             GlobalBatchLoadBalancing,
             {"buffer": "warm"},
@@ -143,13 +158,13 @@ CALLBACKS = {
             module=Routed,
             manual=ManualRouted,
         ),
-        Entry(HardBatchTraining, sampler=HardBatchSampler, refuses=("manual", "overfit_batches"), waits=1),
+        Entry(HardBatchTraining, sampler=HardBatchSampler, refuses=NOT_OF_HARD_BATCHES, waits=1),
         Entry(
             InstanceSelection,
             {"index": EVERY_SECOND},
             {"every_n_epochs": 0},
             candidates=2,
-            refuses=("overfit_batches",),
+            refuses={**ONE_LOADER, "overfit_batches": "overfit_batches"},
         ),
         Entry(RunMeter, {"path": "run.json"}),
         Entry(SampleRecord, records=True),

@@ -8,14 +8,17 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import curation.callbacks
+import lightning.pytorch.callbacks
 import pytest
 import torch
 import yaml
 from helpers import Classifier, Watch, assert_same_weights, loader, trainer, weights
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
-from contract import worker
+from contract import strategies, worker
+from contract.kinds import KINDS
 from contract.registry import CALLBACKS, NOT_CALLBACKS, write_tags
 
 every = pytest.mark.parametrize("entry", CALLBACKS.values(), ids=CALLBACKS)
@@ -151,30 +154,33 @@ def test_nothing_is_left_behind(entry, fails):
 
 
 @every
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"barebones": True, "logger": None, "log_every_n_steps": None, "enable_checkpointing": None},
-        {"fast_dev_run": 3},
-        {"accumulate_grad_batches": 3},
-        {"precision": "bf16-mixed"},
-        {"overfit_batches": 2},
-        {"manual": True},
-    ],
-    ids=lambda o: next(iter(o)),
-)
-def test_works_in_every_kind_of_run(entry, options):
-    kind, options = next(iter(options)), dict(options)
-    module = (entry.manual if options.pop("manual", False) else entry.module)()
-    if options.get("barebones"):
-        options = {**options, "enable_progress_bar": None, "enable_model_summary": None}
-    run = trainer(*entry.in_trainer(), **options)
-    if kind in entry.refuses:
-        with pytest.raises((TypeError, ValueError), match=f"{kind}|must return its loss"):
-            run.fit(module, entry.loader())
+@pytest.mark.parametrize("kind", KINDS)
+def test_works_in_every_kind_of_run_or_says_why_not(entry, kind):
+    if kind == "ema" and not hasattr(lightning.pytorch.callbacks, "EMAWeightAveraging"):
+        pytest.skip("Lightning has had it since 2.6")
+    how, refusal = KINDS[kind], entry.refusal(kind)
+    module = how.module(entry)
+    run = trainer(*entry.in_trainer(), *how.callbacks(), **how.trainer_options())
+    if refusal is not None:
+        with pytest.raises((TypeError, ValueError), match=refusal):
+            run.fit(module, how.loader(entry))
         return
-    run.fit(module, entry.loader())
-    assert set(module.seen) == {2 if entry.curates else 8}
+    run.fit(module, how.loader(entry))
+    assert how.seen(module) == {2 if entry.curates else 8}
+
+
+@pytest.mark.parametrize(
+    ("entry", "strategy"),
+    [(e, s) for s in ("fsdp1", "deepspeed") for e in CALLBACKS.values() if e.refusal(s)],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_strategies_that_were_never_tried_are_refused(entry, strategy):
+    cls = {"fsdp1": FSDPStrategy, "deepspeed": DeepSpeedStrategy}[strategy]
+    run = trainer(*entry.in_trainer())
+    run._accelerator_connector.strategy = object.__new__(cls)  # neither starts without a GPU
+    *_, refuses = entry.in_trainer()  # records stand beside a selection
+    with pytest.raises(TypeError, match=entry.refusal(strategy)):
+        refuses.setup(run, entry.module(), "fit")
 
 
 @every
@@ -192,11 +198,17 @@ def test_validation_is_never_curated(entry):
     assert module.seen_in_validation == 8
 
 
+def asked_for(request, fixture, names):
+    """Those of the names whose tests were selected to run."""
+    nodes = " ".join(item.name for item in request.session.items if fixture in item.fixturenames)
+    return [name for name in names if name in nodes]
+
+
 @pytest.fixture(scope="module")
-def killed_and_whole(processes, tmp_path_factory):
+def killed_and_whole(request, processes, tmp_path_factory):
     """Every entry, with and without workers: killed at step 12 of 24 and resumed from step 10, and never killed."""
     results = {}
-    for name in CALLBACKS:
+    for name in asked_for(request, "killed_and_whole", CALLBACKS):
         for workers in (0, 2):
             folder = tmp_path_factory.mktemp(f"{name}-{workers}")
             # Daemons may have no children, and a loader with workers has some.
@@ -226,12 +238,13 @@ def test_a_run_killed_mid_epoch_resumes_bit_for_bit(killed_and_whole, name, work
 
 
 @pytest.fixture(scope="module")
-def two_ranks(processes, tmp_path_factory):
+def two_ranks(request, processes, tmp_path_factory):
+    names = asked_for(request, "two_ranks", CALLBACKS)
     folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    ranks = [processes.Process(target=worker.two_ranks, args=(r, port, folder)) for r in (0, 1)]
+    ranks = [processes.Process(target=worker.two_ranks, args=(r, port, folder, names)) for r in (0, 1)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
@@ -250,6 +263,16 @@ def test_two_ranks_select_what_one_process_selects(two_ranks, name, strategy):
             torch.testing.assert_close(got["weights"][key], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", [e.name for e in CALLBACKS.values() if e not in worker.OF_BATCHES])
+def test_sharded_weights_are_trained_as_whole_ones(two_ranks, name):
+    for rank in (0, 1):
+        whole, sharded = (torch.load(two_ranks / f"{name}-{how}-{rank}.pt")["weights"] for how in ("ddp", "fsdp2"))
+        before = CALLBACKS[name].module().state_dict()
+        for key, _ in CALLBACKS[name].module().named_parameters():
+            torch.testing.assert_close(sharded[key], whole[key], rtol=1e-5, atol=1e-6)
+            assert not torch.equal(whole[key], before[key]), key
+
+
 @each_selection
 def test_ranks_agree_on_the_state_and_on_what_is_logged(two_ranks, entry):
     name = entry.cls.__name__
@@ -261,3 +284,7 @@ def test_ranks_agree_on_the_state_and_on_what_is_logged(two_ranks, entry):
     ):
         assert one["logged"][key] == other["logged"][key]
     assert one["logged"]["curation/samples_trained"] == sum(len(b) for run in (one, other) for b in run["rows"])
+
+
+def test_the_published_matrix_is_that_of_this_suite():
+    assert strategies.PAGE.read_text() == strategies.page()

@@ -55,6 +55,12 @@ def test_trains_in_every_precision(entry, precision):
     assert all(value.isfinite().all() for value in module.state_dict().values())
 
 
+@pytest.mark.parametrize("entry", [e for e in CALLBACKS.values() if not e.refusal("fsdp1")], ids=lambda e: e.name)
+def test_trains_under_fsdp1(entry):
+    _, module = run(entry.loader(), *entry.in_trainer(), module=entry.module, strategy="fsdp")
+    assert set(module.seen) == {8}
+
+
 @every
 def test_the_host_waits_no_more_often_than_without(entry):
     plain, _ = run(loader(ids=False), module=entry.module)

@@ -22,7 +22,7 @@ from contract.registry import CALLBACKS, write_tags
 from curation.records.ledger import Ledger
 from curation.samplers.hard_batches import HardBatchSampler
 
-# Of these two ranks are tested here; the others have tests of their own.
+# Of these two ranks are compared with one process here; of the others, in tests of their own.
 OF_BATCHES = [entry for entry in CALLBACKS.values() if entry.module is Classifier]
 LR = 0.01  # the products with a trained head are 100 batches old at most; the twin's are new
 
@@ -100,38 +100,53 @@ class Sharded(LanguageModel):
             fully_shard(part, mesh=mesh)
 
 
+def sharded(module: type[Classifier]) -> type[Classifier]:
+    class ShardedClassifier(module):  # type: ignore[misc, valid-type]
+        def configure_model(self) -> None:
+            for part in (self.net[-2], self.net):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+    return ShardedClassifier
+
+
 def short_on_rank_one(samples):
     """The last batch has 3 rows on rank 0 and 1 on rank 1, fewer than k."""
     return default_collate(samples[:1] if len(samples) < 8 and os.environ.get("RANK") == "1" else samples)
 
 
-def two_ranks(rank: int, port: int, folder: Path) -> None:
-    """Every entry once, on one of two gloo ranks."""
+def two_ranks(rank: int, port: int, folder: Path, names: list[str]) -> None:
+    """The entries of these names once, on one of two gloo ranks."""
     torch.set_num_threads(1)
     os.environ.update(
         TORCHELASTIC_RUN_ID="contract", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
         GROUP_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
-    for entry in OF_BATCHES:
-        name = entry.name
+    for name in names:
+        entry = CALLBACKS[name]
         for strategy in ("ddp", "fsdp2"):
             seed_everything(7, verbose=False)  # the seed of Lightning's distributed sampler too
-            kept, module = KeptRows(), (LanguageModel if strategy == "ddp" else Sharded)(lr=LR)
+            kept = KeptRows()
             resumer = [] if entry.cls is ExactResume else [ExactResume()]
             how = strategy if strategy == "ddp" else ModelParallelStrategy(2, 1)
             here = folder / f"{name}-{strategy}"
             here.mkdir(exist_ok=True)
             os.chdir(here)
-            write_tags(2 * 19)
+            if entry in OF_BATCHES:
+                write_tags(2 * 19)
+                module = (LanguageModel if strategy == "ddp" else Sharded)(lr=LR)
+                batches = entry.loader(texts(2 * 19), collate_fn=short_on_rank_one)
+            else:
+                module = (entry.module if strategy == "ddp" else sharded(entry.module))()
+                batches = entry.loader()
             how_long = {"max_epochs": 2, "logger": CSVLogger(here)}
             run = trainer(*entry.in_trainer(), *resumer, kept, strategy=how, devices=2, **how_long)
-            run.fit(module, entry.loader(texts(2 * 19), collate_fn=short_on_rank_one))
+            run.fit(module, batches)
             if rank == 1:
                 torch.distributed.barrier()
             states = _states(run)  # one rank at a time: a collective in `state_dict` would meet the barrier
             if rank == 0:
                 torch.distributed.barrier()
-            weights = {k: v.full_tensor() if strategy == "fsdp2" else v for k, v in module.state_dict().items()}
+            weights = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in module.state_dict().items()}
             logged = dict(run.callback_metrics)
             result = {"rows": kept.rows, "weights": weights, "callbacks": states, "logged": logged}
             torch.save(result, folder / f"{name}-{strategy}-{rank}.pt")

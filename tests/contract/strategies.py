@@ -1,0 +1,77 @@
+"""Writes docs/strategies.md from what is registered: ``PYTHONPATH=tests python -m contract.strategies``."""
+
+from pathlib import Path
+
+from contract.kinds import KINDS
+from contract.registry import CALLBACKS, Entry
+
+PAGE = Path(__file__).parents[2] / "docs/strategies.md"
+SUITE = "tests/contract/test_contract.py"
+STRATEGIES = {
+    "ddp": "DDP, two processes",
+    "fsdp2": "FSDP2 (`ModelParallelStrategy`), two processes",
+    "fsdp1": "FSDP1 (`FSDPStrategy`)",
+    "deepspeed": "DeepSpeed",
+}
+HEAD = f"""# Strategies
+
+Every callback is tried in every kind of run below, by one suite that knows nothing of the callbacks (`{SUITE}`);
+this page is written from its tables, and a test fails where it differs. Samplers are tried with the callback that
+counts their batches: `ConceptAwareSampler` with `ConceptCoverageMonitor`, `HardBatchSampler` with
+`HardBatchTraining`, `SubsetSampler` with `InstanceSelection`.
+
+- **yes**: a test trains in that way and checks what was trained on.
+- **no**: refused with an error that says why, before the first step (what a `training_step` returns: after it), and
+  a test checks that.
+- **GPU**: the test needs one (`pytest -m gpu`), and has not run yet.
+
+"""
+FOOT = f"""
+The tests of a cell are `{SUITE}::test_works_in_every_kind_of_run_or_says_why_not[ROW-CALLBACK]`, with the name in the
+first column; of two processes `test_two_ranks_select_what_one_process_selects` (rows and weights equal to those of
+one process) and `test_sharded_weights_are_trained_as_whole_ones`; of strategies that are refused
+`test_strategies_that_were_never_tried_are_refused`; of FSDP1 `tests/contract/test_gpu.py::test_trains_under_fsdp1`.
+Every callback, of whatever column, is also killed and resumed, with and without workers of the loader
+(`test_a_run_killed_mid_epoch_resumes_bit_for_bit`), tried with W&B offline, and on a GPU in fp32, bf16-mixed and
+16-mixed (`tests/contract/test_gpu.py`). The suite runs with the versions of `constraints.txt`, and with the oldest
+and the newest torch and Lightning that can be installed (`make test-versions`).
+
+What some of them do not do, whatever the run:
+
+- Rows that pack several sequences cannot be scored, and are refused (`tests/test_scoring.py`); `UniformSelection`
+  does not look into them.
+- `InstanceSelection(layer=...)` is refused under FSDP1; `GlobalBatchLoadBalancing` with `buffer="deferred"` or
+  `"prepass"` under FSDP1 and FSDP2, where gradients are not whole, and `"prepass"` with manual optimization.
+- `PolicyModule`, of the recipes, is for one device and DDP.
+- Compiled with `aot_eager`. A compiled `LightningModule` must not compile `self.log` (`torch.compiler.disable`):
+  Lightning 2.6 itself cannot.
+- Tensor and pipeline parallelism are not supported.
+"""
+
+
+def outcome(entry: Entry, kind: str) -> str:
+    if entry.refusal(kind):
+        return "no"
+    return "GPU" if kind == "fsdp1" else "yes"
+
+
+def table() -> str:
+    rows = {kind: how.title for kind, how in KINDS.items()} | STRATEGIES
+    columns: dict[tuple[str, ...], list[str]] = {}
+    for entry in CALLBACKS.values():
+        names = columns.setdefault(tuple(outcome(entry, kind) for kind in rows), [])
+        if entry.cls.__name__ not in names:
+            names.append(entry.cls.__name__)
+    heads = ["<br>".join(f"`{name}`" for name in names) for names in columns.values()]
+    lines = [f"| | kind of run | {' | '.join(heads)} |", "|" + "---|" * (len(heads) + 2)]
+    for kind, title, *cells in zip(rows, rows.values(), *columns, strict=True):
+        lines.append(f"| `{kind}` | {title} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def page() -> str:
+    return HEAD + table() + FOOT
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
