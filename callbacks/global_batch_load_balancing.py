@@ -1,18 +1,14 @@
 """A load-balancing loss over all tokens that an update is made of, for any mixture of experts."""
 
-import copy
-import itertools
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from curation.callbacks.look_ahead import LookAhead
-from curation.callbacks.online_selection import OnlineSelection
+from curation.callbacks.look_ahead import StepsAhead
 from curation.callbacks.router_listener import Heard, Layer, RouterListener, stacked
-from curation.callbacks.seam import BatchSeam, SeamClient, check_training_step
+from curation.callbacks.seam import refuse_strategies
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -22,8 +18,6 @@ from torch.utils._pytree import tree_map_only
 
 from curation.experts import load_balancing as lb
 from curation.experts.routers import Router, find_routers, selection_bias
-from curation.replace import replace_attribute
-from curation.scoring import side_effect_free
 
 OPTIONS = {
     "scope": ("micro", "sequence", "rank", "global"),
@@ -32,7 +26,7 @@ OPTIONS = {
 }
 
 
-class GlobalBatchLoadBalancing(Callback, SeamClient):
+class GlobalBatchLoadBalancing(Callback):
     """Adds a load-balancing loss whose shares are those of all tokens between two steps of the optimizer.
 
     For each router ``E sum_i f_i P_i`` is added to the loss of every micro-batch, ``f`` over the micro-batches of all
@@ -119,8 +113,7 @@ class GlobalBatchLoadBalancing(Callback, SeamClient):
         self.own = lb.Window()  # of this one
         self._kept: list[Heard] = []  # in the window, for the exact gradients
         self._left = 0.0  # micro-batches of the epoch after this one
-        self._trainer: Trainer | None = None
-        self._ahead: LookAhead | None = None
+        self._ahead: StepsAhead | None = None
         self._exact: tuple[Tensor, int] | None = None  # counts of the window, and its micro-batches, known beforehand
         self._logged: dict[str, Tensor] = {}
 
@@ -129,6 +122,7 @@ class GlobalBatchLoadBalancing(Callback, SeamClient):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit."""
         if stage == "fit":
+            refuse_strategies(trainer, self)
             self._state = None
             self._reset()
 
@@ -152,9 +146,7 @@ class GlobalBatchLoadBalancing(Callback, SeamClient):
                 f"{type(trainer.strategy).__name__}."
             )
         if self.buffer == "prepass":
-            self._check_that_steps_can_be_tried(trainer, pl_module)
-            self._trainer = trainer
-            BatchSeam.attach(trainer, self)  # now, so that those who need the loader itself have had it
+            self._ahead = StepsAhead(trainer, pl_module)  # now, so that those who need the loader itself have had it
         self._listener = RouterListener(self.found, self.scope == "sequence", self.z_coefficient > 0)
         rank_zero_info(
             f"GlobalBatchLoadBalancing: {len(self.found)} routers, {self.found[0].name} to {self.found[-1].name}."
@@ -182,7 +174,7 @@ class GlobalBatchLoadBalancing(Callback, SeamClient):
         listener.begin(not trainer.fit_loop._skip_backward)
         self._left = trainer.num_training_batches - batch_idx - 1
         if self.buffer == "prepass" and self.window.closed and listener.open:
-            self._exact = self._try(trainer, pl_module, batch, batch_idx)
+            self._exact = self._try(trainer, batch, batch_idx)
         listener.mask = self._mask_of(batch)
 
     def _listening(self) -> RouterListener:
@@ -199,57 +191,20 @@ class GlobalBatchLoadBalancing(Callback, SeamClient):
         length = trainer.accumulate_grad_batches if pl_module.automatic_optimization else self.accumulate
         return length, int(min(length, (0 if self.window.closed else self.window.size) + 1 + self._left))
 
-    # ------------------------------------------------------------------ a pass before the window
-
-    def _check_that_steps_can_be_tried(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        check_training_step(pl_module)
-        if not pl_module.automatic_optimization:
-            raise ValueError("Argument `buffer` must not be 'prepass' where the module optimizes by hand.")
-        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-            raise ValueError(f"Argument `buffer` must not be 'prepass' with {type(trainer.strategy).__name__}.")
-        others = [type(c).__name__ for c in trainer.callbacks if isinstance(c, OnlineSelection)]  # type: ignore[attr-defined]
-        if others:
-            raise ValueError(f"Argument `buffer` must not be 'prepass' beside {others[0]}, which changes batches.")
-
-    def watch(self, dataloader: Any) -> Any:
-        """Have the batches of a window at its beginning."""
-        trainer = self._trainer
-        assert trainer is not None
-        loader = dataloader.loader if isinstance(dataloader, LookAhead) else dataloader
-        if hasattr(loader, "state_dict"):
-            raise ValueError(f"Argument `buffer` must not be 'prepass' with a stateful {type(loader).__name__}.")
-        loop = trainer.fit_loop
-        self._ahead = LookAhead(loader, lambda: 0 if loop._skip_backward else trainer.accumulate_grad_batches - 1)
-        return self._ahead
-
-    def _try(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> tuple[Tensor, int]:
-        """Count the choices of a window without gradients and without a trace."""
-        seam, listener, loop = BatchSeam.of(trainer), self._listening(), trainer.fit_loop
+    def _try(self, trainer: Trainer, batch: Any, batch_idx: int) -> tuple[Tensor, int]:
+        """Count the choices of a window before it."""
+        listener, total = self._listening(), torch.zeros((), dtype=torch.int64)
         assert self._ahead is not None
-        queue = self._ahead.queue
-        if trainer.train_dataloader is not self._ahead:
-            raise ValueError("Argument `buffer` must not be 'prepass' with several data loaders.")
-        assert seam is not None
-        assert loop._data_fetcher is not None
-        if loop._data_fetcher.length is None:
-            raise ValueError("Argument `buffer` must not be 'prepass' with a data loader that has no length.")
-        _, coming = self._length(trainer, pl_module)
-        quiet = [replace_attribute(pl_module, name, lambda *_, **__: None) for name in ("log", "log_dict")]
+        _, coming = self._length(trainer, trainer.lightning_module)
         listener.trying = True
         try:
-            total: Any = 0
-            for i, other in enumerate([None, *itertools.islice(queue, coming - 1)]):
-                with side_effect_free(pl_module), trainer.precision_plugin.train_step_context():
-                    one = copy.copy(batch) if other is None else seam.transfer(other)
-                    listener.mask = self._mask_of(one)
-                    named = loop.epoch_loop._build_kwargs(OrderedDict(), one, batch_idx + i)
-                    pl_module.training_step(*named.values())
-                    total = total + stacked(listener.layers(listener.take()))
+            for tried, one in enumerate(self._ahead.steps(batch, batch_idx, coming), 1):
+                listener.mask = self._mask_of(one)
+                counts = stacked(listener.layers(listener.take()))
+                total = counts if tried == 1 else total + counts
         finally:
             listener.trying = False
-            for undo in quiet:
-                undo()
-        return _sum(total), i + 1
+        return _sum(total), tried
 
     # ------------------------------------------------------------------ the loss
 
@@ -346,6 +301,8 @@ class GlobalBatchLoadBalancing(Callback, SeamClient):
             args, named = tree_map_only(Tensor, partial(_alike, parameters[kept.router][0]), kept.inputs)
             with torch.autocast(exact.device.type, enabled=False):
                 logits, _ = router.read(router.module(*args, **named))
+                if kept.mask is not None:
+                    logits = logits.masked_fill(~kept.mask[:, None], 0)
                 p = lb.probabilities(logits, self._listening().scores[kept.router])
                 p = p if kept.mask is None else p * kept.mask[:, None]
                 lost[kept.router] = lost.get(kept.router, 0) + (p * (exact - kept.pull)).sum()
@@ -397,8 +354,9 @@ class GlobalBatchLoadBalancing(Callback, SeamClient):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Listen no longer."""
-        BatchSeam.detach(trainer, self)
-        self._trainer = self._ahead = None
+        if self._ahead is not None:
+            self._ahead.teardown(trainer, pl_module, stage)
+            self._ahead = None
         self.found = []
         if self._listener is not None:
             self._listener.remove()

@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 from curation.callbacks.seam import BatchSeam, SeamClient, check_one_loader
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from curation.samplers.hard_batches import HardBatchSampler
 
 
-class HardBatchTraining(Callback, SeamClient):
+class HardBatchTraining(SeamClient):
     """Tells a :class:`~curation.samplers.hard_batches.HardBatchSampler` the loss of every mini-batch.
 
     The loss is what ``training_step`` returned, before the update, averaged over processes. Saves the sampler's state
@@ -83,14 +83,6 @@ class HardBatchTraining(Callback, SeamClient):
         """Count an epoch that ended without its last batch, because a hook asked for it."""
         if self.sampler is not None:
             self.sampler.end_epoch()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove the seam."""
-        BatchSeam.detach(trainer, self)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """As :meth:`teardown`, which Lightning does not call then."""
-        self.teardown(trainer, pl_module, "")
 
     def state_dict(self) -> dict[str, Any]:
         """That of the sampler, the same on every rank."""

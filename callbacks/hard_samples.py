@@ -168,7 +168,7 @@ class HardSampleSelection(OnlineSelection):
             return successive_sample(log_weights, k, uniform), None
         if self.rule == "cdf":
             pool = torch.cat([self.pool.to(scores), scores])
-            beta = 1 / self.keep - 1 if self.beta is None else self.beta
+            beta = min(1 / self.keep - 1, 1e6) if self.beta is None else self.beta
             return pareto_sample(cdf_power(scores, pool, beta), k, uniform), None
         # The loss of sequences is a mean over positions, to which a longer one adds more.
         lengths = torch.ones_like(scores) if self._lengths is None else self._lengths

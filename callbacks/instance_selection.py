@@ -12,7 +12,7 @@ from curation.callbacks.embed import flat, inputs_and_labels, row_vectors
 from curation.callbacks.online_selection import logs_now
 from curation.callbacks.seam import BatchSeam, SeamClient, check_one_loader, refuse_strategies
 from curation.callbacks.subset_loader import draw_from_subset, warn_of_other_data
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
@@ -36,7 +36,7 @@ LOADER_OPTIONS = (
 T = TypeVar("T")
 
 
-class InstanceSelection(Callback, SeamClient):
+class InstanceSelection(SeamClient):
     """Trains on a part of the training samples: those of an index file, or those that a selector keeps.
 
     In the place of the data loader a copy of it draws from a :class:`~curation.samplers.subset.SubsetSampler`,
@@ -305,12 +305,8 @@ class InstanceSelection(Callback, SeamClient):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the strategy and the data loader as they were."""
-        BatchSeam.detach(trainer, self)
+        super().teardown(trainer, pl_module, stage)
         self._leave()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """As :meth:`teardown`, which Lightning does not call then."""
-        self.teardown(trainer, pl_module, "")
 
     def state_dict(self) -> dict[str, Any]:
         """What is kept, the same on every rank."""

@@ -18,7 +18,7 @@ from curation.callbacks.seam import (
     refuse_strategies,
     warn_of_mixing,
 )
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -43,7 +43,7 @@ IN_PROGRESS_BAR = ("candidate_loss", "samples_trained")
 PER_PROCESS = ("samples_scored", "samples_trained")
 
 
-class OnlineSelection(Callback, SeamClient, ABC):
+class OnlineSelection(SeamClient, ABC):
     """Trains on ``k = round(keep * B)`` rows of every candidate batch of ``B`` rows.
 
     A rule overrides :meth:`score`, :meth:`choose` where it does not keep the highest scores, and :meth:`on_kept`
@@ -256,7 +256,7 @@ class OnlineSelection(Callback, SeamClient, ABC):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the seam."""
-        BatchSeam.detach(trainer, self)
+        super().teardown(trainer, pl_module, stage)
         self._route = None  # it holds the module
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

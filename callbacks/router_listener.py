@@ -156,7 +156,10 @@ class RouterListener:
             for one in passes:
                 logits, indices = router.read(one.output)
                 mask = one.mask = self._counted(router, len(logits))
-                p = lb.probabilities(logits, self._kind(i, logits))
+                kind = self._kind(i, logits, mask)
+                if mask is not None:  # padding may be NaN, which 0 times it is too
+                    logits = logits.masked_fill(~mask[:, None], 0)
+                p = lb.probabilities(logits, kind)
                 n = mask.sum() if mask is not None else torch.full((), len(p), device=p.device)
                 counts.append(lb.expert_counts(indices, p.size(1), mask))
                 tokens.append(n)
@@ -187,10 +190,11 @@ class RouterListener:
             )
         return lb.sequence_loss(p, indices, len(self.mask), mask)
 
-    def _kind(self, i: int, logits: Tensor) -> Scores:
+    def _kind(self, i: int, logits: Tensor, mask: Tensor | None) -> Scores:
         """How the router's logits become probabilities: not at all, where it puts out probabilities."""
         if i not in self.scores:  # once: the host waits for it
             rows = logits.detach().float()
+            rows = rows if mask is None or not mask.any() else rows[mask]
             sure = (rows >= 0).all() & ((rows.sum(-1) - 1).abs() < 1e-2).all()
             self.scores[i] = "none" if bool(sure) else self.routers[i].scores
         return self.scores[i]

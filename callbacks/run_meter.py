@@ -11,13 +11,13 @@ import torch
 from curation.callbacks.instance_selection import InstanceSelection
 from curation.callbacks.online_selection import OnlineSelection, wait_for
 from curation.callbacks.seam import BatchSeam, SeamClient
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from curation.batch import batch_size
 
 
-class RunMeter(Callback, SeamClient):
+class RunMeter(SeamClient):
     """Writes costs and metrics at every validation to a JSON file, and ends the fit when its budget is spent.
 
     Evaluation is off the clock; selection, loading and logging are on it. When the budget is spent Lightning
@@ -74,13 +74,9 @@ class RunMeter(Callback, SeamClient):
         BatchSeam.attach(trainer, self)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove the seam."""
-        BatchSeam.detach(trainer, self)
+        """Remove the seam; after an exception the file stays as it was at the last validation."""
+        super().teardown(trainer, pl_module, stage)
         self._stop_counting()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the seam; the file stays as it was at the last validation."""
-        self.teardown(trainer, pl_module, "")
 
     # ------------------------------------------------------------------ cost
 

@@ -8,7 +8,7 @@ as soon as a DataModule overrides them. What every route passes through is ``str
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -19,8 +19,8 @@ from curation.batch import batch_size, split_sample_ids
 from curation.replace import replace_attribute
 
 
-class SeamClient:
-    """What the seam asks of a callback, in its order in the trainer."""
+class SeamClient(Callback):
+    """What the seam asks of a callback, in the order of the trainer; it attaches itself, and leaves at the end."""
 
     def before_transfer(self) -> None:
         """Called before a batch that is to be trained on is transferred."""
@@ -34,6 +34,14 @@ class SeamClient:
     def curate(self, trainer: Trainer, pl_module: LightningModule, batch: Any, sample_ids: Tensor | None) -> Any:
         """The batch to train on, given the candidate batch on the device and its sample ids."""
         return batch
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove the seam."""
+        BatchSeam.detach(trainer, self)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """As :meth:`teardown`, which Lightning does not call then."""
+        self.teardown(trainer, pl_module, "")
 
 
 class BatchSeam:

@@ -168,7 +168,7 @@ def test_rubbish_is_named():
         (ConceptCoverageMonitor("missing.arrow"), loader(), ValueError, "must name a file, .*missing"),
         (ConceptCoverageMonitor([["a"]]), loader(), TypeError, "must be a ConceptIndex or a file, but got list"),
         (ConceptCoverageMonitor(), loader(small), ValueError, "the `batch_size` of its sampler, 4, but has 8"),
-        (ConceptCoverageMonitor(concepts()), [loader(), loader()], TypeError, "need one training `DataLoader`"),
+        (ConceptCoverageMonitor(concepts()), [loader(), loader()], TypeError, "needs one training data loader"),
         (ConceptAwareSelection(0.5), loader(), ValueError, "Argument `concepts` must be given where the data module"),
         (ConceptAwareSelection(0.5, few), loader(), ValueError, "a row for each of the 64 samples, but got 2"),
         (ConceptAwareSelection(0.5, concepts(), targets={"x": 1.0}), loader(), ValueError, "`targets` must name"),
