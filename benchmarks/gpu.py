@@ -39,7 +39,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from curation.batch import SampleIds
 from curation.instances import hashing
 from curation.instances.selectors import CoverageInstanceSelector, GraphAttentionInstanceSelector
-from curation.online.utility_diversity import gram_of_head, nuclear_norm_from_hidden
+from curation.online.nuclear_norm import gram_of_head, nuclear_norm_from_hidden
 from curation.samplers.concept_index import ConceptIndex
 
 CANDIDATES, KEEP, TOKENS, SAMPLES, WORDS = 64, 0.25, 512, 2048, 32_000

@@ -19,13 +19,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from curation.online.utility_diversity import (
-    LengthTrend,
-    UtilityDiversityScorer,
-    gram_of_head,
-    nuclear_norm,
-    nuclear_norm_from_hidden,
-)
+from curation.online.nuclear_norm import gram_of_head, nuclear_norm, nuclear_norm_from_hidden
+from curation.online.utility_diversity import LengthTrend, UtilityDiversityScorer
 from curation.scoring import IGNORED
 
 HIDDEN = 576

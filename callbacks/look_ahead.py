@@ -97,10 +97,10 @@ class StepsAhead(SeamClient):
         """Batches of which the training step has just run: ``batch``, and the ``count - 1`` after it."""
         trainer, loader, seam = self.trainer, self.loader, BatchSeam.of(self.trainer)
         loop, module = trainer.fit_loop, trainer.lightning_module
-        assert loader is not None
-        assert seam is not None
         if trainer.train_dataloader is not loader:
             raise ValueError("Argument `buffer` must not be 'prepass' with several data loaders.")
+        assert loader is not None
+        assert seam is not None
         assert loop._data_fetcher is not None
         if loop._data_fetcher.length is None:
             raise ValueError("Argument `buffer` must not be 'prepass' with a data loader that has no length.")

@@ -6,16 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twins import slow_length_trend
 
-from curation.online.utility_diversity import (
-    LengthTrend,
-    UtilityDiversityScorer,
-    _root,
+from curation.online.nuclear_norm import (
     gram_of_head,
     nuclear_norm,
     nuclear_norm_from_hidden,
+    root_of,
     sum_of_singular_values,
-    utility_diversity,
 )
+from curation.online.utility_diversity import LengthTrend, UtilityDiversityScorer, utility_diversity
 
 
 def slow_nuclear_norm(logits, mask=None):
@@ -111,12 +109,12 @@ def test_products_alone_by_the_head_and_what_is_not_finite():
     weight[:, 1] = weight[:, 2]  # indefinite but for the shift
     gram = gram_of_head(weight, dtype=torch.float64)
     expected = slow_nuclear_norm(hidden.double() @ weight.double().T)
-    got = sum_of_singular_values(hidden @ _root(gram))
+    got = sum_of_singular_values(hidden @ root_of(gram))
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=0)
     hidden[0] = 0
     hidden[1, 3, 3] = torch.nan
     hidden[2, 3, 3] = torch.inf
-    assert [str(v) for v in sum_of_singular_values(hidden @ _root(gram)).tolist()] == ["0.0", "nan", "nan"]
+    assert [str(v) for v in sum_of_singular_values(hidden @ root_of(gram)).tolist()] == ["0.0", "nan", "nan"]
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
@@ -128,11 +126,11 @@ def test_products_alone_at_extreme_scales(scale):
 def test_the_root_of_a_product_that_rounding_made_indefinite():
     weight = torch.randn(300, 24, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -5, 24)
     gram = gram_of_head(weight) - 1e-6 * torch.eye(24)
-    root = _root(gram)
+    root = root_of(gram)
     assert torch.linalg.eigvalsh(gram.double()).min() < 0
     torch.testing.assert_close(root @ root.T, gram, rtol=0, atol=1e-4)
     gram[0, 0] = torch.nan
-    assert _root(gram).isnan().all()
+    assert root_of(gram).isnan().all()
 
 
 @pytest.mark.gpu
