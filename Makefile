@@ -32,9 +32,9 @@ wheel: .venv/ready
 	$(PY) -m build --wheel --no-isolation . > /dev/null
 	rm -rf build
 
-# The documentation, in site/: open site/index.html. Nothing is fetched.
+# The documentation, in site/: open site/index.html. Nothing is fetched. (With --quiet, --strict would count no warnings.)
 docs: .venv/ready
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 # The pages, pictures and tables of docs/results/ from the JSON there.
 results: .venv/ready

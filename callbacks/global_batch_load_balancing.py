@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
+from curation import rng
 from curation.experts import load_balancing as lb
 from curation.experts.routers import Router, find_routers, selection_bias
 
@@ -115,6 +116,7 @@ class GlobalBatchLoadBalancing(Callback):
         self._left = 0.0  # micro-batches of the epoch after this one
         self._ahead: StepsAhead | None = None
         self._exact: tuple[Tensor, int] | None = None  # counts of the window, and its micro-batches, known beforehand
+        self._ending: list[Any] = []  # the optimizers that have routers
         self._logged: dict[str, Tensor] = {}
 
     # ------------------------------------------------------------------ the routers
@@ -147,13 +149,22 @@ class GlobalBatchLoadBalancing(Callback):
             )
         if self.buffer == "prepass":
             self._ahead = StepsAhead(trainer, pl_module)  # now, so that those who need the loader itself have had it
-        self._listener = RouterListener(self.found, self.scope == "sequence", self.z_coefficient > 0)
+        self._listener = RouterListener(
+            self.found, self.buffer == "deferred", self.scope == "sequence", self.z_coefficient > 0
+        )
         rank_zero_info(
             f"GlobalBatchLoadBalancing: {len(self.found)} routers, {self.found[0].name} to {self.found[-1].name}."
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on in the window of a checkpoint."""
+        """Know which optimizers end a window; go on in that of a checkpoint."""
+        # Whether or not it is their turn: `toggle_optimizer` freezes what is not.
+        ours = {id(p) for router in self.found for p in router.module.parameters()}
+        self._ending = [
+            optimizer
+            for optimizer in trainer.optimizers
+            if any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
+        ]
         for router in self.found if self.bias_rate else []:
             bias = selection_bias(router)
             if bias is not None and (bias.dtype != torch.float32 or isinstance(bias, DTensor) or not bias.numel()):
@@ -164,6 +175,7 @@ class GlobalBatchLoadBalancing(Callback):
         if self._state is not None:
             device = trainer.strategy.root_device
             self.window.load_state_dict(self._state["window"], device)
+            self.own.load_state_dict(self._state["own"], device)
             exact = self._state["exact"]
             self._exact = None if exact is None else (exact[0].to(device), exact[1])
             self._state = None
@@ -204,7 +216,7 @@ class GlobalBatchLoadBalancing(Callback):
                 total = counts if tried == 1 else total + counts
         finally:
             listener.trying = False
-        return _sum(total), tried
+        return _sum(trainer, total), tried
 
     # ------------------------------------------------------------------ the loss
 
@@ -225,7 +237,7 @@ class GlobalBatchLoadBalancing(Callback):
     def _added(self, trainer: Trainer, pl_module: LightningModule, heard: list[Heard]) -> Tensor:
         layers = self._listening().layers(heard)
         counts = stacked(layers)
-        of_all = _sum(counts.clone())
+        of_all = _sum(trainer, counts.clone())
         length, coming = self._length(trainer, pl_module)
         f = self.window.add(of_all, coming)
         weight = trainer.world_size * counts[:, -1] / of_all[:, -1].clamp(min=1)
@@ -267,8 +279,7 @@ class GlobalBatchLoadBalancing(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Correct the gradients of routers, and end the window, if this is the optimizer of routers."""
-        ours = {id(p) for router in self.found for p in router.module.parameters() if p.requires_grad}
-        if ours and not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+        if self._ending and not any(optimizer is one for one in self._ending):
             return
         if self._kept:
             listener = self._listening()
@@ -276,7 +287,8 @@ class GlobalBatchLoadBalancing(Callback):
             # Optimizers that scale by themselves still have scaled gradients.
             scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
             scaled = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
-            self._correct(trainer, pl_module, scaler.scale if scaled else lambda x: x)
+            with rng.isolated():  # routers may be noisy
+                self._correct(trainer, pl_module, scaler.scale if scaled else lambda x: x)
             listener.backward = False
         self._kept, self._exact = [], None
         if self.bias_rate and not self.window.closed:
@@ -298,6 +310,7 @@ class GlobalBatchLoadBalancing(Callback):
             assert kept.pull is not None
             router, experts = self.found[kept.router], len(kept.pull)
             exact = strength * experts / tokens[kept.router] * f[kept.router, :experts]
+            assert kept.inputs is not None
             args, named = tree_map_only(Tensor, partial(_alike, parameters[kept.router][0]), kept.inputs)
             with torch.autocast(exact.device.type, enabled=False):
                 logits, _ = router.read(router.module(*args, **named))
@@ -311,7 +324,7 @@ class GlobalBatchLoadBalancing(Callback):
             return
         of_each = [torch.ones_like(value) for value in lost.values()]
         found = torch.autograd.grad(list(lost.values()), those, of_each, allow_unused=True, materialize_grads=True)
-        whole = scale(_sum(torch.cat([g.float().flatten() for g in found])) / trainer.world_size)
+        whole = scale(_sum(trainer, torch.cat([g.float().flatten() for g in found])) / trainer.world_size)
         for parameter, part in zip(those, whole.split([p.numel() for p in those]), strict=True):
             gradient = part.view_as(parameter).to(parameter.dtype)
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
@@ -360,7 +373,7 @@ class GlobalBatchLoadBalancing(Callback):
         self.found = []
         if self._listener is not None:
             self._listener.remove()
-        self._listener, self._kept = None, []
+        self._listener, self._kept, self._ending = None, [], []
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """As :meth:`teardown`, which Lightning does not call then."""
@@ -371,16 +384,16 @@ class GlobalBatchLoadBalancing(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The counts of the window, so that a run may be resumed in the middle of one."""
         exact = None if self._exact is None else (self._exact[0].cpu(), self._exact[1])
-        return {"window": self.window.state_dict(), "exact": exact}
+        return {"window": self.window.state_dict(), "own": self.own.state_dict(), "exact": exact}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with them, in a fit."""
         self._state = dict(state_dict)
 
 
-def _sum(values: Tensor) -> Tensor:
+def _sum(trainer: Trainer, values: Tensor) -> Tensor:
     """Over processes, in place; without the barrier of Lightning's own, which would make the host wait."""
-    if dist.is_available() and dist.is_initialized():
+    if trainer.world_size > 1:
         dist.all_reduce(values)
     return values
 

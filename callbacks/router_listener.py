@@ -18,14 +18,14 @@ class Heard:
 
     Attributes:
         router: Its number.
-        inputs: What went in, by position and by name.
+        inputs: What went in, by position and by name, if that is kept.
         output: What came out.
         mask: Which tokens count, bool ``[N]``; None for all.
         pull: By how much each expert's probability of a token is in the loss, fp32 ``[E]``.
     """
 
     router: int
-    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    inputs: tuple[tuple[Any, ...], dict[str, Any]] | None
     output: Any
     mask: Tensor | None = None
     pull: Tensor | None = None
@@ -55,6 +55,7 @@ class RouterListener:
 
     Args:
         routers: To listen to.
+        inputs: Whether what goes in is kept.
         sequences: Whether the loss of sequences is asked for.
         z: Whether the z-loss is.
 
@@ -66,8 +67,9 @@ class RouterListener:
         trying: Whether passes without gradients are kept, too.
     """
 
-    def __init__(self, routers: list[Router], sequences: bool, z: bool) -> None:
+    def __init__(self, routers: list[Router], inputs: bool, sequences: bool, z: bool) -> None:
         self.routers = routers
+        self.inputs = inputs
         self.sequences = sequences
         self.z = z
         self.scores: dict[int, Scores] = {}
@@ -83,8 +85,9 @@ class RouterListener:
     def _hear(self, module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
         # One function for all, and a list on the module: torch.compile makes one graph of layers that are alike.
         if self.open and not self.backward:
-            with_gradient = torch.is_grad_enabled() or self.trying
-            getattr(module, HEARD).append(((inputs, named), output if with_gradient else None))
+            differentiated = torch.is_grad_enabled() or self.trying
+            kept = (inputs, named) if self.inputs and differentiated else None
+            getattr(module, HEARD).append((kept, output if differentiated else None))
 
     def begin(self, training: bool) -> None:
         """Forget what was heard, and listen if this is a step of training."""

@@ -125,7 +125,7 @@ def test_a_pass_before_the_window_leaves_no_trace():
     states = []
     for rule in ("running", "prepass"):
         torch.manual_seed(5)
-        module, run = fit(rule, Dropped(lr=0.0), callbacks=[ExactResume()])
+        module, run = fit(rule, Dropped(lr=0.0))
         assert module.steps == 8
         assert "log" not in vars(module)
         states.append(torch.get_rng_state())
@@ -212,6 +212,33 @@ class TwoOptimizers(Manual):
         head = {id(p) for p in self.head.parameters()}
         parts = [[p for p in self.parameters() if (id(p) in head) == first] for first in (True, False)]
         return [torch.optim.SGD(part, lr=0.0) for part in parts]
+
+
+class Toggled(TwoOptimizers):
+    """Each optimizer has its turn, in which the weights of the other are frozen."""
+
+    def training_step(self, batch, batch_idx):
+        head, rest = self.optimizers()
+        for optimizer in (rest, head):
+            self.toggle_optimizer(optimizer)
+            self.manual_backward(self.loss(batch) / 8)
+            if optimizer is head or batch_idx % 4 == 3:
+                optimizer.step()
+            self.untoggle_optimizer(optimizer)
+
+
+def test_a_step_of_another_optimizer_leaves_the_window_open_while_routers_are_frozen():
+    class Sizes(Callback):
+        def __init__(self):
+            self.found = []
+
+        def on_train_batch_end(self, trainer, *_):
+            window = trainer.callbacks[0].window
+            self.found.append((window.size, window.closed))
+
+    sizes = Sizes()
+    fit("running", Toggled(), callbacks=[sizes], accumulate_grad_batches=1, rows=8)
+    assert sizes.found == [(2, False), (4, False), (6, False), (1, False)]
 
 
 def test_the_window_ends_with_a_step_of_the_routers():
@@ -451,6 +478,51 @@ def test_a_run_resumed_in_the_middle_of_a_window_has_its_counts(tmp_path, rule):
     run.fit(Mixture(lr=0.0), DataLoader(Tokens(16, 2), 2), ckpt_path=tmp_path / "middle.ckpt")
     assert callback.window.size == 4
     assert again.losses == pytest.approx(save.losses[6:], rel=1e-6)
+
+
+class Drawn(Tokens):
+    """Tokens that are drawn as they are asked for."""
+
+    def __getitem__(self, i):
+        sample = super().__getitem__(i)
+        return {**sample, "input_ids": torch.randint(0, 8, sample["input_ids"].shape)}
+
+
+@pytest.mark.parametrize("rule", ["running", "prepass"])
+@pytest.mark.parametrize("at", [3, 5])
+def test_a_resumed_run_draws_the_same_samples_though_some_were_loaded_ahead(tmp_path, rule, at):
+    class Rows(Callback):
+        def __init__(self):
+            self.rows = []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.rows.append(batch["input_ids"].tolist())
+
+    def run(*callbacks, **options):
+        rows = Rows()
+        balancing = GlobalBatchLoadBalancing(COEFFICIENT, **RULES[rule])
+        fitted = trainer(balancing, ExactResume(), rows, *callbacks, accumulate_grad_batches=4, max_epochs=1)
+        fitted.fit(Mixture(lr=0.0), DataLoader(Drawn(16, 2), 2), **options)
+        return rows.rows
+
+    whole = run(Save(tmp_path, at))
+    assert run(ckpt_path=tmp_path / "middle.ckpt") == whole[at + 1 :]
+
+
+def test_only_exact_gradients_keep_what_routers_are_given():
+    kept = []
+
+    class Generates(Mixture):
+        def training_step(self, batch, batch_idx):
+            with torch.no_grad():
+                self.loss(batch)
+            loss = super().training_step(batch, batch_idx)
+            kept.append([inputs is not None for inputs, _ in self.layers[0].router._curation_heard])
+            return loss
+
+    for rule in ("running", "deferred"):
+        fit(rule, Generates(lr=0.0), rows=2)
+    assert kept == [[False, False], [False, True]]
 
 
 def test_nothing_is_left_on_the_routers_after_a_fit():

@@ -137,5 +137,10 @@ KINDS = {
         callbacks=lambda: [callbacks.LearningRateFinder(num_training_steps=6)],
         module=tunable,
     ),
-    "early_stopping": Kind("`EarlyStopping`", callbacks=lambda: [callbacks.EarlyStopping("train_loss")]),
+    "early_stopping": Kind(
+        "`EarlyStopping`",
+        {"max_epochs": 4},
+        callbacks=lambda: [callbacks.EarlyStopping("train_loss", patience=1, min_delta=1e9)],
+        seen=lambda module: set(module.seen) if len(module.seen) == 16 else set(),  # after two
+    ),
 }

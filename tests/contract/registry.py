@@ -29,6 +29,7 @@ from twins import ConceptAwareTwin, HardSampleTwin, UniformTwin, UtilityDiversit
 
 from curation.batch import SampleIds
 from curation.instances.selection_index import SelectionIndex, fingerprint
+from curation.records.ledger import Ledger
 from curation.samplers.concept_aware import ConceptAwareSampler, ConceptIndex
 from curation.samplers.hard_batches import HardBatchSampler
 
@@ -47,6 +48,7 @@ class Entry:
     module: type[Classifier] = Classifier
     manual: type[Classifier] = ManualClassifier
     waits: int = 0  # of the host for a GPU, in a round of four batches
+    acted: Callable[[Any], bool] = lambda callback: callback.batches > 0  # whether it did something in a fit
 
     def make(self, **changes: Any) -> Callback:
         return self.cls(**{**self.arguments, **changes})
@@ -115,6 +117,12 @@ NOT_OF_HARD_BATCHES = {
     "overfit_batches": "overfit_batches",
     "two_optimizers": "must return its loss",
 }
+
+
+def is_ranked(training: HardBatchTraining) -> bool:
+    return bool(training.sampler.losses.isfinite().any())
+
+
 CALLBACKS = {
     entry.name: entry
     for entry in (
@@ -140,6 +148,7 @@ CALLBACKS = {
             sampler=concept_aware_sampler,
             candidates=2,
             ids=True,
+            acted=lambda monitor: int(monitor.visits.sum()) > 0,
             refuses={**ONE_LOADER, "overfit_batches": "overfit_batches"},
         ),
         Entry(
@@ -147,6 +156,7 @@ CALLBACKS = {
             {"n": 2, "preflight": 4},
             {"n": 0},
             refuses=FSDP1,
+            acted=lambda rollouts: rollouts._per_prompt.max() > 2,
             module=Answering,
             manual=ManualAnswering,
         ),
@@ -155,20 +165,24 @@ CALLBACKS = {
             GlobalBatchLoadBalancing,
             {"buffer": "warm"},
             {"coefficient": -1.0},
+            acted=lambda balancing: int(balancing.window.counts.sum()) > 0,
             module=Routed,
             manual=ManualRouted,
         ),
-        Entry(HardBatchTraining, sampler=HardBatchSampler, refuses=NOT_OF_HARD_BATCHES, waits=1),
+        Entry(HardBatchTraining, sampler=HardBatchSampler, refuses=NOT_OF_HARD_BATCHES, waits=1, acted=is_ranked),
         Entry(
             InstanceSelection,
             {"index": EVERY_SECOND},
             {"every_n_epochs": 0},
             candidates=2,
             refuses={**ONE_LOADER, "overfit_batches": "overfit_batches"},
+            acted=lambda selection: len(selection.indices) == 64,
         ),
-        Entry(RunMeter, {"path": "run.json"}),
-        Entry(SampleRecord, records=True),
-        Entry(SelectionLedger, {"path": "ledger"}, records=True),
+        Entry(RunMeter, {"path": "run.json"}, acted=lambda meter: meter.samples > 0),
+        Entry(SampleRecord, records=True, acted=lambda record: int(record.store.seen.sum()) > 0),
+        Entry(
+            SelectionLedger, {"path": "ledger"}, records=True, acted=lambda _: Ledger("ledger").rows().num_rows > 0
+        ),
     )
 }
 NOT_CALLBACKS = {"OnlineSelection", "SelectedDataModule"}  # a base class; a data module

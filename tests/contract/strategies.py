@@ -20,7 +20,7 @@ this page is written from its tables, and a test fails where it differs. Sampler
 counts their batches: `ConceptAwareSampler` with `ConceptCoverageMonitor`, `HardBatchSampler` with
 `HardBatchTraining`, `SubsetSampler` with `InstanceSelection`.
 
-- **yes**: a test trains in that way and checks what was trained on.
+- **yes**: a test trains in that way and checks what was trained on, and that the callback did its work.
 - **no**: refused with an error that says why, before the first step (what a `training_step` returns: after it), and
   a test checks that.
 - **GPU**: the test needs one (`pytest -m gpu`), and has not run yet.

@@ -128,17 +128,26 @@ def test_selecting_leaves_the_random_streams_of_training_alone(entry):
     assert torch.equal(*streams)
 
 
+def traces(part):
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return vars(part).keys(), [len(vars(part)[name]) for name in hooks], part.training
+
+
 @every
-@pytest.mark.parametrize("fails", [False, True], ids=["finished", "exception"])
+@pytest.mark.parametrize("fails", ["", "on_train_batch_end", "on_before_backward", "on_before_optimizer_step"])
 def test_nothing_is_left_behind(entry, fails):
     class Fails(Callback):
-        def on_train_batch_end(self, *_):
-            if fails:
-                raise RuntimeError("stop")
+        pass
+
+    def stop(*_):
+        raise RuntimeError("stop")
+
+    if fails:
+        setattr(Fails, fails, stop)
 
     module, batches = entry.module(), entry.loader()
     before = {**vars(module)}
-    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules()]
+    parts = [traces(part) for part in module.net.modules()]
     run = trainer(*entry.in_trainer(), Watch(), Fails())
     strategy = set(vars(run.strategy))
     samplers = batches.sampler, batches.batch_sampler
@@ -148,9 +157,8 @@ def test_nothing_is_left_behind(entry, fails):
         assert fails
     assert set(vars(run.strategy)) == strategy
     assert (batches.sampler, batches.batch_sampler) == samplers
-    assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules()]
+    assert parts == [traces(part) for part in module.net.modules()]
     assert {k for k in vars(module) if k not in before} <= {"_metric_attributes", "_hparams"}
-    assert "forward" not in vars(module.net[-1])
 
 
 @every
@@ -159,14 +167,15 @@ def test_works_in_every_kind_of_run_or_says_why_not(entry, kind):
     if kind == "ema" and not hasattr(lightning.pytorch.callbacks, "EMAWeightAveraging"):
         pytest.skip("Lightning has had it since 2.6")
     how, refusal = KINDS[kind], entry.refusal(kind)
-    module = how.module(entry)
-    run = trainer(*entry.in_trainer(), *how.callbacks(), **how.trainer_options())
+    module, callbacks = how.module(entry), entry.in_trainer()
+    run = trainer(*callbacks, *how.callbacks(), **how.trainer_options())
     if refusal is not None:
         with pytest.raises((TypeError, ValueError), match=refusal):
             run.fit(module, how.loader(entry))
         return
     run.fit(module, how.loader(entry))
     assert how.seen(module) == {2 if entry.curates else 8}
+    assert entry.acted(callbacks[0])
 
 
 @pytest.mark.parametrize(
@@ -266,11 +275,12 @@ def test_two_ranks_select_what_one_process_selects(two_ranks, name, strategy):
 @pytest.mark.parametrize("name", [e.name for e in CALLBACKS.values() if e not in worker.OF_BATCHES])
 def test_sharded_weights_are_trained_as_whole_ones(two_ranks, name):
     for rank in (0, 1):
-        whole, sharded = (torch.load(two_ranks / f"{name}-{how}-{rank}.pt")["weights"] for how in ("ddp", "fsdp2"))
-        before = CALLBACKS[name].module().state_dict()
+        whole, sharded, without = (
+            torch.load(two_ranks / f"{name}-{how}-{rank}.pt")["weights"] for how in ("ddp", "fsdp2", "without")
+        )
         for key, _ in CALLBACKS[name].module().named_parameters():
             torch.testing.assert_close(sharded[key], whole[key], rtol=1e-5, atol=1e-6)
-            assert not torch.equal(whole[key], before[key]), key
+            assert not torch.equal(whole[key], without[key]), key
 
 
 @each_selection

@@ -123,11 +123,11 @@ def two_ranks(rank: int, port: int, folder: Path, names: list[str]) -> None:
     )  # fmt: skip
     for name in names:
         entry = CALLBACKS[name]
-        for strategy in ("ddp", "fsdp2"):
+        for strategy in ("ddp", "fsdp2") if entry in OF_BATCHES else ("ddp", "fsdp2", "without"):
             seed_everything(7, verbose=False)  # the seed of Lightning's distributed sampler too
             kept = KeptRows()
             resumer = [] if entry.cls is ExactResume else [ExactResume()]
-            how = strategy if strategy == "ddp" else ModelParallelStrategy(2, 1)
+            how = ModelParallelStrategy(2, 1) if strategy == "fsdp2" else "ddp"
             here = folder / f"{name}-{strategy}"
             here.mkdir(exist_ok=True)
             os.chdir(here)
@@ -136,10 +136,11 @@ def two_ranks(rank: int, port: int, folder: Path, names: list[str]) -> None:
                 module = (LanguageModel if strategy == "ddp" else Sharded)(lr=LR)
                 batches = entry.loader(texts(2 * 19), collate_fn=short_on_rank_one)
             else:
-                module = (entry.module if strategy == "ddp" else sharded(entry.module))()
+                module = (sharded(entry.module) if strategy == "fsdp2" else entry.module)()
                 batches = entry.loader()
             how_long = {"max_epochs": 2, "logger": CSVLogger(here)}
-            run = trainer(*entry.in_trainer(), *resumer, kept, strategy=how, devices=2, **how_long)
+            own = [] if strategy == "without" else entry.in_trainer()
+            run = trainer(*own, *resumer, kept, strategy=how, devices=2, **how_long)
             run.fit(module, batches)
             if rank == 1:
                 torch.distributed.barrier()
