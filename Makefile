@@ -32,7 +32,7 @@ wheel: .venv/ready
 	$(PY) -m build --wheel --no-isolation . > /dev/null
 	rm -rf build
 
-# The documentation, in site/: open site/index.html. Nothing is fetched. (With --quiet, --strict would count no warnings.)
+# The documentation, in site/: open site/index.html, or for the search too `python -m http.server -d site`. (With --quiet, --strict would count no warnings.)
 docs: .venv/ready
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
