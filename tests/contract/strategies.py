@@ -25,6 +25,8 @@ counts their batches: `ConceptAwareSampler` with `ConceptCoverageMonitor`, `Hard
   a test checks that.
 - **GPU**: the test needs one (`pytest -m gpu`), and has not run yet.
 
+Callbacks of which all of this is the same share a column:
+
 """
 FOOT = f"""
 The tests of a cell are `{SUITE}::test_works_in_every_kind_of_run_or_says_why_not[ROW-CALLBACK]`, with the name in the
@@ -62,11 +64,15 @@ def table() -> str:
         names = columns.setdefault(tuple(outcome(entry, kind) for kind in rows), [])
         if entry.cls.__name__ not in names:
             names.append(entry.cls.__name__)
-    heads = ["<br>".join(f"`{name}`" for name in names) for names in columns.values()]
-    lines = [f"| | kind of run | {' | '.join(heads)} |", "|" + "---|" * (len(heads) + 2)]
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(columns)]
+    legend = [
+        f"- **{letter}**: {', '.join(f'`{name}`' for name in names)}"
+        for letter, names in zip(letters, columns.values(), strict=True)
+    ]
+    lines = [f"| | kind of run | {' | '.join(letters)} |", "|" + "---|" * (len(letters) + 2)]
     for kind, title, *cells in zip(rows, rows.values(), *columns, strict=True):
         lines.append(f"| `{kind}` | {title} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*legend, "", *lines, ""])
 
 
 def page() -> str:
