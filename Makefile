@@ -1,6 +1,6 @@
 PY := .venv/bin/python
 
-.PHONY: demo docs test test-versions test-oldest test-newest wheel results
+.PHONY: demo docs fuzz test test-versions test-oldest test-newest wheel results
 
 # SmolLM2-135M fine-tuned on chat, utility-diversity selection beside uniform selection; W&B stays on this machine.
 demo: .venv/ready
@@ -31,6 +31,10 @@ wheel: .venv/ready
 	rm -rf build dist
 	$(PY) -m build --wheel --no-isolation . > /dev/null
 	rm -rf build
+
+# Twenty thousand random inputs, each either answered or refused with a reason; `make test` tries a few, always the same.
+fuzz: .venv/ready
+	HYPOTHESIS_PROFILE=nightly $(PY) -m pytest tests/test_fuzz.py
 
 # The documentation, in site/: open site/index.html, or for the search too `python -m http.server -d site`. (With --quiet, --strict would count no warnings.)
 docs: .venv/ready

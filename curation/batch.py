@@ -91,13 +91,14 @@ def batch_size(batch: Any) -> int:
         >>> batch_size({"x": torch.zeros(4, 3), "meta": [torch.zeros(4), "train"]})
         4
     """
-    sizes = {path: leaf.size(0) for path, leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() > 0}
+    # A list, since the keys 1 and "1" have one path.
+    sizes = [(path, leaf.size(0)) for path, leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() > 0]
     if not sizes:
         raise TypeError(f"The batch holds no tensor with a batch dimension, but is {type(batch).__name__}.")
-    if len(set(sizes.values())) > 1:
-        found = ", ".join(f"{path} has {size}" for path, size in sizes.items())
+    size = sizes[0][1]
+    if any(other != size for _, other in sizes):
+        found = ", ".join(f"{path} has {other}" for path, other in sizes)
         raise ValueError(f"The tensors of the batch disagree on the number of rows: {found}.")
-    size = next(iter(sizes.values()))
     if size == 0:
         raise ValueError("The batch has no rows.")
     return size
@@ -111,22 +112,29 @@ def take_rows(batch: Any, rows: Tensor) -> Any:
 
     Args:
         batch: As in :func:`batch_size`.
-        rows: int64 ``[k]``, on the batch's device.
+        rows: int64 ``[k]`` in ``[0, B)``, on the batch's device.
 
     Raises:
         TypeError: As :func:`batch_size`, and if another object is as long as the batch: it may hold one entry a row.
-        ValueError: As :func:`batch_size`.
+            Also if a tensor is nested, or ``rows`` are no integers.
+        ValueError: As :func:`batch_size`, and on a CPU if a row is not in the batch.
 
     Example:
         >>> take_rows({"x": torch.arange(4), "name": ["a", "b", "c", "d"]}, torch.tensor([0, 2]))
         {'x': tensor([0, 2]), 'name': ['a', 'c']}
     """
     size = batch_size(batch)
+    if rows.dtype not in (torch.int32, torch.int64) or rows.dim() != 1:
+        raise TypeError(f"Argument `rows` must be int64 [k], but got {rows.dtype} {list(rows.shape)}.")
+    if rows.device.type == "cpu" and len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < size:
+        raise ValueError(f"Argument `rows` must be in [0, {size}), but got {int(rows.min())} to {int(rows.max())}.")
 
     def take(leaf: Any, path: str) -> Any:
         if isinstance(leaf, Tensor):
+            if leaf.is_nested:
+                raise TypeError(f"{path} is a nested tensor, of which no rows can be taken; pad it.")
             return leaf.index_select(0, rows.to(leaf.device)) if leaf.dim() > 0 else leaf
-        if isinstance(leaf, (str, bytes)) or not hasattr(leaf, "__len__") or len(leaf) != size:
+        if isinstance(leaf, (str, bytes, torch.Size)) or not hasattr(leaf, "__len__") or len(leaf) != size:
             return leaf
         if isinstance(leaf, np.ndarray):
             return leaf[rows.cpu().numpy()]
@@ -156,6 +164,8 @@ def trim_padding(batch: Any) -> Any:
         return batch
     ids, mask, labels = (batch.get(key) for key in ("input_ids", "attention_mask", "labels"))
     if not (isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape == ids.shape):
+        return batch
+    if not mask.numel():
         return batch
     used = mask.ne(0)
     if isinstance(labels, Tensor) and labels.shape == mask.shape:
@@ -206,16 +216,16 @@ class SampleIds(Dataset):
         samples = fetch(indices) if fetch is not None else [self.dataset[i] for i in indices]
         return [self._with_id(sample, i) for sample, i in zip(samples, indices, strict=True)]
 
-    @staticmethod
-    def _with_id(sample: Any, index: int) -> Any:
+    def _with_id(self, sample: Any, index: int) -> Any:
+        index = int(index) + (len(self) if index < 0 else 0)
         if isinstance(sample, Mapping):
             if SAMPLE_ID in sample:
                 raise ValueError(
                     f"Argument `dataset` must not hold ids already, but sample {index} has a {SAMPLE_ID!r}."
                 )
-            return {**sample, SAMPLE_ID: int(index)}
+            return {**sample, SAMPLE_ID: index}
         if isinstance(sample, tuple) and not _is_namedtuple(sample):
-            return (*sample, {SAMPLE_ID: int(index)})
+            return (*sample, {SAMPLE_ID: index})
         raise TypeError(
             f"Argument `dataset` must hold mappings or plain tuples, but sample {index} is {type(sample).__name__}."
         )
@@ -232,6 +242,7 @@ def split_sample_ids(batch: Any) -> tuple[Any, Tensor | None]:
 
     Raises:
         TypeError: If the ids are not a tensor ``[B]`` or a list of integers (a float would round them).
+        ValueError: If an id is not in [0, 2^63), of a batch that is still on the CPU.
 
     Example:
         >>> split_sample_ids([torch.zeros(2), {"sample_id": torch.tensor([7, 9])}])
@@ -253,9 +264,23 @@ def split_sample_ids(batch: Any) -> tuple[Any, Tensor | None]:
         rest = batch[:-1]
     else:
         return batch, None
-    if isinstance(ids, (list, tuple)) and all(isinstance(i, int) for i in ids):
-        ids = torch.tensor(ids, dtype=torch.int64)
-    if not isinstance(ids, Tensor) or ids.dim() != 1 or ids.is_floating_point() or ids.is_complex():
+    wrong: list[int] = []
+    if isinstance(ids, (list, tuple)) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        wrong = [i for i in ids if not 0 <= i < 2**63]
+        ids = ids if wrong else torch.tensor(ids, dtype=torch.int64)
+    elif (
+        not isinstance(ids, Tensor)
+        or ids.dim() != 1
+        or ids.is_floating_point()
+        or ids.is_complex()
+        or ids.dtype == torch.bool
+    ):
         found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else f"{type(ids).__name__} {ids!r}"
         raise TypeError(f"`{SAMPLE_ID}` must hold one integer per row, but the batch has {found}.")
-    return rest, ids.to(torch.int64)
+    else:
+        unsigned, ids = ids, ids.to(torch.int64)
+        if ids.device.type == "cpu" and (ids < 0).any():  # elsewhere it would wait for the device
+            wrong = unsigned[ids < 0].tolist()
+    if wrong:
+        raise ValueError(f"`{SAMPLE_ID}` must hold integers in [0, 2^63), but the batch has {wrong[0]}.")
+    return rest, ids

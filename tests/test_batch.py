@@ -202,3 +202,53 @@ def test_batched_fetch_of_the_data_set_is_used():
     batch = next(iter(DataLoader(SampleIds(Batched()), batch_size=4)))
     assert batch["sample_id"].tolist() == [0, 1, 2, 3]
     assert Batched.calls == 1
+
+
+def test_keys_that_look_alike_are_two_fields():
+    with pytest.raises(ValueError, match=r"batch\.1 has 4, batch\.1 has 5"):
+        batch_size({1: X, "1": torch.zeros(5)})
+
+
+def test_rows_that_cannot_be_taken_are_named():
+    for rows, error, found in (
+        (torch.tensor([-1]), ValueError, r"`rows` must be in \[0, 4\), but got -1 to -1"),
+        (torch.tensor([0, 4]), ValueError, r"`rows` must be in \[0, 4\), but got 0 to 4"),
+        (torch.ones(4, dtype=torch.bool), TypeError, r"`rows` must be int64 \[k\], but got torch\.bool \[4\]"),
+    ):
+        with pytest.raises(error, match=found):
+            take_rows({"x": X, "name": NAMES}, rows)
+    nested = torch.nested.nested_tensor([torch.zeros(i) for i in (1, 2, 3, 4)], layout=torch.jagged)
+    with pytest.raises(TypeError, match=r"batch\.t is a nested tensor"):
+        take_rows({"x": X, "t": nested}, ROWS)
+
+
+def test_a_shape_is_no_column():
+    images = torch.zeros(4, 3, 8, 8)
+    assert take_rows({"x": images, "shape": images.shape}, ROWS)["shape"] == images.shape
+
+
+def test_texts_without_a_column_are_not_trimmed():
+    batch = {"input_ids": torch.zeros(4, 0), "attention_mask": torch.zeros(4, 0)}
+    assert trim_padding(batch) is batch
+
+
+def test_a_sample_counted_from_the_end_has_its_own_id():
+    data = SampleIds([{"x": 0.0}, {"x": 1.0}, {"x": 2.0}])
+    assert data[-1] == data[2] == {"x": 2.0, "sample_id": 2}
+    assert data.__getitems__([-3, 1]) == [data[0], data[1]]
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "found"),
+    [
+        ([3, -1], ValueError, "-1"),
+        ([2**63], ValueError, str(2**63)),
+        (torch.tensor([0, -7]), ValueError, "-7"),
+        (torch.tensor([1, 2**63 + 5], dtype=torch.uint64), ValueError, str(2**63 + 5)),
+        (torch.tensor([True, False]), TypeError, "torch.bool"),
+        ([True, False], TypeError, "True"),
+    ],
+)
+def test_ids_that_name_no_sample_are_refused(ids, error, found):
+    with pytest.raises(error, match=f"`sample_id` must hold .* but the batch has .*{found}"):
+        split_sample_ids({"x": X, "sample_id": ids})

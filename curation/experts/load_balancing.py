@@ -21,13 +21,27 @@ def expert_counts(indices: Tensor, experts: int, mask: Tensor | None = None) -> 
         experts: ``E``.
         mask: bool ``[N]``, which tokens count; None for all.
 
+    Raises:
+        ValueError: If ``indices`` are no integers ``[N, k]``, or ``mask`` is not ``[N]``; on a CPU also if an expert
+            is not below ``E``.
+
     Example:
         >>> expert_counts(torch.tensor([[0, 1], [0, 3]]), 4).tolist()
         [2, 1, 0, 1]
     """
-    counted = indices >= 0 if mask is None else (indices >= 0) & mask[:, None]
+    _check(indices, experts, mask)
+    counted = indices >= 0 if mask is None else (indices >= 0) & mask[:, None].bool()
     counts = torch.zeros(experts, dtype=torch.int64, device=indices.device)
     return counts.scatter_add_(0, indices.clamp(min=0).flatten(), counted.long().flatten())
+
+
+def _check(indices: Tensor, experts: int, mask: Tensor | None) -> None:
+    if indices.dim() != 2 or indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"Argument `indices` must be int64 [N, k], but got {indices.dtype} {list(indices.shape)}.")
+    if mask is not None and mask.shape != indices.shape[:1]:
+        raise ValueError(f"Argument `mask` must be bool [{len(indices)}], but got {list(mask.shape)}.")
+    if indices.device.type == "cpu" and indices.numel() and int(indices.max()) >= experts:  # elsewhere it would wait
+        raise ValueError(f"Argument `indices` must be below {experts}, but has {int(indices.max())}.")
 
 
 def shares(counts: Tensor) -> Tensor:
@@ -48,7 +62,12 @@ def probabilities(logits: Tensor, scores: str = "softmax") -> Tensor:
         logits: ``[N, E]``.
         scores: ``"softmax"``; ``"sigmoid"``, scaled to sum to 1 (as in DeepSeek-V3, arXiv 2412.19437, eq. 17 to 20);
             or ``"none"`` where they are probabilities already.
+
+    Raises:
+        ValueError: If ``scores`` is something else.
     """
+    if scores not in ("softmax", "sigmoid", "none"):
+        raise ValueError(f"Argument `scores` must be 'softmax', 'sigmoid' or 'none', but got {scores!r}.")
     if scores == "softmax":
         return logits.float().softmax(-1)
     p = logits.float().sigmoid() if scores == "sigmoid" else logits.float()
@@ -77,11 +96,23 @@ def sequence_loss(p: Tensor, indices: Tensor, sequences: int, mask: Tensor | Non
         indices: int64 ``[N, k]``.
         sequences: ``S``, of equal length.
         mask: bool ``[N]``.
+
+    Raises:
+        ValueError: As :func:`expert_counts`, and if the tokens are not ``sequences`` times as many.
     """
     experts = p.size(-1)
-    weight = torch.ones(len(p), device=p.device) if mask is None else mask.float()
+    _check(indices, experts, mask)
+    if sequences < 1 or len(p) % sequences or len(p) != len(indices):
+        raise ValueError(
+            f"Argument `sequences` must divide the tokens of `p` and `indices`, {len(p)} and {len(indices)}, but got "
+            f"{sequences!r}."
+        )
+    if mask is None:
+        weight = torch.ones(len(p), device=p.device)
+    else:
+        weight, p = mask.float(), p.masked_fill(~mask[:, None].bool(), 0)  # padding may be NaN
     counted = weight[:, None] * (indices >= 0)
-    chosen = torch.zeros_like(p).scatter_add_(1, indices.clamp(min=0), counted)
+    chosen = torch.zeros(p.shape, device=p.device).scatter_add_(1, indices.clamp(min=0), counted)
     tokens = weight.view(sequences, -1).sum(1)
     mean = (p * weight[:, None]).view(sequences, -1, experts).sum(1) / tokens.clamp(min=1)[:, None]
     loss = load_balancing_loss(shares(chosen.view(sequences, -1, experts).sum(1)), mean)
@@ -90,8 +121,12 @@ def sequence_loss(p: Tensor, indices: Tensor, sequences: int, mask: Tensor | Non
 
 def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean square of the log of the sum of exponentials of a router's logits ``[N, E]`` (arXiv 2202.08906, eq. 5)."""
-    square = logits.float().logsumexp(-1).square()
-    return square.mean() if mask is None else (square * mask).sum() / mask.sum().clamp(min=1)
+    if mask is None:
+        return logits.float().logsumexp(-1).square().mean()
+    if mask.shape != logits.shape[:1]:
+        raise ValueError(f"Argument `mask` must be bool [{len(logits)}], but got {list(mask.shape)}.")
+    square = logits.float().masked_fill(~mask[:, None].bool(), 0).logsumexp(-1).square()  # padding may be NaN
+    return (square * mask).sum() / mask.sum().clamp(min=1)
 
 
 def projection(f: Tensor, p: Tensor) -> Tensor:

@@ -200,7 +200,7 @@ def train(
     optimizer = torch.optim.AdamW(network.parameters(), lr=how.lr, fused=True)
     best, bad, best_state = torch.inf, 0, network.state_dict()
     local_of = torch.full((n,), -1, device=x.device)
-    for _ in range(max(how.epochs, -(-STEPS * size // n))):
+    for _ in range(max(how.epochs, -(-STEPS * size // max(n, size)))):  # an epoch is a step at least
         shift = int(torch.randint(block, (1,), generator=draw, device=x.device))  # so that the cuts move
         blocks = torch.nn.functional.pad(torch.arange(n, device=x.device), (shift, -(shift + n) % block), value=-1)
         blocks = blocks.view(-1, block)

@@ -131,13 +131,17 @@ def class_budgets(y: np.ndarray, budget: float, strategy: Strategy, classes: np.
         if unknown:
             raise ValueError(f"Argument `sampling_strategy` must name classes of `y`, but got {unknown[0]!r}.")
         names = classes.tolist()
-        wanted = np.array([strategy.get(name, count) for name, count in zip(names, counts, strict=True)])
+        wanted: list[Any] = [strategy.get(name, count) for name, count in zip(names, counts, strict=True)]
         for name, value, count in zip(names, wanted, counts, strict=True):
-            if int(value) != value or not 1 <= value <= count:
+            if not (
+                isinstance(value, (int, float, np.number))
+                and 1 <= float(value) <= count
+                and float(value).is_integer()
+            ):
                 raise ValueError(
-                    f"Argument `sampling_strategy` must ask for 1 to {count} of class {name!r}, but got {value}."
+                    f"Argument `sampling_strategy` must ask for 1 to {count} of class {name!r}, but got {value!r}."
                 )
-        return wanted.astype(np.int64)
+        return np.array(wanted).astype(np.int64)
     if strategy == "proportional":
         ideal = counts * (total / len(y))
     elif strategy == "equal":

@@ -294,7 +294,7 @@ class EditedNearestNeighboursFilter(InstanceSelector):
 
 def _reach(budget: float) -> int:
     """Neighbours to cover by: about as many samples as there are to one that stays."""
-    return min(max(round(1 / budget), 10), 25)
+    return round(min(max(1 / budget, 10), 25))
 
 
 def _folds(y: Tensor, parts: int, generator: torch.Generator) -> Tensor:

@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from curation.online.top import largest
+
 
 def rank_log_weights(scores: Tensor, pressure: float) -> Tensor:
     """Logarithms of weights that fall exponentially with the rank (arXiv 1511.06343, sec. 3).
@@ -22,10 +24,15 @@ def rank_log_weights(scores: Tensor, pressure: float) -> Tensor:
     Returns:
         fp32 ``[B]``; -inf where the score is not finite.
 
+    Raises:
+        ValueError: If ``pressure`` is below 1 or infinite.
+
     Example:
         >>> rank_log_weights(torch.tensor([0.1, 3.0]), 100.0).exp()
         tensor([0.1000, 1.0000])
     """
+    if not 1 <= pressure < math.inf:
+        raise ValueError(f"Argument `pressure` must be finite and >= 1, but got {pressure!r}.")
     finite = scores.isfinite()
     ranks = scores.masked_fill(~finite, -torch.inf).argsort(descending=True, stable=True).argsort()
     log_weights = ranks.float() * (-math.log(pressure) / len(scores))
@@ -43,10 +50,15 @@ def cdf_power(scores: Tensor, pool: Tensor, beta: float) -> Tensor:
     Returns:
         fp64 ``[B]`` in (0, 1]; 0 where the score is not finite.
 
+    Raises:
+        ValueError: If ``beta`` is negative or infinite.
+
     Example:
         >>> cdf_power(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0, 2.0, 2.0]), 1.0)
         tensor([0.5000, 1.0000], dtype=torch.float64)
     """
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"Argument `beta` must be finite and >= 0, but got {beta!r}.")
     finite = pool.isfinite()
     ordered = pool.masked_fill(~finite, torch.inf).sort().values
     below = torch.searchsorted(ordered, scores.to(ordered.dtype).contiguous(), right=True)
@@ -63,7 +75,7 @@ def successive_sample(log_weights: Tensor, k: int, uniform: Tensor) -> Tensor:
         int64 ``[min(k, B)]``, ascending.
     """
     gumbel = -(-(uniform.double().clamp(min=1e-300).log())).log()
-    return _largest(log_weights + gumbel, k)
+    return largest(log_weights + gumbel, k)
 
 
 def pareto_sample(probabilities: Tensor, k: int, uniform: Tensor) -> Tensor:
@@ -76,7 +88,7 @@ def pareto_sample(probabilities: Tensor, k: int, uniform: Tensor) -> Tensor:
         int64 ``[min(k, B)]``, ascending.
     """
     p, u = probabilities.double().clamp(max=1 - 1e-12), uniform.double().clamp(min=1e-300)  # certain rows tie
-    return _largest(torch.logit(p) - torch.logit(u), k)
+    return largest(torch.logit(p) - torch.logit(u), k)
 
 
 def priority_sample(scores: Tensor, k: int, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,8 +109,8 @@ def priority_sample(scores: Tensor, k: int, uniform: Tensor) -> tuple[Tensor, Te
     """
     size = len(scores)
     w = scores.double().masked_fill(~scores.isfinite(), 0)
-    q = (w / uniform.double().clamp(min=1e-300)).masked_fill(~scores.isfinite(), -1)
-    rows = _largest(q, k)
+    q = (w / uniform.double().clamp(min=2**-54)).masked_fill(~scores.isfinite(), -1)
+    rows = largest(q, k)
     if k >= size:
         return rows, torch.ones(size, device=scores.device)
     threshold = q.topk(k + 1).values[-1].clamp(min=0)
@@ -123,8 +135,5 @@ def variance_reduction(scores: Tensor) -> Tensor:
     g = w / w.sum().clamp(min=1e-300)
     squares = g.square().sum()
     lost = (g - 1 / len(g)).square().sum() / squares.clamp(min=1e-300)
+    lost = torch.where(squares > 0, lost, 0)  # scores of 0 are equal
     return (1 - lost).clamp(min=1e-12).rsqrt().float()
-
-
-def _largest(keys: Tensor, k: int) -> Tensor:
-    return keys.argsort(descending=True, stable=True)[:k].sort().values

@@ -7,10 +7,15 @@ from torch import Tensor
 def keep_count(keep: float, size: int) -> int:
     """Rows kept of ``size`` candidates: ``keep * size`` rounded half up, at least one.
 
+    Raises:
+        ValueError: If ``keep`` is outside (0, 1].
+
     Example:
         >>> keep_count(0.25, 8), keep_count(0.01, 8), keep_count(1.0, 8)
         (2, 1, 8)
     """
+    if not 0 < keep <= 1:
+        raise ValueError(f"Argument `keep` must be in (0, 1], but got {keep!r}.")
     return max(1, int(keep * size + 0.5))
 
 
@@ -27,11 +32,21 @@ def top_rows(scores: Tensor, k: int) -> Tensor:
     Returns:
         int64 ``[min(k, B)]``, ascending, without a host synchronisation.
 
+    Raises:
+        ValueError: If ``k`` is negative.
+
     Example:
         >>> top_rows(torch.tensor([0.1, float("nan"), 3.0, 2.0]), 2)
         tensor([2, 3])
     """
-    ranked = scores.masked_fill(~scores.isfinite(), -torch.inf)
+    return largest(scores.masked_fill(~scores.isfinite(), -torch.inf), k)
+
+
+def largest(keys: Tensor, k: int) -> Tensor:
+    """As :func:`top_rows`, but an infinite key ranks by its sign; NaN ranks with minus infinity."""
+    if k < 0:
+        raise ValueError(f"Argument `k` must be >= 0, but got {k!r}.")
+    ranked = keys.masked_fill(keys.isnan(), -torch.inf)
     return ranked.argsort(descending=True, stable=True)[:k].sort().values
 
 
@@ -49,6 +64,8 @@ def standardize(values: Tensor) -> Tensor:
     """
     finite = values.isfinite()
     count = finite.sum().clamp(min=1)
+    # So that squares stay in range.
+    values = values / values.masked_fill(~finite, 0).abs().amax().clamp(min=torch.finfo(values.dtype).tiny)
     mean = values.masked_fill(~finite, 0).sum() / count
     centred = values - mean
     deviation = (centred.masked_fill(~finite, 0).square().sum() / count).sqrt()

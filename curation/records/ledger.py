@@ -62,7 +62,17 @@ class LedgerWriter:
             scores: floating ``[B]``.
             kept: integers ``[B]``.
             weights: floating ``[B]``.
+
+        Raises:
+            TypeError: If the ids are not int64.
+            ValueError: If the columns are not of one length.
         """
+        if sample_ids.dtype != torch.int64:
+            raise TypeError(f"Argument `sample_ids` must be int64, but got {sample_ids.dtype}.")
+        columns = {"sample_ids": sample_ids, "scores": scores, "kept": kept, "weights": weights}
+        if len({tuple(column.shape) for column in columns.values()}) > 1 or sample_ids.dim() != 1:
+            found = ", ".join(f"`{name}` is {list(column.shape)}" for name, column in columns.items())
+            raise ValueError(f"The columns of a candidate batch must all be [B], but {found}.")
         if not self._begun:
             self.begin()
         steps = torch.full_like(sample_ids, step)
@@ -158,10 +168,19 @@ class Ledger:
 
         Returns:
             int64 ``[N]`` each; the last step is -1 for a sample that was never kept.
+
+        Raises:
+            ValueError: If an id is not in [0, size), or without a size too large for a table of all up to it.
         """
+        most = 2**31 if size is None else size
         seen, kept, last = (np.zeros(0, np.int64) for _ in range(3))
         for batch in self.batches("step", "sample_id", "kept"):
             ids = batch["sample_id"]
+            if not 0 <= ids.min() <= ids.max() < most:
+                raise ValueError(
+                    f"Argument `size` must be more than every sample id, of 0 to {most - 1}, but got {size!r} and "
+                    f"ids from {ids.min()} to {ids.max()}."
+                )
             n = max(len(seen), int(ids.max()) + 1, size or 0)
             seen, kept = (np.pad(a, (0, n - len(a))) for a in (seen, kept))
             last = np.pad(last, (0, n - len(last)), constant_values=-1)

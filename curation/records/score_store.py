@@ -23,7 +23,7 @@ class ScoreStore:
         kept: int32 ``[N]``, how often it was trained on.
 
     Raises:
-        ValueError: If ``size`` is not positive.
+        ValueError: If ``size`` is no positive integer.
 
     Example:
         >>> store = ScoreStore(3)
@@ -33,7 +33,7 @@ class ScoreStore:
     """
 
     def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
-        if not size > 0:
+        if not (size > 0 and hasattr(size, "__index__")):
             raise ValueError(f"Argument `size` must be > 0, but got {size!r}.")
         # One row more than samples, for the ids that are none.
         self._scores = torch.full((size + 1,), torch.nan, device=device)
@@ -56,10 +56,18 @@ class ScoreStore:
             step: At which the scores were made.
 
         Raises:
-            ValueError: If an id is too large, on a CPU.
+            TypeError: If the ids are not int64.
+            ValueError: If the arguments are not of one length; if an id is not in [-1, N), on a CPU.
         """
-        if ids.device.type == "cpu" and int(ids.max()) >= len(self):  # elsewhere it would wait for the device
-            raise ValueError(f"A sample id is {int(ids.max())}, but the record is of {len(self)} samples.")
+        if ids.dtype != torch.int64:
+            raise TypeError(f"Argument `ids` must be int64, but got {ids.dtype}.")
+        if not (ids.dim() == 1 and ids.shape == scores.shape == kept.shape):
+            found = ", ".join(str(list(values.shape)) for values in (ids, scores, kept))
+            raise ValueError(f"Arguments `ids`, `scores` and `kept` must be [B], but got {found}.")
+        if ids.device.type == "cpu" and len(ids):  # elsewhere it would wait for the device
+            wrong = ids[(ids < -1) | (ids >= len(self))].tolist()
+            if wrong:
+                raise ValueError(f"A sample id is {wrong[0]}, but the record is of {len(self)} samples.")
         ids = ids.where(ids >= 0, len(self))
         scored = ids.where(~scores.isnan(), len(self))
         self._scores.scatter_reduce_(0, scored, scores.to(self._scores), "amax", include_self=False)

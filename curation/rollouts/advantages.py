@@ -21,16 +21,21 @@ def advantages(rewards: Tensor, groups: Tensor, size: int, baseline: Baseline = 
             ``(r - mean) / mean``, the gradient of log-accuracy (2602.02710); ``"none"``, ``r`` itself.
 
     Raises:
-        ValueError: If ``baseline`` is unknown, or ``rewards`` and ``groups`` are not of one length.
+        ValueError: If ``baseline`` is unknown, or ``rewards`` and ``groups`` are not of one length; on a CPU also if
+            a reward is not finite, or negative with ``"maxrl"``, or a group is not in its range.
 
     Example:
         >>> advantages(torch.tensor([1.0, 0, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 0, 1, 1]), 2)
         tensor([ 0.7500, -0.2500, -0.2500, -0.2500,  0.0000,  0.0000])
     """
-    if rewards.shape != groups.shape or rewards.dim() != 1:
-        raise ValueError(
-            f"Argument `groups` must be [R] as the rewards, {list(rewards.shape)}, but got {list(groups.shape)}."
-        )
+    _check_groups(groups, size, rewards=rewards)
+    if rewards.device.type == "cpu" and len(rewards):  # elsewhere it would wait for the device
+        wrong = rewards[~rewards.isfinite() | ((rewards < 0) & (baseline == "maxrl"))].tolist()
+        if wrong:
+            raise ValueError(
+                f"Argument `rewards` must be finite, and >= 0 with the baseline 'maxrl', but has {wrong[0]} with "
+                f"{baseline!r}."
+            )
     r = rewards.to(torch.float32 if rewards.device.type == "mps" else torch.float64)
     n = _sums(torch.ones_like(r), groups, size).clamp(min=1)
     mean = _sums(r, groups, size) / n
@@ -50,6 +55,20 @@ def advantages(rewards: Tensor, groups: Tensor, size: int, baseline: Baseline = 
     else:
         raise ValueError(f"Argument `baseline` must be centred, std, rloo, maxrl or none, but got {baseline!r}.")
     return (centred * torch.where(teaches, scale, 0).index_select(0, groups)).float()
+
+
+def _check_groups(groups: Tensor, size: int, **others: Tensor) -> None:
+    for name, values in others.items():
+        if values.shape != groups.shape or groups.dim() != 1:
+            raise ValueError(
+                f"Argument `groups` must be [R] as the {name}, {list(values.shape)}, but got {list(groups.shape)}."
+            )
+    if groups.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"Argument `groups` must be int64, but got {groups.dtype}.")
+    if groups.device.type == "cpu" and len(groups) and not 0 <= int(groups.min()) <= int(groups.max()) < size:
+        raise ValueError(
+            f"Argument `groups` must be in [0, {size}), but got {int(groups.min())} to {int(groups.max())}."
+        )
 
 
 def _sums(values: Tensor, groups: Tensor, size: int) -> Tensor:
@@ -78,8 +97,10 @@ def loss_weights(
         fp32 ``[R]`` and a scalar, 0 if nothing teaches.
 
     Raises:
-        ValueError: If ``normalizer`` is unknown.
+        ValueError: If ``normalizer`` is unknown, or the arguments are not of one length; on a CPU also if a group is
+            not in its range.
     """
+    _check_groups(groups, size, advantage=advantage, lengths=lengths)
     teaches = (_sums(advantage.abs(), groups, size) > 0).float()
     counts = teaches.index_select(0, groups)
     if normalizer == "token":

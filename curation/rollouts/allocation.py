@@ -207,9 +207,13 @@ def plan(schedule: Schedule, successes: np.ndarray, n: int, budget: int | None =
             schedule's own.
 
     Raises:
-        ValueError: If a reward is out of range, or the budget does not cover the first rollouts.
+        ValueError: If ``n`` is no positive integer, a reward is out of range, or the budget does not cover the first
+            rollouts.
     """
+    n = _positive("n", n)
     successes = np.asarray(successes, np.float64)
+    if successes.ndim != 1:
+        raise ValueError(f"Argument `successes` must be [P], but got {list(successes.shape)}.")
     if not ((successes >= 0) & (successes <= n)).all():
         wrong = successes[~((successes >= 0) & (successes <= n))][0]
         raise ValueError(f"Rewards of {n} rollouts must sum to [0, {n}], but sum to {wrong}.")
@@ -226,7 +230,7 @@ def check_budget(budget: int, n: int, prompts: int) -> int:
     Raises:
         ValueError: If it does not.
     """
-    if budget < n * prompts:
+    if not budget >= n * prompts:
         raise ValueError(
             f"Argument `budget` must be at least n * prompts, {n} * {prompts} = {n * prompts}, but got {budget!r}."
         )
@@ -262,7 +266,14 @@ class DifficultyMemory:
             ids: Of prompts.
             successes: Sum of the rewards of each.
             n: Rollouts of each.
+
+        Raises:
+            ValueError: If a reward is out of range, upon which nothing is entered.
         """
+        successes = list(successes)
+        wrong = [seen for seen in successes if not 0 <= seen <= n]
+        if wrong:
+            raise ValueError(f"Rewards of {n} rollouts must sum to [0, {n}], but sum to {wrong[0]}.")
         for i, seen in zip(ids, successes, strict=True):
             k, of = self.counts.get(i, (0.0, 0.0))
             self.counts[i] = self.forgetting * (k + seen), self.forgetting * (of + n)
@@ -274,6 +285,6 @@ class DifficultyMemory:
 
 
 def _positive(name: str, value: Any) -> int:
-    if not (hasattr(value, "__index__") and value >= 1):
+    if not (hasattr(value, "__index__") and 1 <= value < 2**31):
         raise ValueError(f"Argument `{name}` must be an integer >= 1, but got {value!r}.")
     return int(value)

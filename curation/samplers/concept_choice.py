@@ -110,9 +110,9 @@ def target_counts(concepts: ConceptIndex, targets: Targets | Mapping[Hashable, f
                     f"Argument `targets` must have finite weights >= 0, but got {weight!r} for {name!r}."
                 )
             weights[place[name]] = weight
-    elif targets == "proportional":
+    elif isinstance(targets, str) and targets == "proportional":
         weights = concepts.frequencies.astype(np.float64)
-    elif targets == "uniform":
+    elif isinstance(targets, str) and targets == "uniform":
         return np.full(count, max(1.0, k / count))
     else:
         raise ValueError(f"Argument `targets` must be 'uniform', 'proportional' or a mapping, but got {targets!r}.")
@@ -185,7 +185,7 @@ def choose_diverse(
         raise ValueError(f"Argument `penalties` must be [{size}] finite numbers, but got {penalties}.")
     if cap is not None:
         check_integer("cap", cap, 1)
-    if not 0 <= k <= size:
+    if not (hasattr(k, "__index__") and 0 <= k <= size):
         raise ValueError(f"Argument `k` must be in [0, {size}], the number of candidates, but got {k!r}.")
     penalties = np.zeros(size) if penalties is None else np.asarray(penalties, np.float64)
     offsets, ids = candidates.offsets, candidates.ids

@@ -97,8 +97,20 @@ class ConceptIndex:
         return counts
 
     def take(self, samples: np.ndarray) -> "ConceptIndex":
-        """The index of some samples, int64 ``[n]``, in that order and with the same concepts."""
+        """The index of some samples, int64 ``[n]``, in that order and with the same concepts.
+
+        Raises:
+            ValueError: If they are no integers in [0, N).
+        """
         samples = np.asarray(samples)
+        if samples.dtype.kind not in "iu" or samples.ndim != 1:
+            raise ValueError(
+                f"Argument `samples` must be integers [n], but got {samples.dtype} {list(samples.shape)}."
+            )
+        if len(samples) and not 0 <= samples.min() <= samples.max() < len(self):
+            raise ValueError(
+                f"Argument `samples` must be in [0, {len(self)}), but got {samples.min()} to {samples.max()}."
+            )
         starts = self.offsets[samples]
         sizes = self.offsets[samples + 1] - starts
         offsets = np.concatenate([[0], np.cumsum(sizes)])

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterator
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 import torch
@@ -37,26 +38,28 @@ class HardBatchSampler(GlobalBatchSampler):
         losses: fp32 ``[b]``, the last loss of every mini-batch; NaN before the first.
 
     Raises:
-        ValueError: If ``delta`` is outside (0, 1], ``max_age`` or ``batch_size`` is below 1, or, when the processes
-            are known, the data set is smaller than a mini-batch.
+        ValueError: If ``delta`` is outside (0, 1], ``max_age`` or ``batch_size`` is no integer from 1 on, ``seed`` is
+            none in [0, 2^63), or, when the processes are known, the data set is smaller than a mini-batch.
     """
 
     def __init__(
         self, dataset: Any, batch_size: int, delta: float = 0.5, max_age: int | None = None, seed: int = 0
     ) -> None:
-        if not 0 < delta <= 1:
+        if not (isinstance(delta, Real) and 0 < delta <= 1):
             raise ValueError(f"Argument `delta` must be in (0, 1], but got {delta!r}.")
-        if not 1 <= batch_size <= len(dataset):
+        if not (hasattr(batch_size, "__index__") and 1 <= batch_size <= len(dataset)):
             raise ValueError(
                 f"Argument `batch_size` must be in [1, {len(dataset)}], the size of the data set, but got "
                 f"{batch_size!r}."
             )
-        if max_age is not None and max_age < 1:
+        if max_age is not None and not (hasattr(max_age, "__index__") and max_age >= 1):
             raise ValueError(f"Argument `max_age` must be >= 1 or None, but got {max_age!r}.")
+        if not (hasattr(seed, "__index__") and 0 <= seed < 2**63):
+            raise ValueError(f"Argument `seed` must be an integer in [0, 2^63), but got {seed!r}.")
         super().__init__(dataset, seed)
-        self.batch_size = batch_size
-        self.delta = delta
-        self.max_age = max_age
+        self.batch_size: int = batch_size
+        self.delta: float = delta
+        self.max_age: int | None = max_age
         self.reset()
 
     @property

@@ -67,6 +67,47 @@ def test_probabilities_and_z_loss():
     assert float(lb.z_loss(logits, mask)) == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-5)
 
 
+@pytest.mark.parametrize("padding", [float("nan"), float("inf"), float("-inf")])
+def test_padding_may_be_anything(padding):
+    logits, indices, mask = random_choices()
+    expected, found = [], []
+    for values in (logits.clone(), logits.masked_fill(~mask[:, None], padding)):
+        values.requires_grad_()
+        loss = lb.z_loss(values, mask)
+        loss.backward()
+        losses = lb.sequence_loss(lb.probabilities(values), indices, 3, mask)
+        (expected if not expected else found).extend([loss, losses, values.grad])
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_what_does_not_fit_is_named():
+    p, indices = torch.full((4, 2), 0.5), torch.tensor([[0], [1], [0], [1]])
+    for call, message in (
+        (lambda: lb.expert_counts(indices, 1), "`indices` must be below 1, but has 1"),
+        (lambda: lb.expert_counts(indices.float(), 2), r"`indices` must be int64 \[N, k\], but got torch.float32"),
+        (lambda: lb.expert_counts(indices, 2, torch.ones(1) > 0), r"`mask` must be bool \[4\], but got \[1\]"),
+        (lambda: lb.sequence_loss(p, indices, 3), "`sequences` must divide the tokens .* 4 and 4, but got 3"),
+        (lambda: lb.sequence_loss(p, indices, 0), "`sequences` must divide the tokens .* but got 0"),
+        (lambda: lb.z_loss(p, torch.ones(1) > 0), r"`mask` must be bool \[4\], but got \[1\]"),
+        (lambda: lb.probabilities(p, "relu"), "`scores` must be 'softmax', 'sigmoid' or 'none', but got 'relu'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_sequence_of_probabilities_of_any_dtype(dtype):
+    logits, indices, mask = random_choices()
+    p = lb.probabilities(logits)
+    found = lb.sequence_loss(p.to(dtype), indices, 3, mask).float()
+    torch.testing.assert_close(found, lb.sequence_loss(p, indices, 3, mask), rtol=1e-2, atol=0)
+
+
+def test_a_mask_of_integers_counts_what_is_not_zero():
+    assert lb.expert_counts(torch.tensor([[0, 1], [1, 1]]), 2, torch.tensor([2, 0])).tolist() == [1, 1]
+
+
 # ---------------------------------------------------------------------- windows
 
 

@@ -153,3 +153,12 @@ def test_on_a_gpu():
     everything = torch.ones(400, dtype=torch.bool, device="cuda")
     network = train(*here, everything, everything, Training(), 0)
     assert (network.predict(here[0], here[2].ids)[0].argmax(1) == here[1]).float().mean() > 0.85
+
+
+def test_a_few_samples_are_trained_on_for_no_more_steps_than_many(monkeypatch):
+    steps = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args: steps.append(1))
+    x, y, graph, order = problem(8)
+    none = torch.zeros(8, dtype=torch.bool)
+    train(x, y, graph, order, ~none, none, Training(), 0)  # nothing is held out, so it ends by itself
+    assert len(steps) == 200

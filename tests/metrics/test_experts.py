@@ -85,7 +85,7 @@ def test_a_domain_or_an_expert_that_is_not_there_is_refused():
     for indices, domains in (([[4, 0]], [0]), ([[3, 0]], [2])):
         with pytest.raises(IndexError):
             metric.update(torch.tensor(indices), torch.tensor(domains))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="`indices` must be below 4, but has 4"):
         ExpertLoad(4).update(torch.tensor([[4]]))
 
 

@@ -146,3 +146,28 @@ def test_variance_reduction_equals_the_ratio_of_variances():
     # With replacement, of vectors of these norms: E ||G / (B p)||^2 is mean(g)^2 if p ~ g, mean(g^2) if p = 1 / B.
     assert float(variance_reduction(g)) == pytest.approx(math.sqrt(float(g.square().mean() / g.mean() ** 2)))
     assert float(variance_reduction(torch.full((7,), 3.0))) == pytest.approx(1.0)
+
+
+def test_scores_that_are_all_zero_are_equal_and_reduce_no_variance():
+    for scores in (torch.zeros(4), torch.full((4,), math.nan)):
+        assert variance_reduction(scores) == 1
+
+
+def test_what_is_not_a_number_is_drawn_last():
+    uniform = torch.full((3,), 0.5)
+    assert pareto_sample(torch.tensor([0.1, math.nan, 0.2]), 2, uniform).tolist() == [0, 2]
+    assert successive_sample(torch.tensor([-9.0, math.nan, -5.0]), 2, uniform).tolist() == [0, 2]
+
+
+def test_weights_are_finite_whatever_is_drawn():
+    _, weights = priority_sample(torch.tensor([1e-45, 3e38, 3e38]), 1, torch.tensor([0.0, 0.9, 0.9]))
+    assert weights.isfinite().all()
+
+
+def test_a_pressure_or_power_out_of_range_is_named():
+    for value in (0.5, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"`pressure` must be finite and >= 1, but got {value}"):
+            rank_log_weights(torch.ones(3), value)
+    for value in (-0.5, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"`beta` must be finite and >= 0, but got {value}"):
+            cdf_power(torch.ones(3), torch.ones(3), value)

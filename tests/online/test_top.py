@@ -47,3 +47,18 @@ def test_equal_values_have_no_deviation_even_after_rounding():
 )
 def test_keep_count_rounds_and_never_is_zero(keep, size, k):
     assert keep_count(keep, size) == k
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e30, 1e38])
+def test_scores_of_any_size_are_standardized(scale):
+    z = standardize(torch.tensor([1.0, 2.0, 3.0, math.nan]) * scale)
+    assert z[:3].tolist() == pytest.approx([-(1.5**0.5), 0, 1.5**0.5], abs=0.3 if scale < 1e-40 else 1e-5)
+    assert z[3].isnan()
+
+
+def test_what_cannot_be_kept_is_named():
+    for keep in (0, -0.5, 1.5, math.nan, math.inf):
+        with pytest.raises(ValueError, match=rf"Argument `keep` must be in \(0, 1\], but got {keep}"):
+            keep_count(keep, 8)
+    with pytest.raises(ValueError, match="Argument `k` must be >= 0, but got -1"):
+        top_rows(torch.ones(4), -1)

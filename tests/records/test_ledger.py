@@ -115,3 +115,20 @@ def test_a_checkpoint_writes_the_open_file_and_goes_on_with_it(tmp_path):
 def test_a_folder_without_a_ledger_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"Argument `path` must be the folder of a ledger, but got '.*none'"):
         Ledger(tmp_path / "none")
+
+
+def test_columns_that_do_not_fit_are_named(tmp_path):
+    writer, two = LedgerWriter(tmp_path), torch.ones(2)
+    with pytest.raises(TypeError, match=r"`sample_ids` must be int64, but got torch.float32"):
+        writer.append(0, two, two, two, two)
+    with pytest.raises(ValueError, match=r"must all be \[B\], but `sample_ids` is \[1\], `scores` is \[2\]"):
+        writer.append(0, torch.tensor([1]), two, two, two)
+
+
+@pytest.mark.parametrize(("sample_id", "size"), [(-1, None), (-1, 9), (9, 9), (2**40, None)])
+def test_ids_without_a_place_in_the_table_are_named(tmp_path, sample_id, size):
+    writer = LedgerWriter(tmp_path)
+    writer.append(0, torch.tensor([3, sample_id]), *torch.ones(3, 2))
+    writer.close()
+    with pytest.raises(ValueError, match=rf"`size` must be more than every sample id.* got {size} and ids"):
+        Ledger(tmp_path).counts(size)

@@ -51,3 +51,26 @@ def test_a_record_of_other_data_is_refused():
         ScoreStore(5).load_state_dict(ScoreStore(4).state_dict())
     with pytest.raises(ValueError, match="Argument `size` must be > 0, but got 0"):
         ScoreStore(0)
+
+
+@pytest.mark.parametrize(
+    ("ids", "scores", "error", "message"),
+    [
+        ([0, 4], 2, ValueError, "A sample id is 4, but the record is of 4 samples"),
+        ([0, -2], 2, ValueError, "A sample id is -2, but the record is of 4 samples"),
+        ([0, 1], 3, ValueError, r"`ids`, `scores` and `kept` must be \[B\], but got \[2\], \[3\], \[3\]"),
+        ([0.0, 1.0], 2, TypeError, "`ids` must be int64, but got torch.float32"),
+    ],
+)
+def test_ids_of_no_sample_are_refused_and_nothing_is_entered(ids, scores, error, message):
+    store = ScoreStore(4)
+    with pytest.raises(error, match=message):
+        store.update(torch.tensor(ids), torch.ones(scores), torch.ones(scores), 0)
+    assert not store.seen.any()
+    assert store.scores.isnan().all()
+
+
+def test_a_batch_of_no_candidates_changes_nothing():
+    store = ScoreStore(4)
+    store.update(torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0), 0)
+    assert not store.seen.any()

@@ -117,3 +117,28 @@ def test_what_is_wrong_is_named():
 def test_plans_are_the_same_wherever_they_are_made():
     k = np.random.default_rng(0).integers(0, 9, 500)
     assert np.array_equal(plan(HardnessWeighted(), k, 8, 9000), plan(HardnessWeighted(), list(k), 8, 9000))
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_a_reward_that_is_no_number_spoils_no_group_quietly(baseline):
+    with pytest.raises(ValueError, match=f"`rewards` must be finite, .* but has nan with '{baseline}'"):
+        advantages(torch.tensor([1.0, math.nan]), torch.tensor([0, 0]), 1, baseline)
+
+
+def test_negative_rewards_have_no_log_accuracy():
+    rewards, of = torch.tensor([1.0, -1.0]), torch.tensor([0, 0])
+    with pytest.raises(
+        ValueError, match=r"`rewards` must be finite, and >= 0 with the baseline 'maxrl', but has -1.0"
+    ):
+        advantages(rewards, of, 1, "maxrl")
+    assert advantages(rewards, of, 1).tolist() == [1, -1]
+
+
+def test_groups_that_are_not_there_are_named():
+    for groups, found in (([0, 2], "0 to 2"), ([-1, 1], "-1 to 1")):
+        with pytest.raises(ValueError, match=rf"`groups` must be in \[0, 2\), but got {found}"):
+            advantages(torch.ones(2), torch.tensor(groups), 2)
+    with pytest.raises(ValueError, match=r"`groups` must be int64, but got torch.float32"):
+        advantages(torch.ones(2), torch.zeros(2), 2)
+    with pytest.raises(ValueError, match=r"`groups` must be \[R\] as the lengths, \[1\], but got \[2\]"):
+        loss_weights(torch.ones(2), torch.tensor([0, 1]), 2, torch.ones(1), "token", 8)

@@ -169,3 +169,27 @@ def test_memory_of_what_is_always_solved_does_not_round_above_that(n):
 def test_what_is_wrong_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_plan_of_impossible_numbers_is_refused():
+    for n in (0, 1.5, -1):
+        with pytest.raises(ValueError, match=f"`n` must be an integer >= 1, but got {n}"):
+            plan(Uniform(9), np.zeros(2), n)
+    with pytest.raises(ValueError, match=r"`budget` must be at least .* but got nan"):
+        plan(Uniform(9), np.zeros(2), 4, math.nan)
+    with pytest.raises(ValueError, match=r"`successes` must be \[P\], but got \[2, 1\]"):
+        plan(Uniform(9), np.zeros((2, 1)), 4)
+    with pytest.raises(ValueError, match="`rollouts` must be an integer >= 1, but got 1000000000000000000000"):
+        Uniform(10**21)
+
+
+def test_a_plan_is_the_same_for_an_integer_of_numpy():
+    assert plan(EqualTreatment(1000), np.zeros(1), np.int32(300)).tolist() == [700]
+
+
+@pytest.mark.parametrize("wrong", [math.nan, -1.0, 4.5])
+def test_a_memory_takes_no_impossible_rewards(wrong):
+    memory = DifficultyMemory()
+    with pytest.raises(ValueError, match=rf"Rewards of 4 rollouts must sum to \[0, 4\], but sum to {wrong}"):
+        memory.update([1, 2], [1.0, wrong], 4)
+    assert memory.counts == {}

@@ -142,3 +142,12 @@ def test_rubbish_is_named(tmp_path):
         ConceptIndex.load(tmp_path / "other.arrow")
     with pytest.raises(FileNotFoundError):
         ConceptIndex.load(tmp_path / "missing.arrow")
+
+
+def test_samples_that_are_not_there_are_named():
+    index = ConceptIndex.from_lists([["a"], ["b"], []])
+    for samples in ([-1], [0, 3]):
+        with pytest.raises(ValueError, match=rf"`samples` must be in \[0, 3\), but got {samples[0]} to"):
+            index.take(np.array(samples))
+    with pytest.raises(ValueError, match=r"`samples` must be integers \[n\], but got float64 \[1\]"):
+        index.take(np.ones(1))

@@ -94,7 +94,12 @@ def test_a_loader_reads_the_batches_of_the_cut():
         ({"delta": 0.0}, r"Argument `delta` must be in \(0, 1\], but got 0.0"),
         ({"batch_size": 11}, r"Argument `batch_size` must be in \[1, 10\], the size of the data set, but got 11"),
         ({"batch_size": 0}, r"Argument `batch_size` must be in \[1, 10\], the size of the data set, but got 0"),
+        ({"batch_size": 2.5}, r"Argument `batch_size` must be in \[1, 10\], the size of the data set, but got 2.5"),
+        ({"delta": "1"}, r"Argument `delta` must be in \(0, 1\], but got '1'"),
         ({"max_age": 0}, r"Argument `max_age` must be >= 1 or None, but got 0"),
+        ({"max_age": math.nan}, r"Argument `max_age` must be >= 1 or None, but got nan"),
+        ({"seed": 0.5}, r"Argument `seed` must be an integer in \[0, 2\^63\), but got 0.5"),
+        ({"seed": -1}, r"Argument `seed` must be an integer in \[0, 2\^63\), but got -1"),
     ],
 )
 def test_a_bad_argument_is_named(bad, message):
