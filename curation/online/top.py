@@ -64,8 +64,9 @@ def standardize(values: Tensor) -> Tensor:
     """
     finite = values.isfinite()
     count = finite.sum().clamp(min=1)
-    # So that squares stay in range.
-    values = values / values.masked_fill(~finite, 0).abs().amax().clamp(min=torch.finfo(values.dtype).tiny)
+    # By a power of two, which rounds nothing, so that squares stay in range.
+    peak = values.masked_fill(~finite, 0).abs().amax().clamp(min=torch.finfo(values.dtype).tiny)
+    values = values / peak.log2().floor().exp2()
     mean = values.masked_fill(~finite, 0).sum() / count
     centred = values - mean
     deviation = (centred.masked_fill(~finite, 0).square().sum() / count).sqrt()
