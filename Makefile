@@ -32,9 +32,14 @@ wheel: .venv/ready
 	$(PY) -m build --wheel --no-isolation . > /dev/null
 	rm -rf build
 
-# Twenty thousand random inputs, each either answered or refused with a reason; `make test` tries a few, always the same.
+# Forty thousand random inputs, each either answered or refused with a reason, and at the end how many of each test;
+# `make test` tries a few, always the same.
+fuzz: SHELL := /bin/bash
+fuzz: .SHELLFLAGS := -o pipefail -c
 fuzz: .venv/ready
-	HYPOTHESIS_PROFILE=nightly $(PY) -m pytest tests/test_fuzz.py
+	HYPOTHESIS_PROFILE=nightly $(PY) -m pytest tests/test_fuzz.py -W ignore --hypothesis-show-statistics | awk '{print} \
+		/^tests.*:$$/ {test = $$1} / passing[, ]/ {n[test] += $$2; all += $$2} \
+		END {for (test in n) print n[test], test | "sort -k 2"; close("sort -k 2"); print all, "examples"}'
 
 # The documentation, in site/: open site/index.html, or for the search too `python -m http.server -d site`. (With --quiet, --strict would count no warnings.)
 docs: .venv/ready

@@ -86,6 +86,12 @@ def run(args: list[str], execute: bool = True, instantiate: bool = True) -> Any:
             if instantiate:
                 super().instantiate_classes()
 
+        def _instantiate_trainer(self, config: dict[str, Any], callbacks: Any) -> Any:
+            interval = config.get("val_check_interval")  # which Lightning 2.5 reads as a float, and then refuses
+            if isinstance(interval, float) and interval > 1:
+                config["val_check_interval"] = int(interval)
+            return super()._instantiate_trainer(config, callbacks)
+
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             # Lightning's own method warns of `args` beside sys.argv, even where they are the same.
             self.config = parser.parse_args(args)

@@ -65,8 +65,8 @@ def standardize(values: Tensor) -> Tensor:
     finite = values.isfinite()
     count = finite.sum().clamp(min=1)
     # By a power of two, which rounds nothing, so that squares stay in range.
-    peak = values.masked_fill(~finite, 0).abs().amax().clamp(min=torch.finfo(values.dtype).tiny)
-    values = values / peak.log2().floor().exp2()
+    peak = values.masked_fill(~finite, 0).abs().amax().clamp(min=2 * torch.finfo(values.dtype).tiny)
+    values = values / (peak.log2().ceil() - 1).exp2()  # of the largest number the log2 is that of infinity
     mean = values.masked_fill(~finite, 0).sum() / count
     centred = values - mean
     deviation = (centred.masked_fill(~finite, 0).square().sum() / count).sqrt()

@@ -654,5 +654,27 @@ def test_two_ranks_with_unequal_tokens(ranks, rule, size):
         average = mean if average is None else (average + mean) / 2
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_padding_may_be_no_number(rule):
+    class Padded(Mixture):
+        def __init__(self, value):  # the only router gives padding, whose embedding is 0, this logit for every expert
+            super().__init__(layers=1, lr=0.0)
+            self.embed.register_forward_hook(lambda _, args, out: out * self.counted[..., None])
+            self.layers[0].router.register_forward_hook(
+                lambda _, args, out: out.masked_fill(args[0].eq(0).all(-1, keepdim=True), value)
+            )
+
+        def loss(self, batch):
+            self.counted = batch["attention_mask"]
+            return 0 * self(batch["input_ids"])[self.counted.bool()].sum()
+
+    of_zeros, of_nan = (
+        fit(rule, Padded(value), rows=8, ragged=True)[0].gradients[0]["layers.0.router.weight"]
+        for value in (0.0, -torch.inf)
+    )
+    assert of_zeros.any()
+    torch.testing.assert_close(of_nan, of_zeros)
+
+
 if __name__ == "__main__":
     main(sys.argv[1])

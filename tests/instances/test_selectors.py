@@ -238,6 +238,12 @@ def test_budgets_of_classes(counts, budget, strategy):
         assert not full.any() or full.all() or got[full].max() <= got[~full].max() + 1
 
 
+@each_budgeted
+def test_of_the_smallest_budget_one_of_each_class_stays(selector, digits):
+    kept = clone(selector).set_params(budget=5e-324).fit(*digits).report_["kept_per_class"]
+    assert kept == dict.fromkeys(range(10), 1)
+
+
 def test_counts_by_class(digits):
     X, y = digits
     s = CoverageInstanceSelector(sampling_strategy={3: 7, 5: 1}, random_state=0).fit(X, y)

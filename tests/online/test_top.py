@@ -54,6 +54,8 @@ def test_scores_of_any_size_are_standardized(scale):
     z = standardize(torch.tensor([1.0, 2.0, 3.0, math.nan]) * scale)
     assert z[:3].tolist() == pytest.approx([-(1.5**0.5), 0, 1.5**0.5], abs=0.3 if scale < 1e-40 else 1e-5)
     assert z[3].isnan()
+    largest = torch.finfo(torch.float32).max
+    assert standardize(torch.tensor([largest, -largest])).tolist() == [1, -1]
 
 
 def test_what_cannot_be_kept_is_named():
