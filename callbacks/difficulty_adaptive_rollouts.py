@@ -125,6 +125,7 @@ class DifficultyAdaptiveRollouts(Callback):
             raise TypeError(f"{type(pl_module).__name__} must have a method `rollout(batch, counts)`, but has none.")
         theirs: Any = pl_module.rollout
 
+        @torch.compiler.disable  # plans and metrics are the host's
         def rollout(batch: Any, counts: Any) -> Any:
             return self._adaptive(trainer, theirs, batch, len(counts)) if trainer.training else theirs(batch, counts)
 
