@@ -9,7 +9,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from hypothesis import settings
 
+settings.register_profile("untimed", deadline=None)  # a slow machine is no failure
+settings.load_profile("untimed")
 torch.set_num_threads(1)  # what most tests train is so small that a second one costs more than it gives
 
 
