@@ -41,7 +41,8 @@ fuzz: .venv/ready
 		/^tests.*:$$/ {test = $$1} / passing[, ]/ {n[test] += $$2; all += $$2} \
 		END {for (test in n) print n[test], test | "sort -k 2"; close("sort -k 2"); print all, "examples"}'
 
-# The documentation, in site/: open site/index.html, or for the search too `python -m http.server -d site`. (With --quiet, --strict would count no warnings.)
+# The documentation, in site/: open site/index.html, or for the search too `python -m http.server -d site`. Not --quiet,
+# with which --strict counts no warnings.
 docs: .venv/ready
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 

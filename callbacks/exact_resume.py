@@ -108,9 +108,9 @@ class ExactResume(SeamClient):
             if callable(getattr(sampler, "set_epoch", None)):
                 sampler.set_epoch(self.epoch)
 
-    def begin_load(self, ahead: int = 0) -> None:
-        """What is drawn while a batch is loaded depends on the number of batches trained on before it only."""
-        rng.seed(self._seeds[self._rank], self.batches + ahead, _LOAD)
+    def begin_load(self, batch: int | None = None) -> None:
+        """What is drawn while a batch is loaded depends on its number in the fit only; by default it is the next."""
+        rng.seed(self._seeds[self._rank], self.batches if batch is None else batch, _LOAD)
 
     def before_transfer(self) -> None:
         """What is drawn from here to the end of the step depends on the number of batches trained on only."""
@@ -213,7 +213,7 @@ class _Order:
         order = iter(self._inner)
         first = list(itertools.islice(order, 1))
         self._owner.begin_load()
-        now = self._owner.batches
-        for at, chosen in enumerate(itertools.islice(itertools.chain(first, order), self._owner.take_skip(), None)):
-            self._owner.begin_load(now + at - self._owner.batches)  # what follows loads it, maybe ahead of its time
+        left = itertools.islice(itertools.chain(first, order), self._owner.take_skip(), None)
+        for batch, chosen in enumerate(left, self._owner.batches):
+            self._owner.begin_load(batch)  # again, since a loader may load ahead of its time
             yield chosen
