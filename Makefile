@@ -4,13 +4,12 @@ PY := .venv/bin/python
 
 # SmolLM2-135M fine-tuned on chat, utility-diversity selection beside uniform selection; W&B stays on this machine.
 demo: .venv/ready
-	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(PY) -m curation.recipes.demo
+	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(PY) -m curation.recipes.cli.demo
 
 test: .venv/ready
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
-	.venv/bin/mypy curation callbacks
-	.venv/bin/mypy recipes
+	.venv/bin/mypy curation
 	$(PY) -m coverage run -m pytest
 	$(PY) -m coverage combine -q
 	$(PY) -m coverage report
@@ -25,7 +24,7 @@ test-oldest test-newest: test-%: wheel
 	.venv-$*/bin/pip install -q -c constraints-$*.txt "$$(echo dist/*.whl)[recipes]"
 	cd .venv-$* && WANDB_MODE=offline HF_HUB_OFFLINE=1 bin/curation fit --config rollouts_tiny --trainer.max_steps=2
 	.venv-$*/bin/pip install -q -c constraints-$*.txt "$$(echo dist/*.whl)[select]" pytest hypothesis
-	PYTHONSAFEPATH=1 .venv-$*/bin/pytest tests/contract -p no:cacheprovider
+	cd .venv-$* && bin/pytest --rootdir=.. -c ../pyproject.toml ../tests/contract -p no:cacheprovider
 
 wheel: .venv/ready
 	rm -rf build dist
@@ -48,7 +47,7 @@ docs: .venv/ready
 
 # The pages, pictures and tables of docs/results/ from the JSON there.
 results: .venv/ready
-	$(PY) -m curation.recipes.cli report $(filter-out %_ablation.json %_benchmark.json,$(wildcard docs/results/*.json))
+	$(PY) -m curation.recipes.cli.main report $(filter-out %_ablation.json %_benchmark.json,$(wildcard docs/results/*.json))
 	$(PY) benchmarks/ablation_sft.py --report > docs/results/utility_diversity_ablation.md
 	$(PY) benchmarks/instance_selection.py report $(wildcard docs/results/instance_selection_*_ablation.json) \
 		> docs/results/instance_selection_ablation.md

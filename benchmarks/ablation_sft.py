@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from curation.callbacks import OnlineSelection, UniformSelection, UtilityDiversitySelection
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor
 
+from curation.callbacks import OnlineSelection, UniformSelection, UtilityDiversitySelection
 from curation.evaluation.statistics import paired_interval
 from curation.online.utility_diversity import UtilityDiversityScorer
 from curation.scoring import IGNORED
@@ -91,7 +91,7 @@ _data: Any = None
 
 def run(job: tuple[str, float, float, int]) -> dict[str, Any]:
     """One fit; the validation loss per answer token at its end."""
-    from curation.recipes.sft import Conversations, SupervisedFineTuning
+    from curation.recipes.chat.sft import Conversations, SupervisedFineTuning
 
     global _model, _data
     arm, keep, lr, seed = job

@@ -23,13 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from curation.callbacks import (
-    ConceptAwareSelection,
-    HardSampleSelection,
-    OnlineSelection,
-    UniformSelection,
-    UtilityDiversitySelection,
-)
 from instance_selection import CAPACITY, VIEWS, K, clusters
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -37,6 +30,13 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from curation.batch import SampleIds
+from curation.callbacks import (
+    ConceptAwareSelection,
+    HardSampleSelection,
+    OnlineSelection,
+    UniformSelection,
+    UtilityDiversitySelection,
+)
 from curation.instances import hashing
 from curation.instances.selectors import CoverageInstanceSelector, GraphAttentionInstanceSelector
 from curation.online.nuclear_norm import gram_of_head, nuclear_norm_from_hidden

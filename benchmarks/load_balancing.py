@@ -15,10 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from curation.callbacks import GlobalBatchLoadBalancing
-from curation.recipes.mixture import MixtureLM
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch.utils.data import DataLoader
+
+from curation.callbacks import GlobalBatchLoadBalancing
+from curation.recipes.mixture_of_experts.mixture import MixtureLM
 
 ROUNDS, STEPS, ACCUMULATE = 5, 3, 4
 BUFFERS: dict[str, dict[str, Any] | None] = {

@@ -17,6 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from curation.batch import SampleIds
 from curation.callbacks import (
     HardSampleSelection,
     OnlineSelection,
@@ -25,12 +30,7 @@ from curation.callbacks import (
     UniformSelection,
     UtilityDiversitySelection,
 )
-from curation.recipes.images import ImageClassifier
-from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
-
-from curation.batch import SampleIds
+from curation.recipes.image_classification.images import ImageClassifier
 from curation.records.ledger import Ledger, LedgerWriter
 
 CANDIDATES, KEEP = 512, 0.25

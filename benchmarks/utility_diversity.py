@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable
 
 import torch
-from curation.callbacks import ExactResume, UniformSelection, UtilityDiversitySelection
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from curation.callbacks import ExactResume, UniformSelection, UtilityDiversitySelection
 from curation.online.nuclear_norm import gram_of_head, nuclear_norm, nuclear_norm_from_hidden
 from curation.online.utility_diversity import LengthTrend, UtilityDiversityScorer
 from curation.scoring import IGNORED
@@ -146,7 +146,7 @@ def fit_seconds(module: LightningModule, loader: DataLoader, steps: int, *callba
 
 def step() -> None:
     """Candidates per second against the ideal, on 6 layers of SmolLM2-135M, 32 candidates of 128 tokens."""
-    from curation.recipes.sft import SupervisedFineTuning
+    from curation.recipes.chat.sft import SupervisedFineTuning
 
     original = SupervisedFineTuning(num_layers=6)
     original.configure_model()
@@ -186,7 +186,7 @@ def step() -> None:
 
 def real_model() -> tuple[LightningModule, list[dict[str, Tensor]]]:
     """SmolLM2-135M and twelve batches of 32 conversations."""
-    from curation.recipes.sft import Conversations, SupervisedFineTuning
+    from curation.recipes.chat.sft import Conversations, SupervisedFineTuning
 
     module = SupervisedFineTuning()
     module.configure_model()

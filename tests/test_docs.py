@@ -9,11 +9,13 @@ import zlib
 from pathlib import Path
 
 import pytest
-from curation.recipes import arms, cli, compare, select
 from markdown_it import MarkdownIt
 
 import curation
 from curation import callbacks
+from curation.recipes.cli import main as cli
+from curation.recipes.cli import select
+from curation.recipes.compare import arms, compare
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from contract.registry import CALLBACKS
-from curation.callbacks import ExactResume, HardBatchTraining, SampleRecord, UniformSelection
 from helpers import Pair, Record, trainer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -28,6 +27,7 @@ from twins import tags
 
 from curation import instances
 from curation.batch import batch_size, leaves, split_sample_ids, take_rows, trim_padding
+from curation.callbacks import ExactResume, HardBatchTraining, SampleRecord, UniformSelection
 from curation.experts import load_balancing as lb
 from curation.online import hard_samples as hard
 from curation.online.top import keep_count, top_rows

@@ -1,1 +1,42 @@
-"""The rules of online batch selection: which rows of a candidate batch are trained on."""
+"""Rules of online batch selection: which rows of a candidate batch are trained on."""
+
+from curation.online.break_even import BreakEven
+from curation.online.concept_aware import diverse_rows
+from curation.online.hard_samples import (
+    cdf_power,
+    pareto_sample,
+    priority_sample,
+    rank_log_weights,
+    successive_sample,
+    variance_reduction,
+)
+from curation.online.nuclear_norm import gram_of_head, nuclear_norm, nuclear_norm_from_hidden, project_head
+from curation.online.sketch import SketchMemory, cosine_projection, sign_projection, sketch
+from curation.online.top import keep_count, largest, standardize, top_rows
+from curation.online.utility_diversity import LengthTrend, UtilityDiversityScorer, utility_diversity
+
+__all__ = [
+    "BreakEven",
+    "LengthTrend",
+    "SketchMemory",
+    "UtilityDiversityScorer",
+    "cdf_power",
+    "cosine_projection",
+    "diverse_rows",
+    "gram_of_head",
+    "keep_count",
+    "largest",
+    "nuclear_norm",
+    "nuclear_norm_from_hidden",
+    "pareto_sample",
+    "priority_sample",
+    "project_head",
+    "rank_log_weights",
+    "sign_projection",
+    "sketch",
+    "standardize",
+    "successive_sample",
+    "top_rows",
+    "utility_diversity",
+    "variance_reduction",
+]

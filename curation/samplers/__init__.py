@@ -1,1 +1,22 @@
-"""Which indices form a batch, before anything is loaded."""
+"""Samplers: which indices form a batch, before anything is loaded."""
+
+from curation.samplers.concept_aware import ConceptAwareSampler
+from curation.samplers.concept_choice import ConceptObjective, Diversity, FirstCome, Frequency
+from curation.samplers.concept_clusters import cluster_concepts
+from curation.samplers.concept_index import ConceptIndex
+from curation.samplers.global_batch import GlobalBatchSampler
+from curation.samplers.hard_batches import HardBatchSampler
+from curation.samplers.subset import SubsetSampler
+
+__all__ = [
+    "ConceptAwareSampler",
+    "ConceptIndex",
+    "ConceptObjective",
+    "Diversity",
+    "FirstCome",
+    "Frequency",
+    "GlobalBatchSampler",
+    "HardBatchSampler",
+    "SubsetSampler",
+    "cluster_concepts",
+]

@@ -1,38 +1,11 @@
-"""What the site needs beyond plugins: one tree of sources for the reference, lists as on GitHub, the reports."""
+"""What the site needs beyond plugins: lists as on GitHub, and the list of reports."""
 
 import json
 import re
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from mkdocs.plugins import event_priority
-
-ROOMS = {"curation": "curation", "callbacks": "curation/callbacks", "recipes": "curation/recipes"}
 REPORTS = "<!-- reports -->"
-
-sources: list[str] = []  # temporary folders of this build
-
-
-@event_priority(100)  # before mkdocstrings reads its paths
-def on_config(config: Any) -> Any:
-    """Lay the rooms out as they are installed, since the reference reads sources."""
-    root = Path(config.config_file_path).parent
-    sources.append(tempfile.mkdtemp())
-    for room, place in ROOMS.items():
-        shutil.copytree(
-            root / room, Path(sources[-1]) / place, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True
-        )
-    handlers = config.plugins["mkdocstrings"].config.handlers
-    handlers.setdefault("python", {})["paths"] = [sources[-1]]
-    return config
-
-
-def on_post_build(config: Any) -> None:
-    """Remove the laid-out sources."""
-    while sources:
-        shutil.rmtree(sources.pop())
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:

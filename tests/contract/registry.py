@@ -7,6 +7,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from helpers import Answering, Classifier, ManualAnswering, ManualClassifier, ManualRouted, Routed, data
+from lightning.pytorch import Callback
+from torch.utils.data import DataLoader, Sampler
+from twins import ConceptAwareTwin, HardSampleTwin, UniformTwin, UtilityDiversityTwin, tags
+
+from curation.batch import SampleIds
 from curation.callbacks import (
     ConceptAwareSelection,
     ConceptCoverageMonitor,
@@ -22,12 +28,6 @@ from curation.callbacks import (
     UniformSelection,
     UtilityDiversitySelection,
 )
-from helpers import Answering, Classifier, ManualAnswering, ManualClassifier, ManualRouted, Routed, data
-from lightning.pytorch import Callback
-from torch.utils.data import DataLoader, Sampler
-from twins import ConceptAwareTwin, HardSampleTwin, UniformTwin, UtilityDiversityTwin, tags
-
-from curation.batch import SampleIds
 from curation.instances.selection_index import SelectionIndex, fingerprint
 from curation.records.ledger import Ledger
 from curation.samplers.concept_aware import ConceptAwareSampler, ConceptIndex

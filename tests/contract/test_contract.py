@@ -7,7 +7,6 @@ import socket
 from multiprocessing import forkserver
 from pathlib import Path
 
-import curation.callbacks
 import lightning.pytorch.callbacks
 import pytest
 import torch
@@ -17,6 +16,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
+import curation.callbacks
 from contract import strategies, worker
 from contract.kinds import KINDS
 from contract.registry import CALLBACKS, NOT_CALLBACKS, write_tags

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from curation.callbacks import ExactResume, InstanceSelection, SelectionLedger
 from helpers import Classifier, LanguageModel, data, texts, trainer
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader, default_collate
 from twins import UniformTwin, slow_diverse, slow_hard_batches, tags
 
 from contract.registry import CALLBACKS, write_tags
+from curation.callbacks import ExactResume, InstanceSelection, SelectionLedger
 from curation.records.ledger import Ledger
 from curation.samplers.hard_batches import HardBatchSampler
 

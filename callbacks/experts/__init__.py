@@ -1,0 +1,1 @@
+"""Load balancing of mixtures of experts."""

@@ -1,0 +1,1 @@
+"""Instance selection in a fit."""

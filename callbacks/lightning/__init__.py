@@ -1,0 +1,1 @@
+"""Everything that touches Lightning's private names or loops."""

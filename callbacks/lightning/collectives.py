@@ -1,0 +1,69 @@
+"""Rows of all processes, of which each may have another number."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@functools.lru_cache(maxsize=8)
+def _host_group(world: Any) -> Any:
+    """Processes that talk without their accelerators, so that no host waits for a device."""
+    return world if "gloo" in dist.get_backend(world) else dist.new_group(backend="gloo")
+
+
+def gather_sizes(trainer: Trainer, size: int) -> list[int]:
+    """The numbers that each process gives, in the order of ranks; costs no synchronisation with an accelerator."""
+    if trainer.world_size == 1:
+        return [size]
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(trainer.world_size)]
+    dist.all_gather(sizes, torch.tensor([size]), group=_host_group(dist.group.WORLD))
+    return torch.cat(sizes).tolist()
+
+
+def gather_rows(trainer: Trainer, rows: Tensor) -> Tensor:
+    """The rows of all processes in the order of ranks; their number may differ.
+
+    Args:
+        trainer: The trainer.
+        rows: ``[B, ...]``, on any device; all but ``B`` is equal on all processes.
+
+    Returns:
+        ``[B_0 + B_1 + ..., ...]``, the same on every process, on the device of ``rows``.
+    """
+    if trainer.world_size == 1:
+        return rows
+    sizes = gather_sizes(trainer, len(rows))
+    most = max(sizes)
+    padded = rows if len(rows) == most else torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
+    everyone = trainer.strategy.all_gather(padded.to(trainer.strategy.root_device))
+    everyone = everyone.view(len(sizes), *padded.shape)
+    if min(sizes) == most:
+        return everyone.flatten(0, 1).to(rows.device)
+    return torch.cat([part[:size] for part, size in zip(everyone, sizes, strict=True)]).to(rows.device)
+
+
+def agree(trainer: Trainer, work: Callable[[], T]) -> T:
+    """Run ``work`` on every process; if it fails on one, all raise, and none waits for it.
+
+    Raises:
+        Exception: What ``work`` raised on this process.
+        RuntimeError: If it failed on another process.
+    """
+    error: Exception | None = None
+    try:
+        result = work()
+    except Exception as caught:  # any error: the other processes must learn of it
+        error = caught
+    done = trainer.strategy.reduce_boolean_decision(error is None)
+    if error is not None:
+        raise error
+    if not done:
+        raise RuntimeError("Another process failed at the same point; its error says why.")
+    return result

@@ -1,0 +1,56 @@
+"""Histograms, tables and pictures in the loggers that have them; others are left out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+
+from curation.callbacks.lightning.loop import logging_step
+
+
+def takes_histograms(trainer: Trainer) -> bool:
+    """Whether this process has a logger that :func:`log_histogram` writes to."""
+    return trainer.is_global_zero and any(isinstance(x, (WandbLogger, TensorBoardLogger)) for x in trainer.loggers)
+
+
+def takes_media(trainer: Trainer) -> bool:
+    """Whether this process has a logger that :func:`log_table` and :func:`log_image` write to."""
+    return trainer.is_global_zero and any(isinstance(x, WandbLogger) for x in trainer.loggers)
+
+
+def log_histogram(trainer: Trainer, name: str, values: Sequence[float], **wandb_options: Any) -> None:
+    """Log a histogram to W&B and TensorBoard, under the step of every other metric of the batch.
+
+    Args:
+        trainer: The trainer.
+        name: Name of the metric.
+        values: Finite numbers.
+        wandb_options: Options of ``wandb.Histogram``.
+    """
+    if not trainer.is_global_zero or not len(values):
+        return
+    step = logging_step(trainer)
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            import wandb
+
+            logger.log_metrics({name: wandb.Histogram(values, **wandb_options)}, step=step)  # type: ignore[dict-item]
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_histogram(name, torch.as_tensor(values), step)
+
+
+def log_table(trainer: Trainer, name: str, columns: list[str], rows: Sequence[list[Any]]) -> None:
+    """Log a table to W&B, if it has rows."""
+    for logger in trainer.loggers if rows and trainer.is_global_zero else []:
+        if isinstance(logger, WandbLogger):
+            logger.log_table(name, columns=columns, data=list(rows))
+
+
+def log_image(trainer: Trainer, name: str, image: Any) -> None:
+    """Log a picture to W&B: a file, a matplotlib figure, or whatever ``wandb.Image`` takes."""
+    for logger in trainer.loggers if trainer.is_global_zero else []:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(name, [str(image) if isinstance(image, Path) else image])

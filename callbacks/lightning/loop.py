@@ -1,0 +1,106 @@
+"""The state of Lightning's loops; private names of Lightning stand in this folder alone."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from curation.replace import replace_attribute
+
+
+def is_trained_on(trainer: Trainer) -> bool:
+    """Whether the current batch is trained on.
+
+    False in evaluation, in the sanity check, and while stochastic weight averaging updates its normalisation layers.
+    """
+    return trainer.training and not skips_backward(trainer)
+
+
+def skips_backward(trainer: Trainer) -> bool:
+    """Whether training steps run forward passes only, as stochastic weight averaging has them do at its end."""
+    return trainer.fit_loop._skip_backward
+
+
+def is_accumulating(trainer: Trainer) -> bool:
+    """Whether the current batch is one of an accumulation window, but not its last."""
+    return trainer.fit_loop._should_accumulate()
+
+
+def logging_step(trainer: Trainer) -> int:
+    """The step under which Lightning logs the metrics of the current batch."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def logs_now(trainer: Trainer) -> bool:
+    """Whether Lightning writes the metrics of the current batch to its loggers."""
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return bool(every) and (logging_step(trainer) + 1) % every == 0
+
+
+def training_loaders(trainer: Trainer) -> list[Any]:
+    """The training data loaders of the fit; none before Lightning has prepared them."""
+    loaders = trainer.fit_loop._combined_loader
+    return [] if loaders is None else loaders.flattened
+
+
+def prepares_training_loader(trainer: Trainer) -> bool:
+    """Whether the data loader that Lightning is preparing is for training: a tuner prepares one for validation."""
+    loop = trainer.fit_loop
+    return trainer.training and (loop._combined_loader is None or loop._should_reload_train_dl)
+
+
+def forget_training_loader(trainer: Trainer) -> None:
+    """Have Lightning ask for the training data loader again when it needs one."""
+    trainer.fit_loop._combined_loader = None
+
+
+def reload_training_loader(trainer: Trainer) -> None:
+    """Have Lightning prepare the training data loader again, and count its batches, now."""
+    forget_training_loader(trainer)
+    trainer.fit_loop.setup_data()
+
+
+def next_epoch(trainer: Trainer) -> int:
+    """The epoch for which a training data loader is prepared."""
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    return progress.processed
+
+
+def ends_before(trainer: Trainer, epoch: int) -> bool:
+    """Whether the fit ends before an epoch."""
+    loop = trainer.fit_loop
+    return (
+        0 <= (-1 if loop.max_epochs is None else loop.max_epochs) <= epoch
+        or 0 <= loop.max_steps <= trainer.global_step
+        or (trainer.should_stop and loop._can_stop_early)
+    )
+
+
+def move_to_device(trainer: Trainer, batch: Any, transfer: Callable[..., Any] | None = None) -> Any:
+    """A batch as the training step would get it: converted, through the transfer hooks, on the device.
+
+    Args:
+        trainer: The trainer.
+        batch: A batch as the data loader yields it.
+        transfer: What moves it; None for the strategy's ``batch_to_device``.
+    """
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return (transfer or trainer.strategy.batch_to_device)(batch, device=None, dataloader_idx=0)
+
+
+@contextmanager
+def muted(pl_module: LightningModule) -> Iterator[None]:
+    """Let ``self.log`` and ``self.log_dict`` of a module do nothing: Lightning would refuse them or count twice."""
+    with ExitStack() as stack:
+        for name in ("log", "log_dict"):
+            stack.callback(replace_attribute(pl_module, name, lambda *_, **__: None))
+        yield
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until an accelerator has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,181 @@
+"""The one place where the batch of a LightningModule is replaced.
+
+A callback cannot rebind the batch that a training step gets, and wrapping the module's own hooks goes silently dead
+as soon as a DataModule overrides them. What every route passes through is ``strategy.batch_to_device``, so one
+:class:`BatchSeam` stands in for it on the strategy instance, and the callbacks of this package are its clients.
+"""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+
+from curation.batch import batch_size, split_sample_ids
+from curation.callbacks.lightning.fit_callback import FitCallback
+from curation.callbacks.lightning.loop import (
+    is_trained_on,
+    move_to_device,
+    prepares_training_loader,
+    training_loaders,
+)
+from curation.replace import replace_attribute
+
+
+class SeamClient(FitCallback):
+    """What the seam asks of a callback, in the order of the trainer's callbacks."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Install the seam, in every stage: sample ids are stripped in evaluation, too."""
+        super().setup(trainer, pl_module, stage)
+        BatchSeam.attach(trainer, self)
+
+    def before_transfer(self) -> None:
+        """Called before a batch that is to be trained on is transferred."""
+
+    def watch(self, dataloader: Any) -> Any:
+        """Called with the training data loader before it is iterated, as often as Lightning prepares one.
+
+        Gives another one to take its place, or None.
+        """
+
+    def curate(self, trainer: Trainer, pl_module: LightningModule, batch: Any, sample_ids: Tensor | None) -> Any:
+        """The batch to train on, given the candidate batch on the device and its sample ids."""
+        return batch
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove the seam."""
+        BatchSeam.detach(trainer, self)
+
+
+class BatchSeam:
+    """Stands in for ``trainer.strategy.batch_to_device`` while it has clients.
+
+    Sample ids are stripped in every stage. Clients are asked only for batches that are trained on: not in
+    validation, not in the sanity check, not while stochastic weight averaging updates its normalisation layers.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.clients: list[SeamClient] = []
+        self._batch: Any = None
+        self._transfer = trainer.strategy.batch_to_device
+        self._prepare = trainer.strategy.process_dataloader
+        self._undo = [
+            replace_attribute(trainer.strategy, "batch_to_device", self),
+            replace_attribute(trainer.strategy, "process_dataloader", self._process_dataloader),
+        ]
+
+    @staticmethod
+    def of(trainer: Trainer) -> "BatchSeam | None":
+        """The seam of a trainer, if there is one."""
+        seam = vars(trainer.strategy).get("batch_to_device")
+        return seam if isinstance(seam, BatchSeam) else None
+
+    @staticmethod
+    def attach(trainer: Trainer, client: SeamClient) -> None:
+        """Add a client, installing the seam with the first one.
+
+        Raises:
+            TypeError: Under DeepSpeed.
+        """
+        refuse_strategies(trainer, client)
+        seam = BatchSeam.of(trainer) or BatchSeam(trainer)
+        if client not in seam.clients:
+            seam.clients.append(client)
+
+    @staticmethod
+    def detach(trainer: Trainer, client: SeamClient) -> None:
+        """Remove a client, and with the last one the seam."""
+        seam = BatchSeam.of(trainer)
+        if seam is None or client not in seam.clients:
+            return
+        seam.clients.remove(client)
+        seam._batch = None
+        if not seam.clients:
+            for undo in seam._undo:
+                undo()
+
+    def _process_dataloader(self, dataloader: object) -> object:
+        dataloader = self._prepare(dataloader)
+        if prepares_training_loader(self.trainer):
+            for client in self.clients:
+                other = client.watch(dataloader)
+                dataloader = dataloader if other is None else other
+        return dataloader
+
+    def __call__(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """Move the batch as the strategy does, without its ids, and let the clients curate it."""
+        trainer = self.trainer
+        trains = is_trained_on(trainer)
+        batch, ids = split_sample_ids(batch)
+        for client in self.clients if trains else []:
+            client.before_transfer()
+        batch = self._batch = self._transfer(batch, device=device, dataloader_idx=dataloader_idx)
+        if batch is None or not trains:
+            return batch
+        if ids is not None:
+            ids = self._on_device(ids, batch, device)
+        for client in self.clients:
+            batch = client.curate(trainer, trainer.lightning_module, batch, ids)
+        self._batch = batch
+        return batch
+
+    def transfer(self, batch: Any) -> Any:
+        """Another batch as it will be on the device, curated by nobody."""
+        batch, _ = split_sample_ids(batch)
+        return move_to_device(self.trainer, batch, self._transfer)
+
+    def _on_device(self, ids: Tensor, batch: Any, device: torch.device | None) -> Tensor:
+        size = batch_size(batch)
+        if len(ids) != size:
+            raise ValueError(
+                f"The batch came with {len(ids)} sample ids but has {size} rows after its transfer hooks."
+            )
+        return ids.to(device or self.trainer.strategy.root_device, non_blocking=True)
+
+    @staticmethod
+    def check(trainer: Trainer, batch: Any) -> None:
+        """Raise unless ``batch``, which is about to be trained on, is what the trainer's seam returned last."""
+        seam = BatchSeam.of(trainer)
+        if seam is None or batch is not seam._batch:
+            raise RuntimeError(
+                "The batch given to `training_step` did not pass through `strategy.batch_to_device`, so nothing was "
+                "selected. A strategy or a Lightning version that moves batches in another way is not supported."
+            )
+
+
+def check_training_step(pl_module: LightningModule) -> None:
+    """Raise if the module fetches its own batches, which no callback can curate."""
+    if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+        raise TypeError(
+            f"`{type(pl_module).__name__}.training_step(dataloader_iter)` fetches its own batches, so none can be "
+            "curated. Take `batch` as the argument of `training_step` instead."
+        )
+
+
+def check_one_loader(trainer: Trainer, client: object) -> None:
+    """Raise if a fit has several training data loaders, of which a row or a sample id could be of any."""
+    loaders = training_loaders(trainer)
+    if len(loaders) > 1:
+        raise TypeError(f"{type(client).__name__} needs one training data loader, but got {len(loaders)}.")
+
+
+def refuse_strategies(trainer: Trainer, client: object, *strategies: type[Strategy]) -> None:
+    """Raise under DeepSpeed, where nothing of this package was ever tried, and under ``strategies``."""
+    if isinstance(trainer.strategy, (DeepSpeedStrategy, *strategies)):
+        raise TypeError(f"{type(client).__name__} does not support {type(trainer.strategy).__name__} yet.")
+
+
+def warn_of_mixing(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Warn that a transfer hook may mix rows before they are selected."""
+    for owner in (pl_module, trainer.datamodule):  # type: ignore[attr-defined]
+        if is_overridden("on_after_batch_transfer", owner):
+            rank_zero_warn(
+                f"{type(owner).__name__}.on_after_batch_transfer runs before selection. If it mixes rows (mixup, "
+                "cutmix), a sample id no longer names one sample; mix in `training_step` instead."
+            )

@@ -1,0 +1,1 @@
+"""Online batch selection."""

@@ -1,0 +1,133 @@
+"""Concept-aware selection on the online seam."""
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from curation.batch import batch_size
+from curation.callbacks.online.online_selection import OnlineSelection
+from curation.callbacks.samplers.concept_coverage import check_length, loaded
+from curation.online.concept_aware import diverse_rows
+from curation.samplers.concept_aware import Diversity, Frequency
+from curation.samplers.concept_choice import Targets, round_targets, target_counts
+from curation.samplers.concept_index import ConceptIndex
+
+
+class ConceptAwareSelection(OnlineSelection):
+    """Keeps the rows with the concepts asked for, of a candidate batch that is on the device already.
+
+    A :class:`~curation.samplers.concept_aware.ConceptAwareSampler` chooses the same before anything is decoded, and
+    from the candidates of all processes; use this where the batches come from elsewhere. Nothing is scored by the
+    model. Needs sample ids. On an accelerator the concepts are kept there, padded: 4 bytes times the samples times
+    the most concepts of one, and nothing waits for the device.
+
+    Args:
+        keep: Fraction of each candidate batch that is trained on, in (0, 1].
+        concepts: Of every sample, or the file of :meth:`~curation.samplers.concept_index.ConceptIndex.save`. None for
+            the data module's attribute ``concepts``.
+        objective: ``"diversity"`` or ``"frequency"``.
+        targets: Concepts wanted: ``"uniform"``, ``"proportional"`` to the corpus, or weights by name.
+        when: ``"pays"`` trains on every candidate wherever that is measured to be faster.
+        seed: Of the rounding of targets that are not uniform; equal on all ranks.
+        trim: Drop the padding columns that no kept row uses.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        TypeError: If the samples have no ids.
+    """
+
+    has_scores = False
+
+    def __init__(
+        self,
+        keep: float,
+        concepts: ConceptIndex | str | None = None,
+        objective: Literal["diversity", "frequency"] = "diversity",
+        targets: Targets = "uniform",
+        when: Literal["always", "pays"] = "always",
+        seed: int = 0,
+        trim: bool = True,
+    ) -> None:
+        super().__init__(keep, when, seed, trim)
+        if objective not in ("diversity", "frequency"):
+            raise ValueError(f"Argument `objective` must be 'diversity' or 'frequency', but got {objective!r}.")
+        self.concepts = concepts
+        self.objective = objective
+        self.targets = targets
+        self._index: ConceptIndex | None = None
+        self._padded: Tensor | None = None
+        self._wanted: tuple[int, Tensor] | None = None
+
+    def describe(self) -> str:
+        """See the base class."""
+        return f"{self.objective} of concepts"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Load the concepts."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._index = loaded(self.concepts) or getattr(trainer.datamodule, "concepts", None)  # type: ignore[attr-defined]
+            if self._index is None:
+                raise ValueError(
+                    "Argument `concepts` must be given where the data module has no `concepts`, but got None."
+                )
+            target_counts(self._index, self.targets, 1)  # raises now, not in the first step
+            self._padded = self._wanted = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that there are concepts for every sample."""
+        super().on_train_start(trainer, pl_module)
+        assert self._index is not None
+        check_length(self._index, trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the concepts."""
+        super().teardown(trainer, pl_module, stage)
+        self._index = self._padded = self._wanted = None
+
+    def score(self, trainer: Trainer, pl_module: LightningModule, batch: Any, sample_ids: Tensor | None) -> Tensor:
+        """The row chosen first has the highest score, and those that are not chosen 0."""
+        if sample_ids is None:
+            raise TypeError(
+                "ConceptAwareSelection needs sample ids: wrap the training data set in `curation.batch.SampleIds`."
+            )
+        assert self._index is not None
+        size = batch_size(batch)
+        k = min(size, self.k or size)
+        draw = np.random.default_rng((self.seed, self.batches, trainer.global_rank)).random()
+        rows = self._rows(sample_ids, k, draw)
+        return torch.zeros(size, device=rows.device).index_add_(
+            0, rows, torch.arange(k, 0, -1, dtype=torch.float32, device=rows.device)
+        )
+
+    def _rows(self, sample_ids: Tensor, k: int, draw: float) -> Tensor:
+        assert self._index is not None
+        device = sample_ids.device
+        if self._wanted is None or self._wanted[0] != k:
+            counts = torch.from_numpy(target_counts(self._index, self.targets, k))
+            self._wanted = k, (counts.float() if device.type == "mps" else counts).to(device)  # MPS has no fp64
+        if device.type != "cpu":
+            return self.on_device(sample_ids, k, draw)
+        candidates = self._index.take(sample_ids.numpy())
+        rule = Diversity() if self.objective == "diversity" else Frequency()
+        targets = self._wanted[1].numpy()
+        targets = targets if self.targets == "uniform" else round_targets(targets, draw)
+        return torch.from_numpy(rule.choose(candidates, k, targets, np.zeros(len(candidates))))
+
+    def on_device(self, sample_ids: Tensor, k: int, draw: float) -> Tensor:
+        """The rows of :meth:`score` without a host synchronisation: int64 ``[k]``."""
+        assert self._index is not None
+        assert self._wanted is not None
+        if self._padded is None:
+            self._padded = torch.from_numpy(self._index.padded()).to(sample_ids.device)
+        concepts = self._padded[sample_ids]
+        if self.objective == "frequency":
+            return (concepts >= 0).sum(1).argsort(descending=True, stable=True)[:k]
+        targets = self._wanted[1]
+        if self.targets != "uniform":
+            # as `round_targets` does
+            targets = (targets.cumsum(0) + draw + 1e-9).floor().diff(prepend=targets.new_zeros(1))
+        return diverse_rows(concepts, k, targets)

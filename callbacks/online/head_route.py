@@ -1,0 +1,96 @@
+"""Scores from the input of the output head, without forming the logits of every position."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from curation.batch import take_rows
+from curation.callbacks.online.online_selection import OnlineSelection
+from curation.scoring import IGNORED, find_output_head
+
+HEAD_TOLERANCE = 0.02  # bf16 logits differ by a few 1e-3, a soft cap by far more
+
+
+class HeadRoute:
+    """Finds the output head once, and checks on one sample that it makes the logits of its input.
+
+    Args:
+        head: ``"auto"``, ``"none"``, or the path of the ``torch.nn.Linear`` that makes the logits.
+
+    Attributes:
+        used: Whether the head's input is used; None before it was tried.
+        why: Why not, for the log line at the start of the fit.
+    """
+
+    def __init__(self, head: str) -> None:
+        self.head = head
+        self.used: bool | None = None
+        self.why = ""
+        self._layer: nn.Linear | None = None
+
+    def find(
+        self,
+        selection: OnlineSelection,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+    ) -> nn.Linear | None:
+        """The head whose input is to be scored, or None for logits.
+
+        Args:
+            selection: That asks.
+            trainer: The trainer.
+            pl_module: The module that is trained.
+            batch: The candidate batch, on the device.
+
+        Raises:
+            ValueError: If ``head`` names a layer without which the module fails, or that is not linear.
+        """
+        if self._layer is None and self.used is not False:
+            self._layer = find_output_head(pl_module, self.head, batch)
+            self.used = False if self._layer is None else self.used
+        if self._layer is not None and self.used is None:
+            self.used = self._try(selection, trainer, pl_module, batch, self._layer)
+        return self._layer if self.used else None
+
+    def forget(self) -> None:
+        """Let go of the module."""
+        self._layer = None
+
+    def _try(
+        self,
+        selection: OnlineSelection,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        head: nn.Linear,
+    ) -> bool | None:
+        """Whether it does, at the scored positions of the longest sample; None where that has none."""
+        try:
+            _, targets = selection.outputs(trainer, pl_module, batch, head)
+            longest = take_rows(batch, targets.reshape(len(targets), -1).ne(IGNORED).sum(1).argmax()[None])
+            hidden, targets = selection.outputs(trainer, pl_module, longest, head)
+            logits, _ = selection.outputs(trainer, pl_module, longest)
+            scored = targets.ne(IGNORED)
+            with torch.no_grad():
+                expected = logits[scored].float()
+                off = (head(hidden[scored].to(head.weight.dtype)).float() - expected).norm() / expected.norm()
+        except (RuntimeError, IndexError) as error:  # the module does something to its logits that needs their size
+            reason = str(error).splitlines()[0]
+            if self.head != "auto":
+                raise ValueError(
+                    f"Argument `head` must name the layer whose output are the logits, or be 'none', but with "
+                    f"{self.head!r} the module fails: {reason}"
+                ) from error
+            self.why = f" (the head cannot be left out: {reason})"
+            return False
+        known = expected.isfinite().all() & expected.norm().gt(0)
+        off = torch.where(known, off.nan_to_num(nan=torch.inf), 0.0)
+        off, any_known = trainer.strategy.reduce(torch.stack([off, known]).float(), reduce_op="max").tolist()
+        if not any_known:
+            return None
+        if off >= HEAD_TOLERANCE:
+            self.why = f" (the head's output is {off:.0%} off the logits)"
+        return off < HEAD_TOLERANCE

@@ -1,0 +1,34 @@
+"""Uniform selection: the baseline that every other rule has to beat."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from curation.batch import batch_size
+from curation.callbacks.online.online_selection import OnlineSelection
+
+
+class UniformSelection(OnlineSelection):
+    """Keeps rows drawn uniformly without replacement, at the same budget as any other rule.
+
+    The draw depends on the seed, the number of batches seen and the rank only, so a resumed run draws the same.
+
+    Args:
+        keep: Fraction of each candidate batch that is trained on, in (0, 1].
+        when: ``"pays"`` trains on every candidate wherever that is measured to be faster.
+        seed: Of the draws.
+        trim: Drop the padding columns that no kept row uses.
+
+    Raises:
+        ValueError: If ``keep`` is outside (0, 1], or ``seed`` is no integer in [0, 2^63).
+    """
+
+    has_scores = False
+
+    def score(self, trainer: Trainer, pl_module: LightningModule, batch: Any, sample_ids: Tensor | None) -> Tensor:
+        """Random numbers."""
+        draw = np.random.default_rng((self.seed, self.batches, trainer.global_rank)).random(batch_size(batch))
+        return torch.from_numpy(draw).float().to(pl_module.device, non_blocking=True)

@@ -1,0 +1,1 @@
+"""Whole runs: exact resume, costs and budgets."""

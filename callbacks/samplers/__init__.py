@@ -1,0 +1,1 @@
+"""What samplers need from a fit."""

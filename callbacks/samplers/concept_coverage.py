@@ -1,0 +1,218 @@
+"""What concept-aware batches do: the concepts and samples that a fit trained on."""
+
+from collections.abc import Sized
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from curation.callbacks.lightning.seam import BatchSeam, SeamClient, check_one_loader
+from curation.callbacks.online.choice import Choice, SelectionListener
+from curation.callbacks.online.online_selection import OnlineSelection, logs_now
+from curation.metrics.concept_coverage import ConceptCoverage, plot_concepts
+from curation.samplers.concept_aware import ConceptAwareSampler
+from curation.samplers.concept_choice import Targets, target_counts
+from curation.samplers.concept_index import ConceptIndex
+
+CHUNK = 2**20  # samples counted at a time
+
+
+class ConceptCoverageMonitor(SeamClient, SelectionListener):
+    """Logs which concepts and samples are trained on; chooses nothing.
+
+    Every ``log_every_n_steps``, of the batch of all processes: ``concepts/coverage``, ``concepts/entropy`` and
+    ``concepts/target_distance`` (:class:`~curation.metrics.concept_coverage.ConceptCoverage`); of the fit so far:
+    ``concepts/distinct_seen``, the share of the samples trained on at least once, and ``concepts/repeats``, how often
+    those were on average. At the end of the fit a picture of the concepts in the corpus and in what was trained on:
+    ``concepts.png`` in the folder of the logger, and in W&B. Needs sample ids, which it strips. Costs 4 bytes a
+    sample on the device, and a gather of ids per step where there are several processes.
+
+    Args:
+        concepts: Of every sample, or the file of :meth:`~curation.samplers.concept_index.ConceptIndex.save`. None for
+            those of the training data loader's ``ConceptAwareSampler``, else of the data module's ``concepts``.
+        targets: Of the distance. None for those of the sampler, else ``"uniform"``.
+
+    Attributes:
+        visits: int32 ``[N]``, how often each sample was trained on; the same on every rank.
+
+    Raises:
+        ValueError: If there are no concepts, not as many as samples, or the data loader has another batch size than
+            its sampler.
+        TypeError: If the samples have no ids, or the training data no length.
+    """
+
+    def __init__(self, concepts: ConceptIndex | str | None = None, targets: Targets | None = None) -> None:
+        self.concepts = concepts
+        self.targets = targets
+        self.visits: Tensor | None = None
+        self._index: ConceptIndex | None = None
+        self._weights: np.ndarray | None = None
+        self._ids: Tensor | None = None
+        self._most: int | None = None
+        self._folder: Path | None = None
+        self._selected = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier fit; install the seam."""
+        BatchSeam.attach(trainer, self)
+        self.fitting = stage == "fit"
+        if self.fitting:
+            self.visits = self._ids = self._most = None
+            self._index = loaded(self.concepts)
+            self._selected = any(isinstance(c, OnlineSelection) for c in trainer.callbacks)  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the concepts of the sampler or the data module."""
+        check_one_loader(trainer, self)
+        batches = getattr(trainer.train_dataloader, "batch_sampler", None)
+        sampler = getattr(batches, "sampler", None)
+        targets = self.targets
+        if isinstance(sampler, ConceptAwareSampler):
+            if batches.batch_size != sampler.batch_size:  # type: ignore[union-attr]
+                raise ValueError(
+                    f"The data loader must have the `batch_size` of its sampler, {sampler.batch_size}, but has "
+                    f"{batches.batch_size!r}."  # type: ignore[union-attr]
+                )
+            self._index = self._index or sampler.concepts
+            targets = sampler.targets if targets is None else targets
+        self._index = self._index or getattr(trainer.datamodule, "concepts", None)  # type: ignore[attr-defined]
+        if self._index is None:
+            raise ValueError(
+                "Argument `concepts` must be given where neither the sampler is a ConceptAwareSampler nor the data "
+                "module has `concepts`, but got None. (`overfit_batches` takes samplers away; and it is an argument "
+                "`sampler` of the data loader, not `batch_sampler`.)"
+            )
+        check_length(self._index, trainer)
+        folder = trainer.log_dir or trainer.default_root_dir  # a broadcast, so not where rank 0 draws
+        self._folder = None if trainer.fast_dev_run or not trainer.loggers else Path(folder)  # type: ignore[attr-defined]
+        # Only the ratios of the targets matter here.
+        self._weights = target_counts(self._index, "uniform" if targets is None else targets, 1)
+        visits = torch.zeros(len(self._index), dtype=torch.int32) if self.visits is None else self.visits
+        if len(visits) != len(self._index):
+            raise ValueError(f"The checkpoint counts {len(visits)} samples, but now there are {len(self._index)}.")
+        self.visits = visits.to(pl_module.device)
+
+    def curate(self, trainer: Trainer, pl_module: LightningModule, batch: Any, sample_ids: Tensor | None) -> Any:
+        """Take note of the ids."""
+        self._ids = sample_ids
+        return batch
+
+    def on_selection(self, trainer: Trainer, pl_module: LightningModule, step: int, choice: Choice) -> None:
+        """Count what an online selection kept."""
+        ids = choice.sample_ids
+        self._count(trainer, pl_module, ids if ids is None or choice.rows is None else ids[choice.rows])
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the batch."""
+        if not self._selected and not trainer.fit_loop._skip_backward:  # the ids are of another batch then
+            self._count(trainer, pl_module, self._ids)
+
+    def _count(self, trainer: Trainer, pl_module: LightningModule, ids: Tensor | None) -> None:
+        if ids is None:
+            raise TypeError(
+                "ConceptCoverageMonitor needs sample ids: wrap the training data set in `curation.batch.SampleIds`."
+            )
+        assert self.visits is not None
+        if trainer.world_size > 1:
+            if self._most is None:  # as in a selection, the first batch tells how many rows there are at most
+                size = torch.tensor(float(len(ids)), device=ids.device)
+                self._most = int(trainer.strategy.reduce(size, reduce_op="max"))
+            ids = torch.nn.functional.pad(ids[: self._most], (0, max(self._most - len(ids), 0)), value=-1)
+            ids = trainer.strategy.all_gather(ids).flatten()
+        self.visits.index_add_(0, ids.clamp(min=0), (ids >= 0).int())
+        if not logs_now(trainer):
+            return
+        ids = ids[ids >= 0]
+        assert self._index is not None
+        # The ids are of all ranks already, and NCCL could not add up counts on the host.
+        metric = ConceptCoverage(len(self._index.names), torch.from_numpy(self._weights), sync_on_compute=False)
+        metric.update(torch.from_numpy(self._index.take(ids.cpu().numpy()).ids))
+        seen = self.visits.gt(0).sum()
+        values = {
+            **metric.compute(),
+            "distinct_seen": seen / len(self.visits),
+            "repeats": self.visits.sum() / seen,
+        }
+        for name, value in values.items():
+            pl_module.log(f"concepts/{name}", value, on_step=True, on_epoch=False, batch_size=1)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw."""
+        self._draw(trainer)
+
+    def _draw(self, trainer: Trainer) -> None:
+        if self.visits is None or self._index is None or self._folder is None or not trainer.is_global_zero:
+            return
+        visits = self.visits.cpu().numpy()
+        seen = np.flatnonzero(visits)
+        if not len(seen):
+            return
+        trained = np.zeros(len(self._index.names))
+        for start in range(0, len(seen), CHUNK):
+            part = seen[start : start + CHUNK]
+            rows = self._index.take(part)
+            trained += np.bincount(rows.ids, np.repeat(visits[part], rows.sizes), len(trained))
+        try:
+            figure = plot_concepts(self._index.frequencies, trained, self._weights)
+        except ImportError as error:
+            rank_zero_warn(str(error))
+            return
+        path = self._folder / "concepts.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("concepts/picture", [str(path)])
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove the seam and draw: Lightning calls neither ``teardown`` nor ``on_fit_end`` then."""
+        self.teardown(trainer, pl_module, "")
+        try:
+            self._draw(trainer)
+        except Exception as error:  # whatever it is, it must not hide the other one
+            rank_zero_warn(f"The picture of the concepts was not drawn: {error!r}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The visits, the same on every rank."""
+        return {"visits": self.visits}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting, in a fit."""
+        if self.fitting:
+            self.visits = state_dict["visits"]
+
+
+def loaded(concepts: Any) -> ConceptIndex | None:
+    """The index that a callback's argument ``concepts`` means.
+
+    Raises:
+        TypeError: If it is no index, file or None.
+        ValueError: If there is no such file.
+    """
+    if isinstance(concepts, str):
+        try:
+            return ConceptIndex.load(concepts)
+        except FileNotFoundError as error:
+            raise ValueError(f"Argument `concepts` must name a file, but there is no {concepts!r}.") from error
+    if concepts is not None and not isinstance(concepts, ConceptIndex):
+        raise TypeError(f"Argument `concepts` must be a ConceptIndex or a file, but got {type(concepts).__name__}.")
+    return concepts
+
+
+def check_length(index: ConceptIndex, trainer: Trainer) -> None:
+    """Raise unless the index has a row for every training sample."""
+    dataset = getattr(trainer.train_dataloader, "dataset", None)
+    if not isinstance(dataset, Sized):
+        raise TypeError("Concepts need a training `DataLoader` of a data set with a length.")
+    samples = len(dataset)
+    if len(index) != samples:
+        raise ValueError(
+            f"Argument `concepts` must have a row for each of the {samples} samples, but got {len(index)}."
+        )

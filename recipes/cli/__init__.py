@@ -1,0 +1,1 @@
+"""The ``curation`` command: every command is a thin file that calls functions."""

@@ -1,0 +1,225 @@
+"""What a method changes in a recipe: from the names of ``curation compare`` to the configuration of each run."""
+
+import contextlib
+import inspect
+import io
+import json
+import logging
+import re
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar, Timer
+from lightning.pytorch.loggers import WandbLogger
+from torch.utils.data import Sampler
+
+from curation.callbacks import (
+    DifficultyAdaptiveRollouts,
+    GlobalBatchLoadBalancing,
+    HardBatchTraining,
+    InstanceSelection,
+    OnlineSelection,
+)
+from curation.recipes.cli import main as cli
+
+CALLBACKS = "curation.callbacks."
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {
+        "class_path": CALLBACKS + "UniformSelection",
+        "init_args": {"keep": 1.0},
+    },  # bit-identical to no callback
+    "uniform": {"class_path": CALLBACKS + "UniformSelection"},
+    "utility_diversity": {"class_path": CALLBACKS + "UtilityDiversitySelection"},
+    "concept_aware": {"class_path": CALLBACKS + "ConceptAwareSelection"},
+    "loss": {"class_path": CALLBACKS + "HardSampleSelection", "init_args": {"rule": "top"}},
+    "grad_norm": {
+        "class_path": CALLBACKS + "HardSampleSelection",
+        "init_args": {"rule": "top", "score": "grad_norm"},
+    },
+    "rank": {"class_path": CALLBACKS + "HardSampleSelection", "init_args": {"rule": "rank"}},
+    "cdf": {"class_path": CALLBACKS + "HardSampleSelection", "init_args": {"rule": "cdf"}},
+    "importance": {
+        "class_path": CALLBACKS + "HardSampleSelection",
+        "init_args": {"rule": "importance", "score": "grad_norm"},
+    },
+}
+
+
+LEFT_OUT = (Checkpoint, EarlyStopping, ProgressBar, Timer)  # callbacks that end a fit, or that nobody would see
+
+
+@dataclass
+class Arm:
+    """What one method changes in a recipe."""
+
+    name: str
+    callbacks: list[dict[str, Any]] | None = None  # in the place of the recipe's selection; None leaves it
+    overrides: dict[str, Any] = field(default_factory=dict)  # dotted name -> value
+
+
+def _import(class_path: str) -> Any:
+    module, _, name = class_path.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except Exception as error:  # whatever a module of the user's own does
+        raise ValueError(f"{class_path!r} cannot be imported: {error!r}") from error
+
+
+def _with_defaults(callback: dict[str, Any], keep: float | None) -> dict[str, Any]:
+    """A callback with the ``keep`` of the comparison and the seed of the run, where it takes them."""
+    given = dict(callback.get("init_args") or {})
+    accepted = inspect.signature(_import(callback["class_path"])).parameters
+    if "keep" in accepted and "keep" not in given:
+        if keep is None:
+            raise ValueError(
+                f"Argument `--keep` must be given: {callback['class_path']} needs it, and the recipe has none."
+            )
+        given["keep"] = keep
+    if "seed" in accepted:
+        given.setdefault("seed", "{seed}")
+    return {"class_path": callback["class_path"], "init_args": given}
+
+
+def make_arm(name: str, recipe: dict[str, Any], keep: float | None) -> Arm:
+    """The arm of a method.
+
+    Args:
+        name: One of the recipe's ``arms``, ``"recipe"``, a name in ``METHODS``, or the class path of a callback or
+            of a sampler.
+        recipe: The resolved configuration.
+        keep: Fraction of each candidate batch.
+
+    Raises:
+        ValueError: If the name stands for nothing, or an argument is missing.
+    """
+    arms = recipe.get("arms") or {}
+    if name in arms:
+        callbacks = arms[name].get("callbacks") or [] if isinstance(arms[name], dict) else None
+        if not isinstance(callbacks, list) or any(
+            not isinstance(c, dict) or "class_path" not in c for c in callbacks
+        ):
+            raise ValueError(
+                f"Argument `arms` must map a name to options, with `callbacks` a list of class paths, but {name!r} "
+                f"is {arms[name]!r}."
+            )
+        overrides = {key: value for key, value in arms[name].items() if key != "callbacks"}
+        return Arm(name, [_with_defaults(c, keep) for c in callbacks], overrides)
+    if name == "recipe":
+        return Arm(name)
+    if name in METHODS:
+        return Arm(name, [_with_defaults(METHODS[name], keep)])
+    if "." not in name:
+        known = ", ".join([*arms, "recipe", *METHODS])
+        raise ValueError(f"Argument `--methods` must name {known}, or class paths, but got {name!r}.")
+    cls = _import(name)
+    if isinstance(cls, type) and issubclass(cls, Sampler):
+        return Arm(name, [], {"data.sampler": {"class_path": name}})
+    if isinstance(cls, type) and issubclass(cls, Callback):
+        return Arm(name, [_with_defaults({"class_path": name}, keep)])
+    raise ValueError(f"Argument `--methods` must name callbacks or samplers, but {name!r} is {cls!r}.")
+
+
+def resolve(args: list[str]) -> dict[str, Any]:
+    """The configuration that arguments stand for, without making anything.
+
+    Raises:
+        ValueError: If the parser refuses them.
+    """
+    said = io.StringIO()
+    logging.disable(logging.INFO)  # of the seed, once for every run
+    try:
+        with contextlib.redirect_stderr(said):
+            made = cli.run(args, execute=False, instantiate=False)
+    except SystemExit as error:
+        if not error.code:
+            raise  # help, or a configuration that was to be printed
+        text, cause = said.getvalue().strip().split("error: ", 1)[-1], cli.first_cause(error)
+        keys = re.findall(r'Parser key "([^"]+)"', text)  # what is around the cause is all else that was tried
+        raise ValueError(f"`{keys[-1]}`: {cause}" if keys and isinstance(cause, ValueError) else text) from error
+    finally:
+        logging.disable(logging.NOTSET)
+    return yaml.safe_load(made.parser.dump(made.config, skip_unset=False))
+
+
+def entries(found: Any) -> list[dict[str, Any]]:
+    """Callbacks or loggers as a list, each with its ``init_args``."""
+    found = [] if found in (None, True, False) else found
+    return [{"init_args": {}, **entry} for entry in (found if isinstance(found, list) else [found])]
+
+
+def is_a(entry: dict[str, Any], *classes: type) -> bool:
+    """Whether a callback or logger of a configuration is of one of the classes."""
+    cls = _import(entry["class_path"])
+    return isinstance(cls, type) and issubclass(cls, classes)
+
+
+def chooses(entry: dict[str, Any]) -> bool:
+    """Whether a callback decides what is trained on, so that an arm takes its place."""
+    return is_a(
+        entry,
+        OnlineSelection,
+        HardBatchTraining,
+        InstanceSelection,
+        DifficultyAdaptiveRollouts,
+        GlobalBatchLoadBalancing,
+    )
+
+
+def with_seed(value: Any, seed: int) -> Any:
+    """Arguments or a part of a configuration, with the seed in the place of ``{seed}``."""
+    return json.loads(json.dumps(value).replace('"{seed}"', str(seed)).replace("{seed}", str(seed)))
+
+
+def configure(
+    args: list[str], arm: Arm, seed: int, keep: float | None, folder: Path, group: str, meter: dict[str, Any]
+) -> dict[str, Any]:
+    """The configuration of one run.
+
+    Args:
+        args: Recipe and overrides, as for ``curation fit``.
+        arm: What is compared.
+        seed: In the place of ``{seed}`` anywhere, and of the recipe's.
+        keep: In the place of that of the recipe's own selection.
+        folder: Of the run.
+        group: Of the W&B runs.
+        meter: Arguments of its ``RunMeter``.
+    """
+    overrides = [
+        f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
+        for name, value in with_seed(arm.overrides, seed).items()
+    ]
+    config = resolve([*with_seed(args, seed), *overrides, f"--seed_everything={seed}"])
+    config.pop("arms", None)
+    trainer = config["trainer"]
+    callbacks = [c for c in entries(trainer["callbacks"]) if not is_a(c, *LEFT_OUT)]
+    if arm.callbacks is not None:
+        callbacks = [c for c in callbacks if not chooses(c)] + with_seed(arm.callbacks, seed)
+    elif keep is not None:
+        callbacks = [{**c, "init_args": {**c["init_args"], "keep": keep}} if chooses(c) else c for c in callbacks]
+    meter = {"class_path": CALLBACKS + "RunMeter", "init_args": {"path": str(folder / "run.json"), **meter}}
+    loggers = [{"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": _place(folder, "", version="")}]
+    for logger in entries(trainer["logger"]):
+        if is_a(logger, WandbLogger):
+            given = {k: v for k, v in logger["init_args"].items() if k not in ("id", "version", "resume", "dir")}
+            named = given | _place(folder, f"{arm.name}-{seed}", group=group, job_type=arm.name)
+            loggers.append({"class_path": logger["class_path"], "init_args": named})
+    trainer |= {
+        "callbacks": [*callbacks, meter],  # last, so that what others do before a validation ends is off the clock
+        "logger": loggers,
+        "default_root_dir": str(folder),
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "num_sanity_val_steps": 0,
+        "max_time": None,
+        "min_steps": None,
+        "min_epochs": None,
+    }
+    return config
+
+
+def _place(folder: Path, name: str, **more: Any) -> dict[str, Any]:
+    return {"save_dir": str(folder), "name": name, **more}

@@ -1,0 +1,170 @@
+"""Causal language models with the little of a tokenizer that rollouts need."""
+
+import os
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from curation.recipes.chat.sft import SMOLLM2, SMOLLM2_GGUF
+from curation.recipes.sources import require_extra, resolve
+
+
+class Text(Protocol):
+    """From text to tokens and back."""
+
+    pad_id: int
+    stop_ids: list[int]
+
+    def prompt(self, question: str) -> Tensor:
+        """int64 ``[T]``, after which an answer follows."""
+        ...
+
+    def answer(self, text: str) -> Tensor:
+        """int64 ``[T]``, with the token that ends it."""
+        ...
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of an answer."""
+        ...
+
+
+class LanguageModelSource(Protocol):
+    """Where a policy comes from."""
+
+    def build(self) -> tuple[Any, Text]:
+        """A Hugging Face causal LM in fp32, and its text."""
+        ...
+
+
+class Pretrained:
+    """A model that understands a chat template, from a package, a folder or the hub.
+
+    Args:
+        model: Folder, hub name, or ``package:NAME``.
+        gguf_file: File in that folder, where the weights are in GGUF format.
+        num_layers: Keep only the first layers; None keeps all.
+    """
+
+    def __init__(
+        self, model: str = SMOLLM2, gguf_file: str | None = SMOLLM2_GGUF, num_layers: int | None = None
+    ) -> None:
+        self.model = model
+        self.gguf_file = gguf_file
+        self.num_layers = num_layers
+
+    def build(self) -> tuple[Any, Text]:
+        """Load it.
+
+        Raises:
+            ValueError: If the tokenizer has no chat template or no token that ends an answer.
+        """
+        require_extra()
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        place = resolve(self.model)
+        model: Any = AutoModelForCausalLM.from_pretrained(place, gguf_file=self.gguf_file, dtype=torch.float32)
+        if self.num_layers is not None:
+            model.base_model.layers = model.base_model.layers[: self.num_layers]
+            model.config.num_hidden_layers = self.num_layers
+        return model, _Chat(AutoTokenizer.from_pretrained(place, gguf_file=self.gguf_file), self.model)
+
+
+class _Chat:
+    def __init__(self, tokenizer: Any, name: str) -> None:
+        if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
+            raise ValueError(f"Argument `model` must have a chat template and an end token, but {name!r} lacks one.")
+        self.tokenizer = tokenizer
+        self.stop_ids = [tokenizer.eos_token_id]
+        # Padding is masked everywhere, so any token will do.
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def prompt(self, question: str) -> Tensor:
+        chat = [{"role": "user", "content": question}]
+        text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def answer(self, text: str) -> Tensor:
+        return torch.tensor([*self.tokenizer(text, add_special_tokens=False)["input_ids"], *self.stop_ids])
+
+    def decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def global_seed(seed: int | None) -> int:
+    """A seed, or that of ``seed_everything``."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+
+
+class FromScratch:
+    """A small decoder on characters, with random weights.
+
+    Args:
+        alphabet: The characters that questions and answers are made of.
+        hidden: Width; the feed-forward layers are four times as wide.
+        layers: Number.
+        heads: Of each.
+        context: Tokens of a question with its answer, at most.
+        seed: Of the weights; None for that of ``seed_everything``.
+
+    Raises:
+        ValueError: If ``alphabet`` is empty or repeats a character.
+    """
+
+    def __init__(
+        self,
+        alphabet: str = "0123456789+= abcdefghijklmnopqrstuvwxyz",
+        hidden: int = 64,
+        layers: int = 2,
+        heads: int = 4,
+        context: int = 64,
+        seed: int | None = None,
+    ) -> None:
+        if not alphabet or len(set(alphabet)) < len(alphabet):
+            raise ValueError(f"Argument `alphabet` must hold different characters, but got {alphabet!r}.")
+        self.alphabet = alphabet
+        self.hidden = hidden
+        self.layers = layers
+        self.heads = heads
+        self.context = context
+        self.seed = seed
+
+    def build(self) -> tuple[Any, Text]:
+        """Make it."""
+        require_extra()
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        text = _Characters(self.alphabet)
+        config = LlamaConfig(
+            vocab_size=len(self.alphabet) + 2, hidden_size=self.hidden, intermediate_size=4 * self.hidden,
+            num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.heads,
+            max_position_embeddings=self.context, pad_token_id=text.pad_id, eos_token_id=text.stop_ids[0],
+            bos_token_id=None, tie_word_embeddings=True,
+        )  # fmt: skip
+        with torch.random.fork_rng():
+            torch.manual_seed(global_seed(self.seed))
+            return LlamaForCausalLM(config), text
+
+
+class _Characters:
+    def __init__(self, alphabet: str) -> None:
+        self.alphabet = alphabet
+        self.pad_id, self.stop_ids = 0, [1]
+        self.ids = {character: i + 2 for i, character in enumerate(alphabet)}
+
+    def _encode(self, text: str) -> list[int]:
+        unknown = set(text) - self.ids.keys()
+        if unknown:
+            raise ValueError(
+                f"Argument `alphabet` must have every character of the task, but {min(unknown)!r} is missing."
+            )
+        return [self.ids[character] for character in text]
+
+    def prompt(self, question: str) -> Tensor:
+        return torch.tensor(self._encode(question))
+
+    def answer(self, text: str) -> Tensor:
+        return torch.tensor([*self._encode(text), *self.stop_ids])
+
+    def decode(self, tokens: list[int]) -> str:
+        return "".join(self.alphabet[t - 2] for t in tokens if t >= 2)

@@ -1,0 +1,248 @@
+"""`curation select`: what is selected by, what is written, and what is said of it."""
+
+import json
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import WandbLogger
+
+from curation.evaluation.retention import Retention, retention
+from curation.instances import StratifiedRandomSelector
+from curation.instances.selection_index import SelectionIndex, fingerprint
+from curation.recipes.cli import main as cli
+from curation.recipes.cli.select import draw, report
+from curation.recipes.compare.arms import configure, make_arm, resolve
+from curation.recipes.image_classification.images import ImageClassifier, Images
+
+pytest.importorskip("sklearn", reason="needs scikit-learn, from the [demo] extra")
+
+QUIET = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+DIGITS = ["--config", "fashion_mnist_long_tail", "--data.data=digits", "--data.imbalance=10", *QUIET]
+SELECTOR = """
+import numpy as np
+
+
+class Longest:
+    def __init__(self, budget=0.04, power=2.0, random_state=None):
+        self.budget, self.power, self.random_state = budget, power, random_state
+
+    def fit(self, X, y):
+        np.savez("given.npz", X=X, y=y, seed=self.random_state)
+        self.scores_ = (np.abs(X) ** self.power).sum(1).astype(np.float32)
+        self.ranking_ = np.argsort(-self.scores_)[: round(self.budget * len(X))]
+        self.sample_indices_ = np.sort(self.ranking_)
+        return self
+
+
+class Half:
+    def fit(self, X, y):
+        self.sample_indices_ = np.arange(0, len(X), 2)
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "selectors_of_mine.py").write_text(SELECTOR)
+
+
+def select(*args, selector="selectors_of_mine.Longest", config=DIGITS):
+    cli.main(["select", *config, "--output=out/index.parquet", f"--selector={selector}", "--repeats=2", *args])
+
+
+@pytest.fixture(scope="module")
+def digits():
+    data = Images(data="digits", imbalance=10, batch_size=64)
+    data.setup("fit")
+    return data
+
+
+def parts(data):
+    return [(x.flatten(1).numpy(), y.numpy()) for x, y in (data.train.dataset.tensors, data.val.tensors)]
+
+
+def test_the_index_is_what_the_selector_chose_by_the_inputs(digits, capsys):
+    select("--budget=0.1", "--options", '{"power": 3}', "--seed=5")
+    given, index = np.load("given.npz"), SelectionIndex.load("out/index.parquet")
+    train, test = parts(digits)
+    np.testing.assert_array_equal(given["X"], train[0])
+    np.testing.assert_array_equal(given["y"], train[1])
+    assert given["seed"] == 5
+    length = (np.abs(train[0]) ** 3).sum(1)
+    best = np.argsort(-length)[: round(0.1 * len(length))]
+    np.testing.assert_array_equal(index.indices, np.sort(best))
+    np.testing.assert_allclose(index.scores, length[index.indices], rtol=1e-5)
+    np.testing.assert_array_equal(index.first(7), np.sort(best[:7]))
+    assert index.size == len(length)
+    assert index.fingerprint == fingerprint(digits.train)
+    config = json.loads(index.config)
+    assert config["selector"] == "selectors_of_mine.Longest"
+    assert config["options"] == {"power": 3}
+    assert config["budget"] == 0.1
+    assert "--data.data=digits" in config["recipe"]
+
+    found = retention(train, test, index.indices, repeats=2, seed=5)
+    printed = capsys.readouterr().out
+    name = f"sklearn.ensemble.RandomForestClassifier, on {len(test[1])} validation samples"
+    assert report(train[1], index.indices, found, name) in printed
+    assert f"{len(index):,} of {len(length):,} samples kept, reduction 90.1%" in printed
+
+
+def test_a_layer_of_a_checkpoint_gives_the_features(digits):
+    module = ImageClassifier()
+    module.net(torch.zeros(1, *digits.shape))
+    torch.save({"state_dict": module.state_dict()}, "m.ckpt")
+    select("--layer=net.8", "--ckpt_path=m.ckpt", "--picture=p.png")
+    given = np.load("given.npz")
+    x, y = digits.train.dataset.tensors
+    with torch.no_grad():
+        expected = module.net[:9](x)
+    np.testing.assert_allclose(given["X"], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(given["y"], y)
+    assert matplotlib.image.imread("p.png").std() > 0.05
+
+
+def test_given_features_are_selected_by_and_the_probe_sees_the_recipes(digits, capsys):
+    train, test = parts(digits)
+    features = np.random.default_rng(0).random((len(train[1]), 3), np.float32)
+    np.save("f.npy", features)
+    select("--features=f.npy")
+    np.testing.assert_array_equal(np.load("given.npz")["X"], features)
+    indices = SelectionIndex.load("out/index.parquet").indices
+    assert f"{retention(train, test, indices, repeats=2).full:.4f}" in capsys.readouterr().out
+    np.save("few.npy", features[1:])
+    with pytest.raises(
+        SystemExit, match=rf"`--features` must hold \[{len(features)}, D\], .* 'few.npy' has \[\d+, 3\]"
+    ):
+        cli.main(["select", *DIGITS, "--output=o.parquet", "--selector=selectors_of_mine.Half", "--features=few.npy"])
+
+
+def test_a_selector_needs_no_more_than_indices_and_the_probe_may_be_another(digits, capsys):
+    select("--probe=sklearn.neighbors.KNeighborsClassifier", selector="selectors_of_mine.Half")
+    index = SelectionIndex.load("out/index.parquet")
+    np.testing.assert_array_equal(index.indices, np.arange(0, index.size, 2))
+    np.testing.assert_array_equal(index.first(3), [0, 2, 4])
+    assert np.isnan(index.scores).all()
+    assert "KNeighborsClassifier, on 143 validation samples" in capsys.readouterr().out
+
+
+def test_the_numbers_and_the_picture_go_to_wandb(monkeypatch):
+    numbers, pictures = {}, []
+    monkeypatch.setattr(WandbLogger, "log_metrics", lambda self, metrics, step=None: numbers.update(metrics))
+    monkeypatch.setattr(WandbLogger, "log_image", lambda self, key, images: pictures.append((key, images)))
+    logger = ["--trainer.logger=lightning.pytorch.loggers.WandbLogger", "--trainer.logger.save_dir=."]
+    select(*logger, "--options", '{"power": 1}', "--budget=0.25")
+    assert numbers["instances/kept_fraction"] == pytest.approx(0.25, abs=2e-3)
+    assert 0 < numbers["instances/retention"] < 1.2
+    assert abs(numbers["instances/retention_vs_random"]) < 1
+    ((key, (figure,)),) = pictures
+    assert key == "instances/selection"
+    assert len(figure.axes) == 2
+
+
+def test_what_is_said_of_a_selection_is_the_difference_to_random():
+    y = np.repeat([3, 7], 50)
+    indices = np.array([0, 1, 99])
+    for selected, verdict in (
+        ((0.81, 0.82), "better than random"),
+        ((0.61, 0.62), "worse than random"),
+        ((0.75, 0.68), "no different from random"),
+    ):
+        said = report(y, indices, Retention(0.9, selected, (0.71, 0.72), 0.97), "Probe").splitlines()
+        assert said[0] == "3 of 100 samples kept, reduction 97.0%"
+        assert said[1] == "kept per class: 3: 2 of 50, 7: 1 of 50"
+        assert said[-1].endswith(f": {verdict}")
+    mean, spread = np.mean(selected), np.std(selected, ddof=1)
+    numbers = [f"{mean:.4f}", f"{mean / 0.9:.4f}", "±", f"{spread / 0.9:.4f}", f"{mean * 0.97:.4f}"]
+    assert said[5].split() == ["selected", *numbers]
+
+
+@pytest.mark.parametrize(("n", "classes", "way"), [(40, 2, "PCA"), (300, 30, "t-SNE"), (6000, 10, "PCA")])
+def test_few_samples_are_drawn_by_their_neighbours_and_many_by_components(n, classes, way):
+    draws = np.random.default_rng(0)
+    x, y = draws.random((n, 4), np.float32), draws.integers(classes, size=n)
+    kept = StratifiedRandomSelector(random_state=0).fit(x, y).sample_indices_
+    figure = draw(x, y, kept, Retention(0.9, (0.8, 0.9), (0.7, 0.8), 0.96))
+    scatter, bars = figure.axes
+    assert scatter.get_title(loc="left").endswith(f"of {n:,} samples, {way}")
+    assert (scatter.get_legend() is None) == (classes > 20)
+    assert [bar.get_height() for bar in bars.patches] == pytest.approx([0.85 / 0.9, 0.75 / 0.9])
+    assert bars.get_ylim()[0] == 0
+    assert bars.get_ylim()[1] > 1
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--output=here"], "Argument `--output` must name a new file, but 'here' exists"),
+        (["--picture=here"], "Argument `--picture` must name a new file, but 'here' exists"),
+        (["--features=none.npy"], "Argument `--features` must name a file, but there is no 'none.npy'"),
+        (["--ckpt_path=none", "--layer=net"], "Argument `--ckpt_path` must name a file, but there is no 'none'"),
+        (["--ckpt_path=here"], "Argument `--layer` must be given with `--ckpt_path`, but got None"),
+        (["--budget=1"], r"Argument `--budget` must be in \(0, 1\), but got 1.0"),
+        (["--budget=nan"], r"Argument `--budget` must be in \(0, 1\), but got nan"),
+        (["--repeats=1"], "Argument `--repeats` must be >= 2, but got 1"),
+        (["--seed=-1"], "Argument `--seed` must be >= 0, but got -1"),
+        (["--options=k"], "Argument `--options` must be a JSON object, but got 'k'"),
+        (["--options=[1]"], r"Argument `--options` must be a JSON object, but got '\[1\]'"),
+        (["--options={\"kay\": 1}"], "Argument `--selector` must be a class with its arguments, but .*'kay'"),
+        (["--selector=selectors_of_mine.Half", "--budget=0.1"], "Argument `--selector` must be .*no arguments"),
+        (["--selector=selectors_of_mine.None"], "Argument `--selector` must be .*no attribute 'None'"),
+        (["--selector=Longest"], "Argument `--selector` must be a class with its arguments, but"),
+        (["--probe=no.Such"], "Argument `--probe` must be a class with its arguments, but No module named 'no'"),
+        (["--config=unknown"], "A recipe must be one of .* but got 'unknown'"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_before_any_work(args, message, tmp_path, monkeypatch):
+    (tmp_path / "here").touch()
+    monkeypatch.setattr(Images, "setup", None)
+    with pytest.raises(SystemExit, match=f"^curation: {message}"):
+        select(*args)
+    assert not (tmp_path / "out").exists()
+
+
+RECIPES = ["fashion_mnist_selection", "text_selection"]
+
+
+def test_the_recipe_trains_on_its_own_selection_and_on_a_file(digits):
+    recipe = ["--config", "fashion_mnist_selection", "--data.data=digits", *QUIET]
+    short = ["--trainer.max_steps=6", "--trainer.val_check_interval=2", "--data.batch_size=16"]
+    select(config=recipe, selector="curation.instances.CoverageInstanceSelector")
+    index = SelectionIndex.load("out/index.parquet")
+    file = ["--trainer.callbacks.selector=null", "--trainer.callbacks.index=out/index.parquet"]
+    own = cli.run(["fit", *recipe, *short, "--trainer.callbacks.selector.budget=0.1"])
+    other = cli.run(["fit", *recipe, *short, *file])
+    kept = []
+    for run in (own, other):
+        (selection,) = (c for c in run.trainer.callbacks if type(c).__name__ == "InstanceSelection")
+        kept.append(selection.indices.numpy())
+        assert run.trainer.global_step == 6
+    assert len(kept[0]) == pytest.approx(0.1 * index.size, abs=5)
+    np.testing.assert_array_equal(kept[1], index.indices)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_arms_differ_in_the_selector_only(name, tmp_path):
+    args = [f"--config={cli.find_recipe(name)}"]
+    recipe = resolve(args)
+    assert list(recipe["arms"])[:4] == ["full", "uniform", "coverage", "graph_attention"]
+    classes = {"uniform": "StratifiedRandomSelector", "coverage": "CoverageInstanceSelector",
+               "graph_attention": "GraphAttentionInstanceSelector"}  # fmt: skip
+    for arm in recipe["arms"]:
+        made = configure(args, make_arm(arm, recipe, None), 3, None, tmp_path, "", {})
+        selections = [c for c in made["trainer"]["callbacks"] if c["class_path"].endswith("InstanceSelection")]
+        assert made["trainer"]["max_steps"] == recipe["trainer"]["max_steps"]
+        if arm == "full":
+            assert selections == []
+            continue
+        (selection,) = selections
+        if arm.endswith("_embeddings"):
+            assert selection["init_args"]["index"] == f"{arm.removesuffix('_embeddings')}-3.parquet"
+            continue
+        selector = selection["init_args"]["selector"]
+        assert selector["class_path"] == f"curation.instances.{classes[arm]}"
+        assert selector["init_args"]["budget"] == 0.04
+        assert selector["init_args"]["random_state"] == 3

@@ -1,0 +1,233 @@
+"""Image recipes on scikit-learn's digits, and files in the format of MNIST."""
+
+import gzip
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import trainer
+from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, Subset
+
+from curation.callbacks import HardSampleSelection, SampleRecord, UniformSelection
+from curation.recipes.cli import main as cli
+from curation.recipes.cli.irreducible import irreducible_losses
+from curation.recipes.image_classification.images import CorruptedShare, ImageClassifier, Images, load
+from curation.scoring import per_sample_loss
+
+QUIET = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+DIGITS = ["--data.data=digits", "--data.batch_size=64", *QUIET]
+
+
+@pytest.fixture(autouse=True)
+def folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("recipe", ["fashion_mnist_noisy", "fashion_mnist_hard_batches"])
+def test_a_recipe_runs_on_digits(recipe):
+    run = cli.run(["fit", "--config", recipe, *DIGITS, "--trainer.max_steps=12", "--trainer.val_check_interval=4"])
+    assert run.trainer.global_step == 12
+    assert 0 < float(run.trainer.callback_metrics["val_accuracy"]) <= 1
+
+
+def test_label_noise_is_the_share_asked_for_and_is_known():
+    clean, noisy = Images(data="digits"), Images(data="digits", label_noise=0.4)
+    for data in (clean, noisy):
+        data.setup("fit")
+    (x, y), (also_x, wrong) = (d.train.dataset.tensors for d in (clean, noisy))
+    assert torch.equal(x, also_x)
+    assert torch.equal(y != wrong, noisy.corrupted)
+    assert float(noisy.corrupted.float().mean()) == pytest.approx(0.4, abs=0.04)
+    counts = torch.bincount(wrong[noisy.corrupted], minlength=10)
+    assert counts.min() > 0.6 * counts.float().mean()
+    assert torch.equal(clean.val.tensors[1], noisy.val.tensors[1])
+    assert not clean.corrupted.any()
+
+
+def test_a_long_tail_is_of_the_training_images_only():
+    whole, tailed = Images(data="digits"), Images(data="digits", imbalance=10)
+    for data in (whole, tailed):
+        data.setup("fit")
+    (x, y), (few, labels) = (d.train.dataset.tensors for d in (whole, tailed))
+    most = int(y.bincount().max())
+    expected = [min(round(most * 10 ** (-c / 9)), int((y == c).sum())) for c in range(10)]
+    assert labels.bincount().tolist() == expected
+    assert {row.numpy().tobytes() for row in few} < {row.numpy().tobytes() for row in x}
+    assert torch.equal(whole.val.tensors[0], tailed.val.tensors[0])
+    assert tailed.concepts.ids.tolist() == labels.tolist()
+    assert tailed.concepts.names == range(10)
+
+
+def test_the_long_tail_is_trained_on_evenly_and_drawn():
+    args = [*DIGITS, *QUIET[1:], "--data.imbalance=10"]
+    logger = ["--trainer.logger=lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir=logs"]
+    run = cli.run(["fit", "--config", "fashion_mnist_long_tail", *args, *logger, "--trainer.max_steps=12",
+                   "--trainer.log_every_n_steps=1"])  # fmt: skip
+    metrics = run.trainer.callback_metrics
+    assert metrics["concepts/coverage"] == 1
+    assert metrics["concepts/entropy"] > 0.97
+    assert Path(run.trainer.log_dir, "concepts.png").is_file()
+
+
+def test_swapped_data_train_on_what_was_held_out_and_validate_on_the_training_set():
+    changes = {"plain": {}, "swapped": {"swap": True}, "noisy": {"swap": True, "holdout_noise": 0.3}}
+    data = {k: Images(data="digits", label_noise=0.3, holdout=0.2, **v) for k, v in changes.items()}
+    for one in data.values():
+        one.setup("fit")
+    for name in ("swapped", "noisy"):
+        for one, other in zip(data["plain"].train.dataset.tensors, data[name].val.tensors, strict=True):
+            assert torch.equal(one, other)
+        assert torch.equal(data[name].train.dataset.tensors[0], data["plain"].val.tensors[0])
+    wrong = data["plain"].val.tensors[1] != data["noisy"].train.dataset.tensors[1]
+    assert float(wrong.float().mean()) == pytest.approx(0.3, abs=0.08)
+    assert torch.equal(wrong, data["noisy"].corrupted)
+    assert torch.equal(data["plain"].val.tensors[1], data["swapped"].train.dataset.tensors[1])
+
+
+def test_the_share_of_wrong_labels_is_that_of_the_record():
+    record, data = SampleRecord(), Images(data="digits", label_noise=0.4, batch_size=64)
+    run = trainer(HardSampleSelection(keep=0.25), record, CorruptedShare(), max_epochs=2)
+    run.fit(ImageClassifier(), datamodule=data)
+    kept = record.store.kept.double()
+    expected = kept[data.corrupted].sum() / kept.sum()
+    assert float(run.callback_metrics["curation/kept_corrupted"]) == pytest.approx(float(expected))
+    assert float(run.callback_metrics["curation/all_corrupted"]) == pytest.approx(
+        float(data.corrupted.double().mean())
+    )
+
+
+def test_irreducible_losses_are_those_of_the_model_by_sample_id_and_are_subtracted():
+    args = ["--config", "fashion_mnist_noisy", *DIGITS, "--data.holdout=0.3"]
+    held_out = ["--data.swap=true", "--trainer.callbacks.keep=1.0", "--trainer.max_steps=30"]
+    checkpoints = ["--trainer.default_root_dir=held_out", "--trainer.val_check_interval=10"]
+    first = cli.run(["fit", *args, *held_out, *checkpoints])
+    best = first.trainer.checkpoint_callback.best_model_path
+    cli.main(["irreducible", *args, f"--ckpt_path={best}", "--output=out/table.pt"])
+    table = torch.load("out/table.pt")
+
+    data = Images(data="digits", label_noise=0.4, holdout=0.3)
+    data.setup("fit")
+    model = ImageClassifier()
+    model.net(torch.zeros(1, *data.shape))
+    model.load_state_dict(torch.load(best, weights_only=True)["state_dict"])
+    x, y = data.train.dataset.tensors
+    with torch.no_grad():
+        torch.testing.assert_close(table, per_sample_loss(model.eval()(x), y), rtol=1e-4, atol=1e-5)
+
+    seed_everything(1, verbose=False)
+    selection = HardSampleSelection(keep=0.25, score="reducible_loss", irreducible="out/table.pt")
+    record, module = SampleRecord(), ImageClassifier(lr=1e-9)
+    trainer(selection, record, max_epochs=1).fit(module, datamodule=data)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            record.store.scores, per_sample_loss(module.eval()(x), y) - table, rtol=1e-3, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--ckpt_path=none.ckpt", "--output=t.pt"], "Argument `--ckpt_path` must name a checkpoint, .* 'none.ckpt'"),
+        (["--ckpt_path=here", "--output=here"], "Argument `--output` must name a new file, but 'here' exists"),
+        (["--ckpt_path=here", "--output=t.pt", "--config=unknown"], "A recipe must be one of .* but got 'unknown'"),
+    ],
+)
+def test_irreducible_says_what_is_wrong_in_one_line(args, message, tmp_path):
+    (tmp_path / "here").touch()
+    with pytest.raises(SystemExit, match=f"^curation: {message}"):
+        cli.main(["irreducible", *args])
+
+
+def test_a_table_that_does_not_fit_is_refused_before_training(tmp_path):
+    data = Images(data="digits")
+    torch.save(torch.zeros(5), tmp_path / "five.pt")
+    torch.save({"no": 1}, tmp_path / "other.pt")
+    for file, message in [
+        ("none.pt", "must name a file, but there is no 'none.pt'"),
+        ("other.pt", "must name a file with one loss per sample, but 'other.pt' has not"),
+        ("five.pt", r"one loss for each of the \d+ training samples, but 'five.pt' has 5"),
+    ]:
+        selection = HardSampleSelection(keep=0.5, score="reducible_loss", irreducible=file)
+        with pytest.raises(ValueError, match=f"Argument `irreducible` .*{message}"):
+            trainer(selection).fit(ImageClassifier(), datamodule=data)
+    with pytest.raises(ValueError, match="Argument `irreducible` must be a file with `score='reducible_loss'`"):
+        HardSampleSelection(keep=0.5, score="reducible_loss")
+    with pytest.raises(ValueError, match="Argument `score` must not be negative with `rule='importance'`"):
+        HardSampleSelection(keep=0.5, rule="importance", score="reducible_loss", irreducible="x")
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_files_in_the_format_of_mnist_are_read(tmp_path, zipped):
+    images = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
+    for part in ("train", "t10k"):
+        for kind, array in (("images-idx3", images), ("labels-idx1", np.array([3, 1], np.uint8))):
+            content = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+            name = f"{part}-{kind}-ubyte"
+            (tmp_path / (name + ".gz" if zipped else name)).write_bytes(gzip.compress(content) if zipped else content)
+    x, y, test_x, test_y = load(str(tmp_path))
+    torch.testing.assert_close(x[:, 0] * 255, torch.from_numpy(images).float())
+    assert y.tolist() == test_y.tolist() == [3, 1]
+    assert torch.equal(x, test_x)
+
+
+def test_bad_data_arguments_are_named(tmp_path):
+    for bad in (
+        {"label_noise": 1.0},
+        {"holdout_noise": -0.1},
+        {"holdout": 0.0},
+        {"batch_size": 0},
+        {"seed": -1},
+        {"imbalance": 0.5},
+    ):
+        ((name, value),) = bad.items()
+        with pytest.raises(ValueError, match=f"Argument `{name}` must be .* but got {value}"):
+            Images(**bad)
+    with pytest.raises(ValueError, match="Argument `lr` must be > 0"):
+        ImageClassifier(lr=0)
+    with pytest.raises(ValueError, match=r"a folder with train-images-idx3-ubyte\.gz, but got"):
+        load(str(tmp_path))
+
+
+def test_uniform_selection_keeps_wrong_labels_at_their_rate():
+    run = trainer(UniformSelection(keep=0.25), CorruptedShare(), max_epochs=8)
+    run.fit(ImageClassifier(), datamodule=Images(data="digits", label_noise=0.4, batch_size=64))
+    shares = [float(run.callback_metrics[f"curation/{name}_corrupted"]) for name in ("kept", "all")]
+    assert shares[0] == pytest.approx(shares[1], abs=0.05)
+
+
+def test_the_share_of_wrong_labels_goes_on_after_a_resume(tmp_path):
+    def fit(steps, **kwargs):
+        shares = CorruptedShare()
+        save = ModelCheckpoint(tmp_path, save_last=True, enable_version_counter=False)
+        callbacks = [UniformSelection(keep=0.5), shares, save]
+        run = trainer(*callbacks, max_steps=steps, max_epochs=-1, enable_checkpointing=True)
+        run.fit(ImageClassifier(), datamodule=Images(data="digits", label_noise=0.4, batch_size=64), **kwargs)
+        return shares._sums.tolist()
+
+    fit(3)
+    _, kept, _, seen = fit(6, ckpt_path=tmp_path / "last.ckpt")
+    assert (kept, seen) == (6 * 32, 6 * 64)
+
+
+def test_irreducible_losses_are_by_id_where_the_loader_shows_a_part_in_another_order(tmp_path):
+    class Part(Images):
+        def train_dataloader(self):
+            return DataLoader(Subset(self.train, [5, 900, 3]), 2)
+
+    module, data = ImageClassifier(), Part(data="digits")
+    data.setup("fit")
+    module.net(torch.zeros(1, *data.shape))
+    run = trainer()
+    run.strategy.connect(module)
+    torch.save({"state_dict": module.state_dict(), "pytorch-lightning_version": "2.6.0"}, tmp_path / "m.ckpt")
+    table = irreducible_losses(run, module, data, str(tmp_path / "m.ckpt"))
+    x, y = data.train.dataset.tensors
+    with torch.no_grad():
+        expected = per_sample_loss(module.eval()(x), y)
+    assert len(table) == 901
+    assert table.isnan().sum() == 898
+    torch.testing.assert_close(table[[5, 900, 3]], expected[[5, 900, 3]])

