@@ -1,18 +1,25 @@
 PY := .venv/bin/python
 
-.PHONY: demo docs fuzz test test-versions test-oldest test-newest wheel results
+.PHONY: check demo docs fuzz lint test test-versions test-oldest test-newest wheel results
 
 # SmolLM2-135M fine-tuned on chat, utility-diversity selection beside uniform selection; W&B stays on this machine.
 demo: .venv/ready
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(PY) -m curation.recipes.cli.demo
 
-test: .venv/ready
+# Two processes: more than one a core is slower, and each holds 1 GB.
+PYTEST := $(PY) -m pytest -n 2 --dist loadgroup
+
+test: .venv/ready lint
+	$(PYTEST) --cov --cov-report=term
+
+# The quick loop: no processes, no comparisons.
+check: .venv/ready lint
+	$(PYTEST) tests/curation tests/callbacks/lightning -m "not slow"
+
+lint: .venv/ready
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy curation
-	$(PY) -m coverage run -m pytest
-	$(PY) -m coverage combine -q
-	$(PY) -m coverage report
 
 # The wheel, with the oldest and the newest torch and Lightning that it can be installed with: a recipe with no extra but
 # [recipes], then the contract suite. PYTHONSAFEPATH keeps the sources in this folder from standing in for the wheel.

@@ -35,3 +35,15 @@ def no_environment_leak():
     }
     leaked = {k for k in changed - allowed if not k.startswith("WANDB_")}
     assert not leaked, f"left in the environment: {leaked}"
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that share a fixture of their module run in one process, which makes it once."""
+    for item in items:
+        shared = [
+            name
+            for name, definitions in item._fixtureinfo.name2fixturedefs.items()
+            if definitions[-1].scope != "function" and definitions[-1].baseid.endswith(".py")
+        ]
+        if shared:
+            item.add_marker(pytest.mark.xdist_group(f"{item.path}-{shared[0]}"))

@@ -1,11 +1,7 @@
 """What every public callback promises; a new one is covered by an entry in the registry."""
 
 import io
-import multiprocessing
 import pickle
-import socket
-from multiprocessing import forkserver
-from pathlib import Path
 
 import lightning.pytorch.callbacks
 import pytest
@@ -15,6 +11,7 @@ from helpers import Classifier, Watch, assert_same_weights, loader, trainer, wei
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from processes import forked, free_port, join
 
 import curation.callbacks
 from contract import strategies, worker
@@ -30,25 +27,6 @@ each_selection = pytest.mark.parametrize("entry", selecting, ids=[e.name for e i
 def folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_tags(64)
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Forked from one server that has imported everything: a start takes no seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["contract.worker"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
-        forkserver.ensure_running()
-    return context
-
-
-def join(process, code=0):
-    process.join(120)
-    alive = process.is_alive()
-    process.kill()
-    assert not alive, "hangs"
-    assert process.exitcode == code
 
 
 def test_every_public_callback_is_registered():
@@ -214,18 +192,18 @@ def asked_for(request, fixture, names):
 
 
 @pytest.fixture(scope="module")
-def killed_and_whole(request, processes, tmp_path_factory):
+def killed_and_whole(request, tmp_path_factory):
     """Every entry, with and without workers: killed at step 12 of 24 and resumed from step 10, and never killed."""
     results = {}
     for name in asked_for(request, "killed_and_whole", CALLBACKS):
         for workers in (0, 2):
             folder = tmp_path_factory.mktemp(f"{name}-{workers}")
             # Daemons may have no children, and a loader with workers has some.
-            start = lambda *args: processes.Process(target=worker.run_until, args=args, daemon=False)  # noqa: E731
+            start = lambda *args: forked().Process(target=worker.run_until, args=args, daemon=False)  # noqa: E731
             whole = start(name, folder / "whole", workers, None, None, folder / "whole.pt")
             killed = start(name, folder / "killed", workers, 12, None, None)
             whole.start(), killed.start()
-            join(whole), join(killed, -9)
+            join(whole), join(killed, code=-9)
             resumed = start(
                 name, folder / "killed", workers, None, str(folder / "killed/step=10.ckpt"), folder / "resumed.pt"
             )
@@ -247,17 +225,14 @@ def test_a_run_killed_mid_epoch_resumes_bit_for_bit(killed_and_whole, name, work
 
 
 @pytest.fixture(scope="module")
-def two_ranks(request, processes, tmp_path_factory):
+def two_ranks(request, tmp_path_factory):
     names = asked_for(request, "two_ranks", CALLBACKS)
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    ranks = [processes.Process(target=worker.two_ranks, args=(r, port, folder, names)) for r in (0, 1)]
+    port = free_port()
+    ranks = [forked().Process(target=worker.two_ranks, args=(r, port, folder, names)) for r in (0, 1)]
     for rank in ranks:
         rank.start()
-    for rank in ranks:
-        join(rank)
+    join(*ranks)
     return folder
 
 

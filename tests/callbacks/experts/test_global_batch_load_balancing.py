@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import MixedPrecision
 from mixture import EXPERTS, Mixture, Tokens, error, routed, slow_counts, slow_gradients
-from ranks import on_two_ranks
+from processes import on_two_ranks
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset, Subset

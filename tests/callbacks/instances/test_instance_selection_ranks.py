@@ -10,7 +10,7 @@ import torch
 from helpers import Classifier, data, loader, trainer
 from instance_runs import Rows, Stream, Unlabelled
 from lightning.pytorch import seed_everything
-from ranks import on_two_ranks
+from processes import on_two_ranks
 from stand_ins import EverySecond, Fails, Smallest
 from torch.utils.data import (
     DataLoader,

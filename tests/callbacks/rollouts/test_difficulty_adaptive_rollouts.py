@@ -12,7 +12,7 @@ import torch
 from helpers import Answering, Answers, Classifier, assert_same_weights, loader, trainer, weights
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from ranks import on_two_ranks
+from processes import on_two_ranks
 
 from curation.callbacks import DifficultyAdaptiveRollouts, ExactResume
 from curation.recipes.rollouts.language_models import FromScratch

@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from PIL import Image
-from ranks import on_two_ranks
+from processes import on_two_ranks
 from torch.nn.functional import normalize
 
 from curation.callbacks import ConceptCoverageMonitor

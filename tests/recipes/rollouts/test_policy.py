@@ -13,7 +13,7 @@ import wandb
 from helpers import assert_same_weights, trainer, weights
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.loggers import WandbLogger
-from ranks import on_two_ranks
+from processes import on_two_ranks
 
 from curation.callbacks import DifficultyAdaptiveRollouts
 from curation.recipes.cli import main as cli
