@@ -8,7 +8,8 @@ from curation.callbacks.online.hard_samples import HardSampleSelection
 from curation.callbacks.online.online_selection import OnlineSelection
 from curation.callbacks.online.uniform import UniformSelection
 from curation.callbacks.online.utility_diversity import UtilityDiversitySelection
-from curation.callbacks.records.records import SampleRecord, SelectionLedger
+from curation.callbacks.records.sample_record import SampleRecord
+from curation.callbacks.records.selection_ledger import SelectionLedger
 from curation.callbacks.rollouts.difficulty_adaptive_rollouts import DifficultyAdaptiveRollouts
 from curation.callbacks.runs.exact_resume import ExactResume
 from curation.callbacks.runs.run_meter import RunMeter
