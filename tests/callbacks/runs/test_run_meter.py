@@ -145,7 +145,19 @@ def test_a_failed_fit_leaves_a_readable_file_that_is_not_finished(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["run.json"]
 
 
-@pytest.mark.parametrize(("name", "value"), [("max_steps", 0), ("max_seconds", -1.0), ("max_seconds", float("nan"))])
-def test_a_budget_must_be_positive(name, value):
-    with pytest.raises(ValueError, match=f"Argument `{name}` must be > 0 or None, but got {value}"):
-        RunMeter("run.json", **{name: value})
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("max_steps", 0, "must be an integer >= 1 or None, but got 0"),
+        ("max_steps", 2.5, "must be an integer >= 1 or None, but got 2.5"),
+        ("max_steps", True, "must be an integer >= 1 or None, but got True"),
+        ("max_seconds", -1.0, r"must be in \(0, inf\) or None, but got -1.0"),
+        ("max_seconds", float("nan"), r"must be in \(0, inf\) or None, but got nan"),
+        ("max_seconds", True, r"must be in \(0, inf\) or None, but got True"),
+        ("count_flops", 1, "must be True or False, but got 1"),
+        ("path", 3, "must be a string, but got 3"),
+    ],
+)
+def test_a_bad_argument_is_named_with_its_value(name, value, message):
+    with pytest.raises(ValueError, match=f"Argument `{name}` {message}"):
+        RunMeter(**{"path": "run.json", name: value})
