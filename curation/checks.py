@@ -123,5 +123,10 @@ def check_path(name: str, value: Any, optional: bool = False) -> Any:
 
     Raises:
         ValueError: If the value is something else.
+
+    Example:
+        >>> check_path("path", 3)
+        Traceback (most recent call last):
+        ValueError: Argument `path` must be a string, but got 3.
     """
     return check_text(name, str(value) if isinstance(value, PathLike) else value, optional)

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import WandbLogger
 from torch.utils.data import DataLoader
 
 from curation.batch import split_sample_ids
-from curation.callbacks.instances.embed import embed
+from curation.callbacks import embed
 from curation.callbacks.instances.features import flatten_inputs, inputs_and_labels
 from curation.evaluation.retention import Part, Retention, retention
 from curation.evaluation.statistics import paired_interval

@@ -44,8 +44,9 @@ def test_samples_without_ids_and_runs_without_selection_are_refused(make, tmp_pa
 
 
 def test_a_record_that_is_too_small_is_refused():
-    with pytest.raises(ValueError, match="Argument `size` must be an integer >= 1 or None, but got 0"):
-        SampleRecord(size=0)
+    for size in (0, 2.5, True):
+        with pytest.raises(ValueError, match=f"Argument `size` must be an integer >= 1 or None, but got {size}"):
+            SampleRecord(size=size)
     with pytest.raises(ValueError, match=r"Argument `size` must be more than every sample id, but \d+ >= 2"):
         trainer(UniformSelection(keep=0.5), SampleRecord(size=2)).fit(Classifier(), loader())
     record = SampleRecord(size=100)

@@ -31,6 +31,8 @@ def test_the_ledger_of_another_run_is_not_written_into(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_training(tmp_path):
+    with pytest.raises(ValueError, match="Argument `path` must be a string, but got None"):
+        SelectionLedger(None)
     (tmp_path / "file").touch()
     module = Classifier()
     with pytest.raises(ValueError, match="Argument `path` must be a folder that can be written"):
