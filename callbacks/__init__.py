@@ -1,14 +1,18 @@
 """Lightning callbacks: when curation happens."""
 
 from curation.callbacks.experts.global_batch_load_balancing import GlobalBatchLoadBalancing
+from curation.callbacks.instances.embed import embed
 from curation.callbacks.instances.instance_selection import InstanceSelection
 from curation.callbacks.instances.selected_data import SelectedDataModule
+from curation.callbacks.lightning.seam import SeamClient
+from curation.callbacks.online.choice import Choice, SelectionListener
 from curation.callbacks.online.concept_aware import ConceptAwareSelection
 from curation.callbacks.online.hard_samples import HardSampleSelection
 from curation.callbacks.online.online_selection import OnlineSelection
 from curation.callbacks.online.uniform import UniformSelection
 from curation.callbacks.online.utility_diversity import UtilityDiversitySelection
-from curation.callbacks.records.records import SampleRecord, SelectionLedger
+from curation.callbacks.records.sample_record import SampleRecord
+from curation.callbacks.records.selection_ledger import SelectionLedger
 from curation.callbacks.rollouts.difficulty_adaptive_rollouts import DifficultyAdaptiveRollouts
 from curation.callbacks.runs.exact_resume import ExactResume
 from curation.callbacks.runs.run_meter import RunMeter
@@ -16,6 +20,7 @@ from curation.callbacks.samplers.concept_coverage import ConceptCoverageMonitor
 from curation.callbacks.samplers.hard_batches import HardBatchTraining
 
 __all__ = [
+    "Choice",
     "ConceptAwareSelection",
     "ConceptCoverageMonitor",
     "DifficultyAdaptiveRollouts",
@@ -27,8 +32,11 @@ __all__ = [
     "OnlineSelection",
     "RunMeter",
     "SampleRecord",
+    "SeamClient",
     "SelectedDataModule",
     "SelectionLedger",
+    "SelectionListener",
     "UniformSelection",
     "UtilityDiversitySelection",
+    "embed",
 ]

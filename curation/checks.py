@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
+from os import PathLike
 from typing import Any
 
 
@@ -112,3 +113,20 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
         *others, last = map(repr, choices)
         raise ValueError(f"Argument `{name}` must be {', '.join(others)} or {last}, but got {value!r}.")
     return value
+
+
+def check_path(name: str, value: Any, optional: bool = False) -> Any:
+    """Refuse what is not the path of a file or a folder: a string, a ``pathlib.Path``, or None where that is allowed.
+
+    Returns:
+        The path as a string, or None.
+
+    Raises:
+        ValueError: If the value is something else.
+
+    Example:
+        >>> check_path("path", 3)
+        Traceback (most recent call last):
+        ValueError: Argument `path` must be a string, but got 3.
+    """
+    return check_text(name, str(value) if isinstance(value, PathLike) else value, optional)

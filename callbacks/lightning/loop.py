@@ -62,6 +62,14 @@ def reload_training_loader(trainer: Trainer) -> None:
     trainer.fit_loop.setup_data()
 
 
+def restart_epoch(trainer: Trainer) -> None:
+    """Have Lightning begin the epoch that it resumes with its first batch."""
+    loop = trainer.fit_loop.epoch_loop
+    loop.reset()
+    loop.restarting = False
+    loop.reset_restart_stage()
+
+
 def next_epoch(trainer: Trainer) -> int:
     """The epoch for which a training data loader is prepared."""
     progress: Any = trainer.fit_loop.epoch_progress.current

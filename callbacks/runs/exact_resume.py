@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,116 +10,142 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
-from curation import rng
-from curation.callbacks.lightning.seam import BatchSeam, SeamClient, check_one_loader
+from curation.callbacks.lightning.seam import SeamClient, check_one_loader
+from curation.callbacks.runs.random_streams import RandomStreams
 from curation.callbacks.samplers.hard_batches import HardBatchTraining
 from curation.samplers.hard_batches import HardBatchSampler
 
-_ORDER, _LOAD, _STEP = 0, 1, 2
+
+@dataclass
+class Position:
+    """How far a fit is.
+
+    Attributes:
+        batches: Batches trained on in the fit.
+        epoch: The epoch, 0 the first.
+        batches_in_epoch: Batches trained on in the epoch.
+        batches_per_epoch: Length of the training data loader; None where it has no length.
+        skip: Batches of the next order that were trained on before the fit was resumed.
+    """
+
+    batches: int = 0
+    epoch: int = 0
+    batches_in_epoch: int = 0
+    batches_per_epoch: int | None = None
+    skip: int = 0
+
+    def count_batch(self) -> None:
+        """Count a batch that was trained on."""
+        self.batches += 1
+        self.batches_in_epoch += 1
+
+    def end_epoch(self) -> None:
+        """Go to the next epoch, once."""
+        if self.batches_in_epoch:
+            self.epoch += 1
+            self.batches_in_epoch = 0
+
+    def take_skip(self) -> int:
+        """The number of batches to skip, for one order."""
+        skip, self.skip = self.skip, 0
+        return skip
 
 
 class ExactResume(SeamClient):
     """Resumes in the middle of an epoch with the same batches and the same random numbers.
 
     Lightning saves no random state, and a plain ``DataLoader`` starts its epoch again after a resume. Here the random
-    streams of a process depend on its seed and on the number of batches trained on, and nothing else: they are set
+    streams of a process depend on its seed and on the number of batches trained on, and on nothing else: they are set
     anew for every batch, and the order of an epoch is drawn from a stream of its own. So a checkpoint holds counters
     and seeds, wherever it is taken. The resumed run draws the order of the epoch again and skips the batches trained
     on without loading them; what loader workers have fetched in advance does not count.
 
-    The seed is the one torch has when the fit begins (``seed_everything``). The random numbers of a run with this
-    callback are not those of a run without it.
+    The seed is the one that torch has when the fit begins (``seed_everything``). The random numbers of a run with
+    this callback differ from those of a run without it.
 
-    For one map-style ``DataLoader``; a stateful one is left to Lightning. Not resumed: gradients that were being
-    accumulated, the streams inside loader workers, and samplers that draw from a global stream while they are being
-    iterated. Put it before ``ModelCheckpoint``; Lightning does. Strips sample ids, as a selection does.
+    The training data must be one map-style ``DataLoader``; a stateful loader is left to Lightning. Not resumed:
+    gradients that were being accumulated, the streams inside loader workers, and samplers that draw from a global
+    stream while they are iterated. Put the callback before ``ModelCheckpoint``; Lightning does so by itself. Sample
+    ids are stripped, as in a selection.
+
+    Attributes:
+        position: The counters of the fit.
+        batches: Batches trained on in the fit.
+
+    Raises:
+        TypeError: If there are several training data loaders.
+        ValueError: If a checkpoint was saved by another number of processes, or inside an epoch of another length.
+
+    Example:
+        >>> from lightning.pytorch.callbacks import ModelCheckpoint
+        >>> save = ModelCheckpoint("checkpoints", every_n_train_steps=100)
+        >>> callbacks = [ExactResume(), save]  # Trainer(callbacks=callbacks).fit(module, loader, ckpt_path="last")
     """
 
     def __init__(self) -> None:
-        self.batches = 0
-        self.epoch = 0
-        self.batches_in_epoch = 0
-        self._seeds: list[int] = []
-        self._rank = 0
-        self._skip = 0
-        self._length: int | None = None
-        self._unrestored: Trainer | None = None
+        self.position = Position()
+        self._streams = RandomStreams([], 0)
         self._sampler_resumes = False
-        self._samplers: list[Any] = []
-        self._generators: list[torch.Generator] = []
+        self._unrestored: Trainer | None = None
         self._undo: list[Callable[[], None]] = []
+
+    @property
+    def batches(self) -> int:
+        """Batches trained on in the fit."""
+        return self.position.batches
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take every rank's seed, and watch the training data loader as Lightning prepares it."""
-        BatchSeam.attach(trainer, self)
-        self.fitting = stage == "fit"
+        super().setup(trainer, pl_module, stage)
         if not self.fitting:
             return
         seed = torch.tensor(torch.initial_seed() % 2**63, device=trainer.strategy.root_device)
-        self._seeds = trainer.strategy.all_gather(seed).flatten().tolist()
-        self._rank = trainer.global_rank
-        self.epoch, self._unrestored = 0, trainer
-        self.batches = self.batches_in_epoch = self._skip = 0
-        self._length = None
+        seeds = trainer.strategy.all_gather(seed).flatten().tolist()
+        self._streams = RandomStreams(seeds, trainer.global_rank)
+        self.position = Position()
+        self._unrestored = trainer
         self._sampler_resumes = any(isinstance(c, HardBatchTraining) for c in trainer.callbacks)  # type: ignore[attr-defined]
 
     def watch(self, loader: Any) -> None:
-        """Let the order of the training data loader depend on the epoch, and begin after what was trained on."""
-        if self._unrestored is not None:  # a new run, or one that goes on with what had no such callback
-            self.epoch, self._unrestored = self._unrestored.current_epoch, None
+        """Let the order of the training data loader depend on the epoch, and begin after the batches trained on."""
+        if self._unrestored is not None:  # a new run, or one resumed from a checkpoint without this callback
+            self.position.epoch, self._unrestored = self._unrestored.current_epoch, None
         if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
             return
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             data = loader.dataset if isinstance(loader, DataLoader) else loader
             rank_zero_warn(f"ExactResume cannot skip batches of {type(data).__name__}: a resumed epoch starts again.")
             return
+        self._replace_sampler(loader)
+        if self._sampler_resumes and any(isinstance(s, HardBatchSampler) for s in self._streams.samplers):
+            self.position.skip = 0  # the sampler restores its own position
+        self._begin_epoch()
+
+    def _replace_sampler(self, loader: DataLoader) -> None:
         name = "sampler" if loader.batch_sampler is None else "batch_sampler"
         sampler = vars(loader)[name]
-        if not isinstance(sampler, _Order):
+        if not isinstance(sampler, ResumedOrder):
             # DataLoader forbids assigning a sampler, but only what it yields is wrapped here.
-            vars(loader)[name] = _Order(sampler, self)
+            vars(loader)[name] = ResumedOrder(sampler, self._streams, self.position)
             self._undo.append(lambda: vars(loader).update({name: sampler}))
-            self._samplers = [sampler, getattr(sampler, "sampler", None)]
-            drawers = [loader, *self._samplers]
-            generators = [getattr(drawer, "generator", None) for drawer in drawers]
-            self._generators = [g for g in generators if isinstance(g, torch.Generator)]
-        length = len(sampler) if hasattr(sampler, "__len__") else None
-        if self._skip and length != self._length:
+            self._streams.follow(loader, [sampler, getattr(sampler, "sampler", None)])
+        position, length = self.position, len(sampler) if hasattr(sampler, "__len__") else None
+        if position.skip and length != position.batches_per_epoch:
             raise ValueError(
-                f"The checkpoint was saved after {self._skip} of {self._length} batches of an epoch, but the data "
-                f"loader now has {length}: other data or another batch size. Remove ExactResume to resume anyway."
+                f"The checkpoint was saved after {position.skip} of {position.batches_per_epoch} batches of an "
+                f"epoch, but the data loader now has {length}: other data or another batch size. Remove ExactResume "
+                "to resume anyway."
             )
-        self._length = length
-        if self._sampler_resumes and any(isinstance(drawer, HardBatchSampler) for drawer in self._samplers):
-            self._skip = 0  # it knows where it was
-        self.begin_epoch()
+        position.batches_per_epoch = length
 
-    def begin_epoch(self) -> None:
+    def _begin_epoch(self) -> None:
         """A loader with workers draws their seed as its iteration begins."""
-        self.begin_order()
-        self.begin_load()
-
-    def begin_order(self) -> None:
-        """What the samplers draw next depends on the epoch only."""
-        rng.seed(self._seeds[self._rank], self.epoch, _ORDER)
-        for generator in self._generators:
-            generator.manual_seed(self._seeds[self._rank] ^ self.epoch)
-        for sampler in self._samplers:
-            if callable(getattr(sampler, "set_epoch", None)):
-                sampler.set_epoch(self.epoch)
-
-    def begin_load(self, batch: int | None = None) -> None:
-        """What is drawn while a batch is loaded depends on its number in the fit only; by default it is the next."""
-        rng.seed(self._seeds[self._rank], self.batches if batch is None else batch, _LOAD)
+        self._streams.begin_order(self.position.epoch)
+        self._streams.begin_load(self.position.batches)
 
     def before_transfer(self) -> None:
-        """What is drawn from here to the end of the step depends on the number of batches trained on only."""
-        rng.seed(self._seeds[self._rank], self.batches, _STEP)
-
-    def take_skip(self) -> int:
-        """The batches of the coming order that were trained on before."""
-        skip, self._skip = self._skip, 0
-        return skip
+        """Set the stream of the training step."""
+        self._streams.begin_step(self.position.batches)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse several data loaders, of which only one could be resumed."""
@@ -126,93 +153,94 @@ class ExactResume(SeamClient):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the streams of the epoch."""
-        self.begin_epoch()
+        self._begin_epoch()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch and set the streams of the next."""
-        self.batches += 1
-        self.batches_in_epoch += 1
-        self._end_epoch(trainer)
-        self.begin_load()
-
-    def _end_epoch(self, trainer: Trainer) -> None:
-        if trainer.is_last_batch and self.batches_in_epoch:
-            self.epoch += 1
-            self.batches_in_epoch = 0
+        """Count the batch and set the stream for loading the next batch."""
+        self.position.count_batch()
+        if trainer.is_last_batch:
+            self.position.end_epoch()
+        self._streams.begin_load(self.position.batches)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the streams again: a resumed run does not repeat the validation before which it was saved."""
+        """Set the stream again: a resumed run does not repeat the validation before which it was saved."""
         if self.fitting and not trainer.sanity_checking:
-            self.begin_load()
+            self._streams.begin_load(self.position.batches)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count an epoch that ended without its last batch, because a hook asked for it."""
-        self._end_epoch(trainer)
+        if trainer.is_last_batch:
+            self.position.end_epoch()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the strategy and the data loader as they were."""
         super().teardown(trainer, pl_module, stage)
         while self._undo:
             self._undo.pop()()
-        self._samplers, self._generators = [], []
+        self._streams.follow(None, [])
         self._unrestored = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and seeds, the same on every rank."""
+        """Counters and seeds; equal on all ranks."""
         return {
-            "seeds": self._seeds,
-            "batches": self.batches,
-            "epoch": self.epoch,
-            "batches_in_epoch": self.batches_in_epoch,
-            "batches_per_epoch": self._length,
+            "seeds": self._streams.seeds,
+            "batches": self.position.batches,
+            "epoch": self.position.epoch,
+            "batches_in_epoch": self.position.batches_in_epoch,
+            "batches_per_epoch": self.position.batches_per_epoch,
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`, in a fit.
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from the saved counters with the saved seeds.
 
         Raises:
             ValueError: If the checkpoint was saved by another number of processes.
         """
-        if not self.fitting:
-            return
-        if len(state_dict["seeds"]) != len(self._seeds):
+        if len(state["seeds"]) != len(self._streams.seeds):
             raise ValueError(
-                f"The checkpoint was saved by {len(state_dict['seeds'])} processes and cannot be resumed exactly by "
-                f"{len(self._seeds)}; remove ExactResume to resume anyway."
+                f"The checkpoint was saved by {len(state['seeds'])} processes and cannot be resumed exactly by "
+                f"{len(self._streams.seeds)}; remove ExactResume to resume anyway."
             )
         self._unrestored = None
-        self._seeds = state_dict["seeds"]
-        self.batches = state_dict["batches"]
-        self.epoch = state_dict["epoch"]
-        self.batches_in_epoch = self._skip = state_dict["batches_in_epoch"]
-        self._length = state_dict["batches_per_epoch"]
+        self._streams.seeds = state["seeds"]
+        # In place: a data loader that was prepared before may hold the object.
+        for name in ("batches", "epoch", "batches_in_epoch", "batches_per_epoch"):
+            setattr(self.position, name, state[name])
+        self.position.skip = self.position.batches_in_epoch
 
 
-class _Order:
-    """A sampler whose order is drawn from a stream of its own, and begins after what was trained on."""
+class ResumedOrder:
+    """A sampler whose order is drawn from a stream of its own, and begins after the batches trained on.
 
-    def __init__(self, inner: Any, owner: ExactResume) -> None:
-        vars(self).update(_inner=inner, _owner=owner)
+    Args:
+        sampler: The sampler, or batch sampler, of the training data loader; all other attributes are its own.
+        streams: The random streams of the process.
+        position: The counters of the fit.
+    """
+
+    def __init__(self, sampler: Any, streams: RandomStreams, position: Position) -> None:
+        vars(self).update(_sampler=sampler, _streams=streams, _position=position)
 
     def __len__(self) -> int:
-        return len(self._inner)
+        return len(self._sampler)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        return getattr(self._inner, name)
+        return getattr(self._sampler, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._inner, name, value)
+        setattr(self._sampler, name, value)
 
     def __iter__(self) -> Iterator[Any]:
-        self._owner.begin_order()
-        order = iter(self._inner)
+        streams, position = self._streams, self._position
+        streams.begin_order(position.epoch)
+        order = iter(self._sampler)
         first = list(itertools.islice(order, 1))
-        self._owner.begin_load()
-        left = itertools.islice(itertools.chain(first, order), self._owner.take_skip(), None)
-        for batch, chosen in enumerate(left, self._owner.batches):
-            self._owner.begin_load(batch)  # again, since a loader may load ahead of its time
-            yield chosen
+        streams.begin_load(position.batches)
+        remaining = itertools.islice(itertools.chain(first, order), position.take_skip(), None)
+        for batch, indices in enumerate(remaining, position.batches):
+            streams.begin_load(batch)  # again, since a loader may fetch batches in advance
+            yield indices

@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from curation.batch import batch_size
 from curation.callbacks.instances.instance_selection import InstanceSelection
-from curation.callbacks.lightning.seam import BatchSeam, SeamClient
-from curation.callbacks.online.online_selection import OnlineSelection, wait_for
+from curation.callbacks.lightning.loop import wait_for
+from curation.callbacks.lightning.seam import SeamClient
+from curation.callbacks.online.online_selection import OnlineSelection
+from curation.callbacks.runs.flop_count import FlopCount
+from curation.checks import check_flag, check_integer, check_number, check_path
+from curation.files import replacing
 
 
 class RunMeter(SeamClient):
@@ -26,56 +29,69 @@ class RunMeter(SeamClient):
     The file holds ``points``, a list with ``step`` (optimizer steps), ``seconds``, ``samples_trained`` and
     ``samples_scored`` (of all processes) and ``metrics`` (every number that was logged so far); ``finished``;
     ``steps``; ``wall_seconds`` (with evaluation); ``peak_memory`` (bytes: of a GPU's tensors while training, or of
-    the process on a CPU); ``device``; ``torch``. It is replaced as a whole, so a killed fit leaves a readable one.
+    the process on a CPU); ``device``; ``torch``. It is replaced as a whole, so a killed fit leaves a readable file.
 
     Args:
-        path: Of the file.
-        max_steps: Optimizer steps after which the fit ends.
-        max_seconds: Training seconds after which it ends, at the next optimizer step. Rank 0's clock decides.
+        path: The JSON file to write.
+        max_steps: Optimizer steps after which the fit ends; None for no such budget.
+        max_seconds: Training seconds after which the fit ends, at the next optimizer step, by the clock of rank 0;
+            None for no such budget.
         count_flops: Count floating-point operations with torch's own counter (matrix products, convolutions and
             attention, of all processes) and add ``flops_per_step``, ``seconds_per_step``, ``steps_per_epoch`` and
             ``total_steps`` (of the whole fit, as Lightning estimates it) to the file. Counting slows the fit, so the
-            seconds mean nothing.
+            seconds mean nothing then.
+
+    Attributes:
+        points: The points so far.
+        samples: Samples that this process trained on.
+        seconds: Training seconds.
 
     Raises:
-        ValueError: If a budget is not positive.
+        ValueError: If ``max_steps`` is no positive integer, ``max_seconds`` not in (0, inf), or another argument of a
+            wrong type.
+
+    Example:
+        >>> meter = RunMeter("runs/full/run.json", max_steps=1_000)
+        >>> callbacks = [meter]  # Trainer(callbacks=callbacks, max_epochs=-1).fit(module, loader, val_loader)
+        >>> RunMeter("run.json", max_steps=2.5)
+        Traceback (most recent call last):
+        ValueError: Argument `max_steps` must be an integer >= 1 or None, but got 2.5.
     """
 
     def __init__(
-        self, path: str, max_steps: int | None = None, max_seconds: float | None = None, count_flops: bool = False
+        self,
+        path: str | Path,
+        max_steps: int | None = None,
+        max_seconds: float | None = None,
+        count_flops: bool = False,
     ) -> None:
-        for name, value in (("max_steps", max_steps), ("max_seconds", max_seconds)):
-            if value is not None and not value > 0:
-                raise ValueError(f"Argument `{name}` must be > 0 or None, but got {value!r}.")
-        self.path = path
-        self.max_steps = max_steps
-        self.max_seconds = max_seconds
-        self.count_flops = count_flops
+        self.path: str = check_path("path", path)
+        self.max_steps: int | None = check_integer("max_steps", max_steps, 1, optional=True)
+        self.max_seconds: float | None = check_number("max_seconds", max_seconds, "(0, inf)", optional=True)
+        self.count_flops = check_flag("count_flops", count_flops)
         self._reset()
 
     def _reset(self) -> None:
         self.points: list[dict[str, Any]] = []
-        self.samples = 0  # trained on by this process
+        self.samples = 0
         self.seconds = 0.0
         self._clock = 0.0
         self._steps = 0
-        self._flops = 0  # of this process
-        self._counter: FlopCounterMode | None = None
+        self._flops = FlopCount()  # of this process
         self._peak = 0
         self._extra: dict[str, Any] = {}
         self._began = time.perf_counter()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit; strip sample ids, also where nothing is selected."""
-        self.fitting = stage == "fit"
+        super().setup(trainer, pl_module, stage)
         if self.fitting:
             self._reset()
-        BatchSeam.attach(trainer, self)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the seam; after an exception the file stays as it was at the last validation."""
         super().teardown(trainer, pl_module, stage)
-        self._stop_counting()
+        self._flops.stop()
 
     # ------------------------------------------------------------------ cost
 
@@ -92,17 +108,9 @@ class RunMeter(SeamClient):
         self._clock = time.perf_counter()
 
     def before_transfer(self) -> None:
-        """Count the operations of this batch and of those that follow, until the next validation."""
-        if self.count_flops and self._counter is None:
-            aten = torch.ops.aten
-            self._counter = FlopCounterMode(
-                display=False,
-                custom_mapping={  # torch's own formulas, which it does not yet apply to its attention on a CPU
-                    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-                    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-                },
-            )
-            self._counter.__enter__()
+        """Count the FLOPs of this batch and of the following ones, until the next validation."""
+        if self.count_flops:
+            self._flops.start()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count the rows."""
@@ -129,17 +137,11 @@ class RunMeter(SeamClient):
         self.seconds += now - self._clock
         self._clock = now
 
-    def _stop_counting(self) -> None:
-        if self._counter is not None:
-            self._counter.__exit__(None, None, None)
-            self._flops += self._counter.get_total_flops()
-            self._counter = None
-
     # ------------------------------------------------------------------ what it reaches
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock and the counter; loaders and their workers have been started since the last batch ended."""
-        self._stop_counting()
+        self._flops.stop()
         if self._measures(trainer):
             self._clock = time.perf_counter()
             wait_for(pl_module.device)
@@ -152,7 +154,7 @@ class RunMeter(SeamClient):
             return
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         scored = sum(c.samples_scored for c in callbacks if isinstance(c, OnlineSelection))
-        counts = torch.tensor([self.samples, scored, self._flops], device=pl_module.device)
+        counts = torch.tensor([self.samples, scored, self._flops.total], device=pl_module.device)
         trained, scored, flops = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         self.points.append(
             {
@@ -196,26 +198,22 @@ class RunMeter(SeamClient):
             "torch": torch.__version__,
             **self._extra,
         }
-        file = Path(self.path)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        new = file.with_suffix(".new")
-        new.write_text(json.dumps(content))
-        new.replace(file)
+        with replacing(self.path) as file:
+            file.write_text(json.dumps(content))
 
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """What was measured so far; the rows are those of rank 0."""
+        """What was measured so far; samples and FLOPs are those of rank 0."""
         measured = {"points": self.points, "samples": self.samples, "seconds": self.seconds}
-        return {**measured, "flops": self._flops}
+        return {**measured, "flops": self._flops.total}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on measuring, in a fit."""
-        if self.fitting:
-            self.points = list(state_dict["points"])
-            self.samples = state_dict["samples"]
-            self.seconds = state_dict["seconds"]
-            self._flops = state_dict.get("flops", 0)
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on measuring."""
+        self.points = list(state["points"])
+        self.samples = state["samples"]
+        self.seconds = state["seconds"]
+        self._flops = FlopCount(state.get("flops", 0))  # checkpoints of before FLOPs were counted have none
 
 
 def _peak_memory(device: torch.device) -> int:
@@ -225,11 +223,3 @@ def _peak_memory(device: torch.device) -> int:
     status = Path("/proc/self/status")  # `getrusage` would also count the process that started this one
     lines = status.read_text().splitlines() if status.is_file() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
-
-
-def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(gradient, query, key, value)

@@ -1,4 +1,4 @@
-"""What concept-aware batches do: the concepts and samples that a fit trained on."""
+"""The concepts and samples that a fit trained on."""
 
 from collections.abc import Sized
 from pathlib import Path
@@ -7,62 +7,70 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from curation.callbacks.lightning.seam import BatchSeam, SeamClient, check_one_loader
+from curation.callbacks.lightning.collectives import gather_rows
+from curation.callbacks.lightning.loggers import log_image
+from curation.callbacks.lightning.loop import logs_now, skips_backward
+from curation.callbacks.lightning.seam import SeamClient, check_one_loader
 from curation.callbacks.online.choice import Choice, SelectionListener
-from curation.callbacks.online.online_selection import OnlineSelection, logs_now
+from curation.callbacks.online.online_selection import OnlineSelection
+from curation.files import replacing
 from curation.metrics.concept_coverage import ConceptCoverage, plot_concepts
 from curation.samplers.concept_aware import ConceptAwareSampler
 from curation.samplers.concept_choice import Targets, target_counts
 from curation.samplers.concept_index import ConceptIndex
 
-CHUNK = 2**20  # samples counted at a time
+SAMPLES_AT_A_TIME = 2**20  # to count the concepts of
 
 
 class ConceptCoverageMonitor(SeamClient, SelectionListener):
     """Logs which concepts and samples are trained on; chooses nothing.
 
-    Every ``log_every_n_steps``, of the batch of all processes: ``concepts/coverage``, ``concepts/entropy`` and
-    ``concepts/target_distance`` (:class:`~curation.metrics.concept_coverage.ConceptCoverage`); of the fit so far:
-    ``concepts/distinct_seen``, the share of the samples trained on at least once, and ``concepts/repeats``, how often
-    those were on average. At the end of the fit a picture of the concepts in the corpus and in what was trained on:
-    ``concepts.png`` in the folder of the logger, and in W&B. Needs sample ids, which it strips. Costs 4 bytes a
-    sample on the device, and a gather of ids per step where there are several processes.
+    Every ``log_every_n_steps`` it logs, for the batch of all processes, ``concepts/coverage``, ``concepts/entropy``
+    and ``concepts/target_distance`` (:class:`~curation.metrics.concept_coverage.ConceptCoverage`); for the fit so
+    far, ``concepts/distinct_seen``, the fraction of the samples trained on at least once, and ``concepts/repeats``,
+    how often these were trained on, on average. At the end of the fit it draws the concepts of the corpus and of the
+    samples trained on: ``concepts.png`` in the folder of the logger, and in W&B. Needs sample ids, which it strips.
+    Costs 4 bytes a sample on the device, and a gather of ids per step where there are several processes.
 
     Args:
-        concepts: Of every sample, or the file of :meth:`~curation.samplers.concept_index.ConceptIndex.save`. None for
-            those of the training data loader's ``ConceptAwareSampler``, else of the data module's ``concepts``.
-        targets: Of the distance. None for those of the sampler, else ``"uniform"``.
+        concepts: Concepts of every sample, or the file of
+            :meth:`~curation.samplers.concept_index.ConceptIndex.save`. None for the concepts of the
+            ``ConceptAwareSampler`` of the training data loader, else for the attribute ``concepts`` of the data
+            module.
+        targets: Target distribution for ``concepts/target_distance``. None for that of the sampler, else
+            ``"uniform"``.
 
     Attributes:
-        visits: int32 ``[N]``, how often each sample was trained on; the same on every rank.
+        visits: int32 ``[N]``, how often each sample was trained on; equal on all ranks.
 
     Raises:
-        ValueError: If there are no concepts, not as many as samples, or the data loader has another batch size than
-            its sampler.
+        ValueError: If there are no concepts, or not one row for each sample, or the data loader has another batch
+            size than its sampler.
         TypeError: If the samples have no ids, or the training data no length.
+
+    Example:
+        >>> index = ConceptIndex.from_lists([["cat"], ["dog", "cat"], ["dog"], []])
+        >>> callbacks = [ConceptCoverageMonitor(index)]  # Trainer(callbacks=callbacks).fit(module, loader)
     """
 
-    def __init__(self, concepts: ConceptIndex | str | None = None, targets: Targets | None = None) -> None:
+    def __init__(self, concepts: ConceptIndex | str | Path | None = None, targets: Targets | None = None) -> None:
         self.concepts = concepts
         self.targets = targets
         self.visits: Tensor | None = None
         self._index: ConceptIndex | None = None
         self._weights: np.ndarray | None = None
         self._ids: Tensor | None = None
-        self._most: int | None = None
         self._folder: Path | None = None
         self._selected = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit; install the seam."""
-        BatchSeam.attach(trainer, self)
-        self.fitting = stage == "fit"
+        super().setup(trainer, pl_module, stage)
         if self.fitting:
-            self.visits = self._ids = self._most = None
+            self.visits = self._ids = None
             self._index = loaded(self.concepts)
             self._selected = any(isinstance(c, OnlineSelection) for c in trainer.callbacks)  # type: ignore[attr-defined]
 
@@ -98,7 +106,7 @@ class ConceptCoverageMonitor(SeamClient, SelectionListener):
         self.visits = visits.to(pl_module.device)
 
     def curate(self, trainer: Trainer, pl_module: LightningModule, batch: Any, sample_ids: Tensor | None) -> Any:
-        """Take note of the ids."""
+        """Remember the ids."""
         self._ids = sample_ids
         return batch
 
@@ -111,7 +119,7 @@ class ConceptCoverageMonitor(SeamClient, SelectionListener):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the batch."""
-        if not self._selected and not trainer.fit_loop._skip_backward:  # the ids are of another batch then
+        if not self._selected and not skips_backward(trainer):  # the ids would be of an earlier batch
             self._count(trainer, pl_module, self._ids)
 
     def _count(self, trainer: Trainer, pl_module: LightningModule, ids: Tensor | None) -> None:
@@ -120,17 +128,14 @@ class ConceptCoverageMonitor(SeamClient, SelectionListener):
                 "ConceptCoverageMonitor needs sample ids: wrap the training data set in `curation.batch.SampleIds`."
             )
         assert self.visits is not None
-        if trainer.world_size > 1:
-            if self._most is None:  # as in a selection, the first batch tells how many rows there are at most
-                size = torch.tensor(float(len(ids)), device=ids.device)
-                self._most = int(trainer.strategy.reduce(size, reduce_op="max"))
-            ids = torch.nn.functional.pad(ids[: self._most], (0, max(self._most - len(ids), 0)), value=-1)
-            ids = trainer.strategy.all_gather(ids).flatten()
-        self.visits.index_add_(0, ids.clamp(min=0), (ids >= 0).int())
-        if not logs_now(trainer):
-            return
-        ids = ids[ids >= 0]
+        ids = gather_rows(trainer, ids)
+        self.visits.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
+        if logs_now(trainer):
+            self._log(pl_module, ids)
+
+    def _log(self, pl_module: LightningModule, ids: Tensor) -> None:
         assert self._index is not None
+        assert self.visits is not None
         # The ids are of all ranks already, and NCCL could not add up counts on the host.
         metric = ConceptCoverage(len(self._index.names), torch.from_numpy(self._weights), sync_on_compute=False)
         metric.update(torch.from_numpy(self._index.take(ids.cpu().numpy()).ids))
@@ -144,7 +149,7 @@ class ConceptCoverageMonitor(SeamClient, SelectionListener):
             pl_module.log(f"concepts/{name}", value, on_step=True, on_epoch=False, batch_size=1)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw."""
+        """Draw the picture."""
         self._draw(trainer)
 
     def _draw(self, trainer: Trainer) -> None:
@@ -155,59 +160,64 @@ class ConceptCoverageMonitor(SeamClient, SelectionListener):
         if not len(seen):
             return
         trained = np.zeros(len(self._index.names))
-        for start in range(0, len(seen), CHUNK):
-            part = seen[start : start + CHUNK]
-            rows = self._index.take(part)
-            trained += np.bincount(rows.ids, np.repeat(visits[part], rows.sizes), len(trained))
+        for start in range(0, len(seen), SAMPLES_AT_A_TIME):
+            samples = seen[start : start + SAMPLES_AT_A_TIME]
+            rows = self._index.take(samples)
+            trained += np.bincount(rows.ids, np.repeat(visits[samples], rows.sizes), len(trained))
         try:
             figure = plot_concepts(self._index.frequencies, trained, self._weights)
         except ImportError as error:
             rank_zero_warn(str(error))
             return
         path = self._folder / "concepts.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image("concepts/picture", [str(path)])
+        with replacing(path) as file:
+            figure.savefig(file, dpi=120)
+        log_image(trainer, "concepts/picture", path)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the seam and draw: Lightning calls neither ``teardown`` nor ``on_fit_end`` then."""
-        self.teardown(trainer, pl_module, "")
+        """Remove the seam and draw: Lightning calls neither ``teardown`` nor ``on_fit_end`` after an exception."""
+        super().on_exception(trainer, pl_module, exception)
         try:
             self._draw(trainer)
-        except Exception as error:  # whatever it is, it must not hide the other one
+        except Exception as error:  # of any kind: it must not hide the exception that ended the fit
             rank_zero_warn(f"The picture of the concepts was not drawn: {error!r}")
 
     def state_dict(self) -> dict[str, Any]:
-        """The visits, the same on every rank."""
+        """The visits; equal on all ranks."""
         return {"visits": self.visits}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting, in a fit."""
-        if self.fitting:
-            self.visits = state_dict["visits"]
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.visits = state["visits"]
 
 
 def loaded(concepts: Any) -> ConceptIndex | None:
-    """The index that a callback's argument ``concepts`` means.
+    """The index in the argument ``concepts`` of a callback.
+
+    Args:
+        concepts: The index, its file, or None.
 
     Raises:
-        TypeError: If it is no index, file or None.
+        TypeError: If it is something else.
         ValueError: If there is no such file.
     """
-    if isinstance(concepts, str):
+    if isinstance(concepts, (str, Path)):
         try:
             return ConceptIndex.load(concepts)
         except FileNotFoundError as error:
-            raise ValueError(f"Argument `concepts` must name a file, but there is no {concepts!r}.") from error
+            raise ValueError(f"Argument `concepts` must name a file, but there is no {str(concepts)!r}.") from error
     if concepts is not None and not isinstance(concepts, ConceptIndex):
         raise TypeError(f"Argument `concepts` must be a ConceptIndex or a file, but got {type(concepts).__name__}.")
     return concepts
 
 
 def check_length(index: ConceptIndex, trainer: Trainer) -> None:
-    """Raise unless the index has a row for every training sample."""
+    """Refuse an index that has not one row for each training sample.
+
+    Raises:
+        ValueError: If it has another number of rows.
+        TypeError: If the training data have no length.
+    """
     dataset = getattr(trainer.train_dataloader, "dataset", None)
     if not isinstance(dataset, Sized):
         raise TypeError("Concepts need a training `DataLoader` of a data set with a length.")

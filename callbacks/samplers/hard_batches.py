@@ -1,4 +1,4 @@
-"""The other half of hard-batch training: the losses go back to the sampler."""
+"""Hard-batch training in a fit: the sampler gets the losses."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,19 +8,28 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from curation.callbacks.lightning.seam import BatchSeam, SeamClient, check_one_loader
+from curation.callbacks.lightning.seam import SeamClient, check_one_loader
 from curation.samplers.hard_batches import HardBatchSampler
 
 
 class HardBatchTraining(SeamClient):
-    """Tells a :class:`~curation.samplers.hard_batches.HardBatchSampler` the loss of every mini-batch.
+    """Gives a :class:`~curation.samplers.hard_batches.HardBatchSampler` the loss of every mini-batch.
 
-    The loss is what ``training_step`` returned, before the update, averaged over processes. Saves the sampler's state
-    with checkpoints, so that a run resumes in the middle of a round. Strips sample ids.
+    The loss is what ``training_step`` returned, before the update, averaged over processes (arXiv 2304.03486). Saves
+    the state of the sampler with checkpoints, so that a run resumes in the middle of a round. Strips sample ids.
+
+    Attributes:
+        sampler: The sampler of the training data loader; None before the loader is prepared.
 
     Raises:
         ValueError: If the training data loader has no such sampler, or another batch size than it.
         TypeError: If ``training_step`` returns no loss in a manual optimisation.
+
+    Example:
+        >>> from curation.samplers import HardBatchSampler
+        >>> dataset = list(range(64))
+        >>> loader = DataLoader(dataset, 8, sampler=HardBatchSampler(dataset, 8, delta=0.25))
+        >>> callbacks = [HardBatchTraining()]  # Trainer(callbacks=callbacks).fit(module, loader)
     """
 
     def __init__(self) -> None:
@@ -28,9 +37,8 @@ class HardBatchTraining(SeamClient):
         self._state: dict[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Watch for the training data loader."""
-        BatchSeam.attach(trainer, self)
-        self.fitting = stage == "fit"
+        """Forget an earlier fit; watch for the training data loader."""
+        super().setup(trainer, pl_module, stage)
         if self.fitting:
             self.sampler = self._state = None
 
@@ -62,7 +70,7 @@ class HardBatchTraining(SeamClient):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Push the loss."""
+        """Give the sampler the loss."""
         assert self.sampler is not None
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if loss is None and pl_module.automatic_optimization:  # Lightning skips such a batch
@@ -72,9 +80,9 @@ class HardBatchTraining(SeamClient):
                 f"`{type(pl_module).__name__}.training_step` must return its loss to be ranked, but returned "
                 f"{type(outputs).__name__}."
             )
-        # Lightning has divided it by the micro-batches of a step.
-        parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-        self.sampler.trained(trainer.strategy.reduce(loss.detach() * parts, reduce_op="mean"))
+        # Lightning has divided it by the number of micro-batches of a step.
+        micro_batches = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+        self.sampler.trained(trainer.strategy.reduce(loss.detach() * micro_batches, reduce_op="mean"))
         if trainer.is_last_batch:
             self.sampler.end_epoch()
 
@@ -84,10 +92,9 @@ class HardBatchTraining(SeamClient):
             self.sampler.end_epoch()
 
     def state_dict(self) -> dict[str, Any]:
-        """That of the sampler, the same on every rank."""
+        """The state of the sampler; equal on all ranks."""
         return {"sampler": self._state if self.sampler is None else self.sampler.state_dict()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until the data loader is there."""
-        if self.fitting:
-            self._state = state_dict["sampler"]
+    def restore(self, state: dict[str, Any]) -> None:
+        """Keep the state of the sampler until the data loader is prepared."""
+        self._state = state["sampler"]

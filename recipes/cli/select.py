@@ -19,7 +19,8 @@ from lightning.pytorch.loggers import WandbLogger
 from torch.utils.data import DataLoader
 
 from curation.batch import split_sample_ids
-from curation.callbacks.instances.embed import embed, flat, inputs_and_labels
+from curation.callbacks import embed
+from curation.callbacks.instances.features import flatten_inputs, inputs_and_labels
 from curation.evaluation.retention import Part, Retention, retention
 from curation.evaluation.statistics import paired_interval
 from curation.instances.selection_index import SelectionIndex, fingerprint
@@ -61,7 +62,7 @@ def features_and_labels(
         of_batch, y = inputs_and_labels(split_sample_ids(batch)[0])
         labels.append(y)
         if layer is None:
-            inputs.append(flat(of_batch))
+            inputs.append(flatten_inputs(of_batch))
     x = torch.cat(inputs) if layer is None else embed(trainer, module, loader, layer)
     return x.numpy(), torch.cat(labels).numpy()
 

@@ -185,4 +185,7 @@ CALLBACKS = {
         ),
     )
 }
-NOT_CALLBACKS = {"OnlineSelection", "SelectedDataModule"}  # a base class; a data module
+NOT_CALLBACKS = {
+    *("OnlineSelection", "SeamClient", "SelectionListener", "Choice"),  # for callbacks of one's own
+    *("SelectedDataModule", "embed"),
+}

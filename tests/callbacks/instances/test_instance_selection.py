@@ -60,13 +60,13 @@ def test_an_order_that_was_not_shuffled_is_not(sampler):
 
 
 def test_a_batch_sampler_of_the_users_own_may_be_given():
-    rows, own = Rows(), BatchSampler(RandomSampler(data()), 5, drop_last=True)
-    batches = DataLoader(data(), batch_sampler=own)
-    before = own.sampler, batches.sampler
+    rows, batch_sampler = Rows(), BatchSampler(RandomSampler(data()), 5, drop_last=True)
+    batches = DataLoader(data(), batch_sampler=batch_sampler)
+    before = batch_sampler.sampler, batches.sampler
     trainer(InstanceSelection(selector=EverySecond()), rows, max_epochs=1).fit(Classifier(), batches)
     assert len(rows.epochs[0]) == 30
     assert not [i for i in rows.epochs[0] if i % 2]
-    assert (own.sampler, batches.sampler) == before
+    assert (batch_sampler.sampler, batches.sampler) == before
 
 
 def test_ids_are_those_of_the_whole_data_set():
@@ -193,14 +193,14 @@ def test_selecting_everything_is_bit_identical_to_a_sampler_of_everything(layer,
 
 
 def test_a_subset_of_the_users_own_bounds_the_selection_and_comes_back():
-    own, rows = SubsetSampler(data(), range(40, 10, -1), seed=3), Rows()
-    batches = DataLoader(data(), 8, sampler=own)
+    sampler, rows = SubsetSampler(data(), range(40, 10, -1), seed=3), Rows()
+    batches = DataLoader(data(), 8, sampler=sampler)
     selector = EverySecond(start=1)
     trainer(InstanceSelection(selector=selector, warmup_epochs=1), rows).fit(Classifier(), batches)
     np.testing.assert_array_equal(selector.given[0][0], X[11:41])
     assert [sorted(epoch) for epoch in rows.epochs] == [list(range(11, 41)), list(range(12, 41, 2))]
-    assert batches.sampler is batches.batch_sampler.sampler is own
-    assert own.indices.tolist() == list(range(40, 10, -1))
+    assert batches.sampler is batches.batch_sampler.sampler is sampler
+    assert sampler.indices.tolist() == list(range(40, 10, -1))
     with pytest.raises(ValueError, match="`index` must hold samples of the loader's SubsetSampler only"):
         trainer(InstanceSelection(saved())).fit(Classifier(), batches)
 
@@ -309,8 +309,8 @@ def test_what_is_kept_is_logged_once_for_every_selection(tmp_path):
     callback = InstanceSelection(selector=Smallest(), warmup_epochs=1, every_n_epochs=1)
     trainer(callback, max_epochs=3, logger=logger, log_every_n_steps=2).fit(Classifier(), loader(ids=False))
     names, *lines = [line.split(",") for line in Path(logger.log_dir, "metrics.csv").read_text().split()]
-    found = [dict(zip(names, line, strict=True)) for line in lines]
-    kept = [row for row in found if row["instances/kept"]]
+    table = [dict(zip(names, line, strict=True)) for line in lines]
+    kept = [row for row in table if row["instances/kept"]]
     assert [(row["step"], row["instances/kept"], row["instances/kept_fraction"]) for row in kept] == [
         ("9", "16.0", "0.25"),
         ("11", "16.0", "0.25"),

@@ -96,30 +96,30 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("strategy", RANKS)
 def test_two_ranks_select_and_train_as_one_process(ranks, strategy):
-    one, other = (torch.load(ranks / f"{strategy}-{rank}.pt", weights_only=False) for rank in (0, 1))
+    first, second = (torch.load(ranks / f"{strategy}-{rank}.pt", weights_only=False) for rank in (0, 1))
     expected = select_on(None, "auto")
-    assert len(one["given"]) == 2
-    assert other["given"] == []  # only the first process selects
-    for (features, labels), (theirs, same) in zip(one["given"], expected["given"], strict=True):
-        np.testing.assert_allclose(features, theirs, rtol=1e-5, atol=1e-5)
+    assert len(first["given"]) == 2
+    assert second["given"] == []  # only the first process selects
+    for (features, labels), (whole, same) in zip(first["given"], expected["given"], strict=True):
+        np.testing.assert_allclose(features, whole, rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(labels, same)
-    assert repr(one["state"]) == repr(other["state"])
+    assert repr(first["state"]) == repr(second["state"])
     for key in ("indices", "selected_for", "samples"):
-        assert repr(one["state"][key]) == repr(expected["state"][key])
-    assert [len(epoch) for epoch in one["epochs"]] == [32, 8, 8]  # of 63 and 15
-    for mine, theirs, whole in zip(one["epochs"], other["epochs"], expected["epochs"], strict=True):
-        both = [i for pair in zip(mine, theirs, strict=True) for i in pair]
+        assert repr(first["state"][key]) == repr(expected["state"][key])
+    assert [len(epoch) for epoch in first["epochs"]] == [32, 8, 8]  # of 63 and 15
+    for even, odd, whole in zip(first["epochs"], second["epochs"], expected["epochs"], strict=True):
+        both = [i for pair in zip(even, odd, strict=True) for i in pair]
         assert both == [*whole, whole[0]]
 
 
 def test_an_error_on_one_rank_is_raised_on_all(ranks):
-    one, other = (torch.load(ranks / f"errors-{rank}.pt") for rank in (0, 1))
-    elsewhere = "failed on another process"
-    assert "ArithmeticError('no selection')" in one["selector"]
-    assert elsewhere in other["selector"]
-    assert elsewhere in one["pass"]
-    assert "the labels of a" in other["pass"]
-    for errors in (one, other):
+    first, second = (torch.load(ranks / f"errors-{rank}.pt") for rank in (0, 1))
+    elsewhere = "Another process failed at the same point"
+    assert "ArithmeticError('no selection')" in first["selector"]
+    assert elsewhere in second["selector"]
+    assert elsewhere in first["pass"]
+    assert "the labels of a" in second["pass"]
+    for errors in (first, second):
         assert "divided between all 2 processes" in errors["sampler"]
         assert "but not of Stream" in errors["stream"]
 

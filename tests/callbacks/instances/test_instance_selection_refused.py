@@ -33,7 +33,11 @@ def folder_of_its_own(tmp_path, monkeypatch):
         ({"index": "a", "layer": "net"}, "Argument `selector` must be given for `layer`"),
         ({"selector": EverySecond(), "warmup_epochs": -1}, "`warmup_epochs` must be an integer >= 0, but got -1"),
         ({"selector": EverySecond(), "warmup_epochs": 0.5}, "`warmup_epochs` must be an integer >= 0, but got 0.5"),
+        ({"selector": EverySecond(), "warmup_epochs": True}, "`warmup_epochs` must be an integer >= 0, but got True"),
         ({"selector": EverySecond(), "every_n_epochs": 0}, "`every_n_epochs` must be .* or None, but got 0"),
+        ({"selector": EverySecond(), "every_n_epochs": True}, "`every_n_epochs` must be .* or None, but got True"),
+        ({"selector": EverySecond(), "layer": 3}, "`layer` must be a string or None, but got 3"),
+        ({"index": 3}, "`index` must be a string or None, but got 3"),
     ],
 )
 def test_a_bad_argument_is_named_with_its_value(arguments, message):
@@ -42,8 +46,8 @@ def test_a_bad_argument_is_named_with_its_value(arguments, message):
 
 
 def test_an_index_of_other_data_is_refused_or_warned_of():
-    for of, path in ((65, saved("other", of=65)), (128, saved("double", of=128))):
-        with pytest.raises(ValueError, match=f"`index` must be of the 64 training samples, but got '.*' of {of}"):
+    for size, path in ((65, saved("other", of=65)), (128, saved("double", of=128))):
+        with pytest.raises(ValueError, match=f"`index` must be of the 64 training samples, but got '.*' of {size}"):
             trainer(InstanceSelection(path)).fit(Classifier(), loader())
     with pytest.raises(ValueError, match="there is no such file: 'nowhere'"):
         trainer(InstanceSelection("nowhere")).fit(Classifier(), loader())

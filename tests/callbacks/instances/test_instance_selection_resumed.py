@@ -63,10 +63,10 @@ def test_resume_from_everywhere_is_bit_identical(tmp_path, place, first):
     files = {int(f.stem.split("step=")[1]): f for f in (tmp_path / "whole").glob("*.ckpt")}
     assert set(files) in ({*range(1, 16)}, {8, 9, 15})
     for step, file in files.items():
-        resumed, _, again, other, selected = fit(tmp_path / "again", file, seed=77, first=first, **place)
+        resumed, _, again, resumed_callback, selected = fit(tmp_path / "again", file, seed=77, first=first, **place)
         assert again == seen[8 * step :]
         assert_same_weights(whole, resumed)
-        assert repr(other.state_dict()) == repr(callback.state_dict())
+        assert repr(resumed_callback.state_dict()) == repr(callback.state_dict())
         # Only what is saved at an epoch's end holds the selection that was made there.
         made_then = place.get("save_on_train_epoch_end", False)
         assert selected == sum(at > step or (at == step and not made_then) for at in (8, 9))

@@ -89,6 +89,8 @@ def test_a_data_module_is_copied_and_has_no_loaders_that_the_inner_one_has_not()
 
 
 def test_a_data_module_refuses_what_the_callback_refuses():
+    with pytest.raises(ValueError, match="Argument `index` must be a string, but got 3"):
+        SelectedDataModule(Data(), 3)
     with pytest.raises(ValueError, match="there is no such file: 'nowhere'"):
         SelectedDataModule(Data(), "nowhere")
     with pytest.raises(ValueError, match="`index` must be of the 64 training samples, but got 'other' of 65"):

@@ -165,11 +165,11 @@ def test_a_checkpoint_of_a_failed_step_repeats_the_step(tmp_path, rule):
 
     def run(folder, module, resume=None):
         seed_everything(1, verbose=False)
-        module, watch, one = module(), Watch(), rule(keep=0.25)
+        module, watch, selection = module(), Watch(), rule(keep=0.25)
         save = ModelCheckpoint(folder, save_on_exception=True)
-        fitter = trainer(one, ExactResume(), watch, save, enable_checkpointing=True)
+        fitter = trainer(selection, ExactResume(), watch, save, enable_checkpointing=True)
         fitter.fit(module, loader(), ckpt_path=resume)
-        state = {k: v for k, v in one.state_dict().items() if k != "train_seconds"}
+        state = {k: v for k, v in selection.state_dict().items() if k != "train_seconds"}
         return weights(module), repr(state), [b[0][:, 0].tolist() for b in watch.batches]
 
     whole, state, seen = run(tmp_path / "whole", Lasts)
@@ -213,13 +213,13 @@ def test_several_data_loaders_are_refused():
         trainer(ExactResume()).fit(Two(), {"a": loader(), "b": loader()})
 
 
-@pytest.mark.parametrize("other", [{"batch_size": 4}, {"n": 32}], ids=["batch size", "data"])
-def test_another_epoch_than_the_saved_one_is_an_error(tmp_path, other):
+@pytest.mark.parametrize("change", [{"batch_size": 4}, {"n": 32}], ids=["batch size", "data"])
+def test_another_epoch_than_the_saved_one_is_an_error(tmp_path, change):
     fit(tmp_path, LOADERS["shuffled"], every_n_train_steps=3)
     file = tmp_path / "epoch=0-step=3.ckpt"
     message = "saved after 3 of 8 batches of an epoch, but the data loader now has (16|4)"
     with pytest.raises(ValueError, match=message):
-        fit(tmp_path / "again", lambda: loader(ids=False, **other), resume=file)
+        fit(tmp_path / "again", lambda: loader(ids=False, **change), resume=file)
 
 
 def test_another_number_of_processes_is_an_error():
@@ -244,13 +244,13 @@ def test_the_data_loader_and_the_strategy_are_as_they_were():
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             changed.append(len(batch[0]))
 
-    mine = []
+    prepared = []
     run = trainer(ExactResume(), Resizes(), max_epochs=2)
-    run.strategy.process_dataloader = stand_in = lambda loader: mine.append(loader) or loader
+    run.strategy.process_dataloader = stand_in = lambda loader: prepared.append(loader) or loader
     before = batches.batch_sampler
     run.fit(Classifier(), batches)
     assert run.strategy.process_dataloader is stand_in
-    assert mine
+    assert prepared
     assert batches.batch_sampler is before
     assert changed == [8] * 8 + [4] * 8  # the epoch's length is Lightning's and was fixed before
 

@@ -1,4 +1,4 @@
-"""What a fit costs is what it costs: steps, rows, operations counted by hand, and evaluation off the clock."""
+"""What a fit costs is what it costs: steps, rows, FLOPs counted by hand, and evaluation off the clock."""
 
 import json
 import os
@@ -24,34 +24,34 @@ def fit(tmp_path, *callbacks, module=None, meter=None, **kwargs):
 
 
 def test_a_point_for_every_validation(tmp_path):
-    found = fit(tmp_path, UniformSelection(keep=0.25))
-    assert [(p["step"], p["samples_trained"], p["samples_scored"]) for p in found["points"]] == [
+    content = fit(tmp_path, UniformSelection(keep=0.25))
+    assert [(p["step"], p["samples_trained"], p["samples_scored"]) for p in content["points"]] == [
         (8, 16, 0),
         (16, 32, 0),
     ]
-    assert all({"val_loss", "train_loss"} <= p["metrics"].keys() for p in found["points"])
-    assert found["points"][0]["seconds"] < found["points"][1]["seconds"] < found["wall_seconds"]
-    assert found["finished"]
-    assert found["steps"] == 16
-    assert found["peak_memory"] > 2**26
+    assert all({"val_loss", "train_loss"} <= p["metrics"].keys() for p in content["points"])
+    assert content["points"][0]["seconds"] < content["points"][1]["seconds"] < content["wall_seconds"]
+    assert content["finished"]
+    assert content["steps"] == 16
+    assert content["peak_memory"] > 2**26
 
 
 def test_candidates_that_were_scored_are_counted(tmp_path):
-    found = fit(tmp_path, UtilityDiversitySelection(keep=0.25))
-    assert [(p["samples_trained"], p["samples_scored"]) for p in found["points"]] == [(16, 64), (32, 128)]
+    content = fit(tmp_path, UtilityDiversitySelection(keep=0.25))
+    assert [(p["samples_trained"], p["samples_scored"]) for p in content["points"]] == [(16, 64), (32, 128)]
 
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_the_last_weights_are_evaluated_wherever_the_budget_ends(tmp_path, every):
-    found = fit(tmp_path, meter={"max_steps": 11}, max_epochs=-1, check_val_every_n_epoch=every)
-    assert [p["step"] for p in found["points"]] == [8, 11][every // 3 :]
-    assert found["steps"] == 11
-    assert found["points"][-1]["samples_trained"] == 88
+    content = fit(tmp_path, meter={"max_steps": 11}, max_epochs=-1, check_val_every_n_epoch=every)
+    assert [p["step"] for p in content["points"]] == [8, 11][every // 3 :]
+    assert content["steps"] == 11
+    assert content["points"][-1]["samples_trained"] == 88
 
 
 def test_micro_batches_are_no_steps(tmp_path):
-    found = fit(tmp_path, meter={"max_steps": 3}, max_epochs=-1, accumulate_grad_batches=2)
-    assert [(p["step"], p["samples_trained"]) for p in found["points"]] == [(3, 48)]
+    content = fit(tmp_path, meter={"max_steps": 3}, max_epochs=-1, accumulate_grad_batches=2)
+    assert [(p["step"], p["samples_trained"]) for p in content["points"]] == [(3, 48)]
 
 
 def test_seconds_end_the_fit_and_evaluation_is_not_counted(tmp_path, monkeypatch):
@@ -65,9 +65,9 @@ def test_seconds_end_the_fit_and_evaluation_is_not_counted(tmp_path, monkeypatch
         def on_validation_epoch_start(self, *_):
             clock[0] += 1000
 
-    found = fit(tmp_path, Slow(), meter={"max_seconds": 11}, max_epochs=-1, num_sanity_val_steps=0)
-    assert [(p["step"], p["seconds"]) for p in found["points"]] == [(8, 8), (11, 11)]
-    assert found["wall_seconds"] == 2011
+    content = fit(tmp_path, Slow(), meter={"max_seconds": 11}, max_epochs=-1, num_sanity_val_steps=0)
+    assert [(p["step"], p["seconds"]) for p in content["points"]] == [(8, 8), (11, 11)]
+    assert content["wall_seconds"] == 2011
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -84,8 +84,8 @@ def test_selecting_instances_is_on_the_clock_also_before_training_starts(tmp_pat
     before, after = ([], [selection]) if last else ([selection], [])
     run = trainer(*before, RunMeter(str(tmp_path / "run.json")), *after, max_epochs=2)
     run.fit(Classifier(), loader(ids=False), loader(**VALIDATION))
-    found = json.loads((tmp_path / "run.json").read_text())
-    assert [p["seconds"] for p in found["points"]] == [100, 200]
+    content = json.loads((tmp_path / "run.json").read_text())
+    assert [p["seconds"] for p in content["points"]] == [100, 200]
 
 
 LAYERS = ((FEATURES, 16), (16, CLASSES))
@@ -94,7 +94,7 @@ BACKWARD = 2 * FORWARD - 2 * FEATURES * 16  # nobody needs the gradient of the i
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
-def test_operations_are_those_of_training_and_scoring_and_not_of_validation(tmp_path, epochs):
+def test_flops_are_those_of_training_and_scoring_and_not_of_validation(tmp_path, epochs):
     count = {"count_flops": True}
     (tmp_path / "all").mkdir(), (tmp_path / "quarter").mkdir()
     whole = fit(tmp_path / "all", meter=count, max_epochs=epochs)
@@ -125,9 +125,9 @@ def test_attention_on_a_cpu_is_counted(tmp_path):
         flops.append(json.loads((tmp_path / "run.json").read_text())["flops_per_step"])
     square = (flops[2] - 2 * flops[1]) - 2 * (flops[1] - 2 * flops[0])  # second differences see only T^2
     head_dim, heads, layers, batch = 8, 2, 2, 8
-    of_one = batch * heads * layers * head_dim * 2  # a product over T^2 pairs
+    of_a_product = batch * heads * layers * head_dim * 2  # a product over T^2 pairs
     products = 2 + 5  # forward; backward with the scores made again
-    assert square == products * of_one * ((80**2 - 2 * 40**2) - 2 * (40**2 - 2 * 20**2))
+    assert square == products * of_a_product * ((80**2 - 2 * 40**2) - 2 * (40**2 - 2 * 20**2))
 
 
 def test_a_failed_fit_leaves_a_readable_file_that_is_not_finished(tmp_path):
@@ -138,14 +138,26 @@ def test_a_failed_fit_leaves_a_readable_file_that_is_not_finished(tmp_path):
 
     with pytest.raises(RuntimeError, match="stop"):
         fit(tmp_path, Fails(), meter={"count_flops": True})
-    found = json.loads((tmp_path / "run.json").read_text())
-    assert [p["step"] for p in found["points"]] == [8]
-    assert not found["finished"]
+    content = json.loads((tmp_path / "run.json").read_text())
+    assert [p["step"] for p in content["points"]] == [8]
+    assert not content["finished"]
     assert torch._C._len_torch_dispatch_stack() == 0
     assert sorted(os.listdir(tmp_path)) == ["run.json"]
 
 
-@pytest.mark.parametrize(("name", "value"), [("max_steps", 0), ("max_seconds", -1.0), ("max_seconds", float("nan"))])
-def test_a_budget_must_be_positive(name, value):
-    with pytest.raises(ValueError, match=f"Argument `{name}` must be > 0 or None, but got {value}"):
-        RunMeter("run.json", **{name: value})
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("max_steps", 0, "must be an integer >= 1 or None, but got 0"),
+        ("max_steps", 2.5, "must be an integer >= 1 or None, but got 2.5"),
+        ("max_steps", True, "must be an integer >= 1 or None, but got True"),
+        ("max_seconds", -1.0, r"must be in \(0, inf\) or None, but got -1.0"),
+        ("max_seconds", float("nan"), r"must be in \(0, inf\) or None, but got nan"),
+        ("max_seconds", True, r"must be in \(0, inf\) or None, but got True"),
+        ("count_flops", 1, "must be True or False, but got 1"),
+        ("path", 3, "must be a string, but got 3"),
+    ],
+)
+def test_a_bad_argument_is_named_with_its_value(name, value, message):
+    with pytest.raises(ValueError, match=f"Argument `{name}` {message}"):
+        RunMeter(**{"path": "run.json", name: value})

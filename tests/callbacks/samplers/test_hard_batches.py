@@ -59,9 +59,9 @@ def test_a_loader_without_the_sampler_or_of_another_size_is_refused():
     with pytest.raises(ValueError, match=r"needs a training `DataLoader\(sampler=HardBatchSampler.*RandomSampler"):
         trainer(HardBatchTraining()).fit(Classifier(), loader())
     dataset = data()
-    other = DataLoader(dataset, 4, sampler=HardBatchSampler(dataset, 8))
+    smaller = DataLoader(dataset, 4, sampler=HardBatchSampler(dataset, 8))
     with pytest.raises(ValueError, match="must have the `batch_size` of its sampler, 8, but has 4"):
-        trainer(HardBatchTraining()).fit(Classifier(), other)
+        trainer(HardBatchTraining()).fit(Classifier(), smaller)
 
 
 def test_a_module_without_a_loss_is_named():
