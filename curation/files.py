@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
+from uuid import uuid4
 
 
 @contextmanager
@@ -32,7 +33,7 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
         ['a.txt']
     """
     target = Path(path).resolve()
-    new = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
+    new = target.with_name(f".{target.stem}.{uuid4().hex[:8]}{target.suffix}")  # nodes may share the disk
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield new
