@@ -1,6 +1,6 @@
 PY := .venv/bin/python
 
-.PHONY: check demo docs fuzz lint test test-versions test-oldest test-newest wheel results
+.PHONY: check demo docs fuzz lint test test-versions test-oldest test-newest tree wheel results
 
 # SmolLM2-135M fine-tuned on chat, utility-diversity selection beside uniform selection; W&B stays on this machine.
 demo: .venv/ready
@@ -51,6 +51,10 @@ fuzz: .venv/ready
 # with which --strict counts no warnings.
 docs: .venv/ready
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+# docs/files.md: every file of the three rooms with the first sentence of its docstring.
+tree: .venv/ready
+	$(PY) docs/extensions/file_tree.py
 
 # The pages, pictures and tables of docs/results/ from the JSON there.
 results: .venv/ready

@@ -1,5 +1,6 @@
 """The site builds, has everything and fetches nothing; what the tutorials say to type works."""
 
+import importlib.util
 import pkgutil
 import re
 import shlex
@@ -178,3 +179,17 @@ def test_commands_of_a_page_are_accepted(page, tmp_path, monkeypatch, capsys):
             assert capsys.readouterr().out
         else:
             pytest.fail(f"no check for {command!r}")
+
+
+def test_the_file_tree_is_that_of_the_sources():
+    spec = importlib.util.spec_from_file_location("file_tree", DOCS / "extensions" / "file_tree.py")
+    file_tree = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(file_tree)
+    expected = file_tree.page()
+    rows = [line.split(maxsplit=1) for _, text in FENCE.findall(expected) for line in text.splitlines()]
+    sources = [f for room in file_tree.ROOMS for f in (ROOT / room).rglob("*") if f.suffix in (".py", ".yaml")]
+    listed = sorted(row[0] for row in rows if not row[0].endswith("/"))
+    assert listed == sorted(f.name for f in sources if f.name != "__init__.py")
+    undescribed = [row[0] for row in rows if len(row) == 1]
+    assert not undescribed, f"no docstring or first comment in {undescribed}"
+    assert (DOCS / "files.md").read_text() == expected, "docs/files.md is out of date: `make tree` rewrites it"

@@ -1,14 +1,22 @@
-"""The wheel gives all three rooms, the rooms depend one way, and the core needs no extra."""
+"""The wheel gives all three rooms, the rooms depend one way, the core needs no extra, and users see types."""
 
 import ast
+import contextlib
 import os
+import pkgutil
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+import curation
 
 ROOT = Path(__file__).parent.parent
 EXTRAS = (
@@ -55,12 +63,19 @@ def test_rooms_depend_one_way(room, forbidden):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def source(tmp_path_factory):
+    """A copy of what the package is made of: builds and installations leave files there."""
+    folder = tmp_path_factory.mktemp("source")
     for name in ("curation", "callbacks", "recipes"):
-        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
     subprocess.run(build, check=True, capture_output=True)
     (path,) = out.glob("*.whl")
@@ -106,3 +121,72 @@ def test_core_imports_from_the_wheel_without_any_extra(wheel, tmp_path):
         [sys.executable, "-S", "-c", code], cwd=tmp_path / "empty", env=env, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
+
+
+@pytest.fixture(scope="module")
+def type_cache(tmp_path_factory):
+    """Begins with what `make test` has checked before, if it has: torch alone takes mypy half a minute."""
+    folder = tmp_path_factory.mktemp("types") / "cache"
+    with contextlib.suppress(OSError):  # none there, or a file that another mypy replaced meanwhile
+        shutil.copytree(ROOT / ".mypy_cache", folder)
+    return folder
+
+
+def environment(folder: Path) -> Path:
+    """The Python of a new environment that has the packages of this one, but not this project."""
+    venv.create(folder, symlinks=True)
+    paths = {"base": str(folder), "platbase": str(folder)}
+    (site,) = {Path(sysconfig.get_path(name, "venv", paths)) for name in ("purelib", "platlib")}
+    (site / "packages.pth").write_text(sysconfig.get_path("purelib") + "\n")  # whose own .pth files are not read
+    return folder / "bin" / "python"
+
+
+def public_names() -> list[tuple[str, str]]:
+    """Every name in the ``__all__`` of ``curation`` and its packages, with the package."""
+    packages = [m.name for m in pkgutil.iter_modules(curation.__path__, "curation.") if m.ispkg]
+    return [(package, name) for package in packages for name in getattr(import_module(package), "__all__", ())]
+
+
+@pytest.mark.parametrize("installed_from", ["source, editable", "wheel"])
+def test_a_users_file_is_checked_against_the_types_of_every_public_name(
+    installed_from, source, wheel, type_cache, tmp_path
+):
+    python = environment(tmp_path / "environment")
+    what = ["-e", str(source)] if "editable" in installed_from else [str(wheel)]
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--ignore-installed"]
+    offline = ["--no-deps", "--no-index", "--no-build-isolation"]
+    subprocess.run([*pip, *offline, *what], check=True, capture_output=True)
+    names = public_names()
+    assert {("curation.callbacks", "OnlineSelection"), ("curation.samplers", "ConceptAwareSampler")} <= set(names)
+    lines = [f"from {package} import {name} as public_{i}" for i, (package, name) in enumerate(names)]
+    lines += [
+        "from curation.callbacks import HardSampleSelection",
+        "from curation.recipes.cli.main import find_recipe",
+        "",
+        *(f"reveal_type(public_{i})" for i in range(len(names))),
+        "reveal_type(find_recipe)",
+        "reveal_type(HardSampleSelection(keep=0.5).samples_scored)",
+        'HardSampleSelection(keep="half")  # type: ignore[arg-type]',  # an error too where the type is Any
+    ]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "user.py").write_text("\n".join(lines) + "\n")
+    mypy = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--config-file",
+        str(ROOT / "pyproject.toml"),
+        "--cache-dir",
+        str(type_cache),
+    ]
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")}
+    run = subprocess.run(
+        [*mypy, "--python-executable", str(python), "user.py"], cwd=empty, env=env, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    revealed = re.findall(r'Revealed type is "(.*)"', run.stdout)
+    assert len(revealed) == len(names) + 2, run.stdout
+    assert revealed[-2:] == ["def (name: str) -> pathlib.Path", "int"]
+    untyped = [names[i] for i, text in enumerate(revealed[:-2]) if text == "Any"]
+    assert not untyped

@@ -1,7 +1,15 @@
 """Instance selection: which samples of a data set stay at all."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from curation.instances.selectors import (
+        CoverageInstanceSelector,
+        EditedNearestNeighboursFilter,
+        GraphAttentionInstanceSelector,
+        StratifiedRandomSelector,
+    )
 
 __all__ = [
     "CoverageInstanceSelector",
