@@ -10,6 +10,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+from helpers import Classifier, loader, trainer
 from markdown_it import MarkdownIt
 
 import curation
@@ -152,9 +153,13 @@ def test_python_of_a_page_runs_and_prints_what_it_says(page, tmp_path, monkeypat
 
 @by_name
 def test_commands_of_a_page_are_accepted(page, tmp_path, monkeypatch, capsys):
+    """In their order, in a folder with the page's own rule; `--ckpt_path` names a file of an earlier command."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    rules = [text for language, text in blocks(page) if language == "python" and "class HighLoss" in text]
+    (tmp_path / "my_rule.py").write_text("".join(rules).partition("\n\n\nTrainer")[0])
     commands = [
-        line
+        re.sub(r" --ckpt_path=\S+", "", line)
         for language, text in blocks(page)
         if not language
         for line in text.replace("\\\n", " ").splitlines()
@@ -177,8 +182,14 @@ def test_commands_of_a_page_are_accepted(page, tmp_path, monkeypatch, capsys):
         elif subcommand == "recipes":
             cli.main([subcommand, *args])
             assert capsys.readouterr().out
+        elif subcommand == "ledger":
+            ledger = callbacks.SelectionLedger(args[0])
+            trainer(callbacks.UniformSelection(keep=0.25), ledger, max_epochs=1).fit(Classifier(), loader())
+            cli.main([subcommand, *args])
+            assert capsys.readouterr().out
         else:
             pytest.fail(f"no check for {command!r}")
+    sys.modules.pop("my_rule", None)
 
 
 def test_the_file_tree_is_that_of_the_sources():
