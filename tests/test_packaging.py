@@ -9,12 +9,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
 
 import curation
 
@@ -190,3 +192,22 @@ def test_a_users_file_is_checked_against_the_types_of_every_public_name(
     assert revealed[-2:] == ["def (name: str) -> pathlib.Path", "int"]
     untyped = [names[i] for i, text in enumerate(revealed[:-2]) if text == "Any"]
     assert not untyped
+
+
+def test_the_version_is_said_alike_everywhere():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == version
+    released = re.findall(r"^## \[([\d.]+)\] - (\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert released[0] == (version, str(citation["date-released"]))
+
+
+def test_issue_templates_are_forms_of_github():
+    forms = sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"))
+    assert [form.stem for form in forms] == ["bug", "feature", "finding"]
+    for form in forms:
+        content = yaml.safe_load(form.read_text())
+        assert {"name", "description", "body"} <= content.keys()
+        fields = [field["id"] for field in content["body"]]
+        assert len(fields) == len(set(fields))
+        assert all(field["attributes"]["label"] for field in content["body"])
