@@ -1,5 +1,6 @@
 """What the README shows runs, and what it claims was measured."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -103,6 +104,40 @@ def test_its_figures_are_in_the_pages_that_say_where_they_come_from():
     shown = figure.findall(README[: README.index("## Install")])
     assert len(shown) >= 6
     assert not [pair for pair in shown if pair not in measured]
+
+
+def seeds_ahead(report, arm, baseline):
+    """Seeds with which a baseline is ahead of an arm at the seconds where the shorter of the two runs ends."""
+    (workload,) = json.loads((ROOT / f"docs/results/{report}.json").read_text())["workloads"]
+    curves = {(run["arm"], run["seed"]): run["points"] for run in workload["runs"]}
+    ahead = 0
+    for seed in {seed for _, seed in curves}:
+        end = min(curves[name, seed][-1]["seconds"] for name in (arm, baseline))
+        of_arm, of_baseline = (
+            [point["value"] for point in curves[name, seed] if point["seconds"] <= end][-1]
+            for name in (arm, baseline)
+        )
+        ahead += of_baseline > of_arm if workload["mode"] == "max" else of_baseline < of_arm
+    return ahead
+
+
+@pytest.mark.parametrize(
+    ("report", "arm", "baseline", "seeds"),
+    [
+        ("fashion_mnist_noisy", "reducible_loss", "full", 4),
+        *(
+            ("fashion_mnist_noisy", arm, "full", 5)
+            for arm in ("loss", "rank", "cdf", "importance", "reducible_loss_wrong")
+        ),
+        ("sft_utility_diversity", "utility_diversity", "uniform", 5),
+        ("sft_utility_diversity", "loss", "uniform", 5),
+        ("fashion_mnist_long_tail", "full", "diversity", 5),
+        ("fashion_mnist_long_tail", "uniform", "diversity", 5),
+    ],
+)
+def test_what_was_ahead_at_equal_seconds(report, arm, baseline, seeds):
+    """As docs/which_method.md says it."""
+    assert seeds_ahead(report, arm, baseline) == seeds
 
 
 def test_the_output_of_the_comparison_is_that_of_its_guide():
