@@ -204,3 +204,14 @@ def test_the_file_tree_is_that_of_the_sources():
     undescribed = [row[0] for row in rows if len(row) == 1]
     assert not undescribed, f"no docstring or first comment in {undescribed}"
     assert (DOCS / "files.md").read_text() == expected, "docs/files.md is out of date: `make tree` rewrites it"
+
+
+def test_the_architecture_names_files_that_exist():
+    text = (DOCS / "architecture.md").read_text()
+    paths = set(re.findall(r"`((?:curation|callbacks|recipes|tests)/[\w/]*(?:\.py)?)`", text))
+    assert len(paths) > 10
+    assert not [path for path in paths if not (ROOT / path).exists()]
+    compare = text[text.index("## Comparing") :].partition("\n\n")[2].partition("\n\n")[0]
+    names = re.findall(r"`(\w+\.py)`", compare)
+    assert len(names) > 5
+    assert not [name for name in names if not (ROOT / "recipes/compare" / name).exists()]

@@ -113,11 +113,11 @@ def seeds_ahead(report, arm, baseline):
     ahead = 0
     for seed in {seed for _, seed in curves}:
         end = min(curves[name, seed][-1]["seconds"] for name in (arm, baseline))
-        of_arm, of_baseline = (
+        reached, baseline_reached = (
             [point["value"] for point in curves[name, seed] if point["seconds"] <= end][-1]
             for name in (arm, baseline)
         )
-        ahead += of_baseline > of_arm if workload["mode"] == "max" else of_baseline < of_arm
+        ahead += baseline_reached > reached if workload["mode"] == "max" else baseline_reached < reached
     return ahead
 
 
