@@ -1,12 +1,12 @@
 """Causal language models with the little of a tokenizer that rollouts need."""
 
-import os
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from curation.recipes.chat.sft import SMOLLM2, SMOLLM2_GGUF
+from curation.recipes.seeds import global_seed
 from curation.recipes.sources import require_extra, resolve
 
 
@@ -89,11 +89,6 @@ class _Chat:
 
     def decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
-
-
-def global_seed(seed: int | None) -> int:
-    """A seed, or that of ``seed_everything``."""
-    return int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
 
 
 class FromScratch:

@@ -18,8 +18,9 @@ from curation.callbacks.online.online_selection import wait_for
 from curation.callbacks.rollouts.difficulty_adaptive_rollouts import gather
 from curation.metrics.rollouts import PassAtK
 from curation.recipes.rollouts.answers import Rollouts, answer_log_probs, packed
-from curation.recipes.rollouts.language_models import LanguageModelSource, Text, global_seed
+from curation.recipes.rollouts.language_models import LanguageModelSource, Text
 from curation.recipes.rollouts.tasks import score
+from curation.recipes.seeds import global_seed
 from curation.rollouts.advantages import Baseline, Normalizer, advantages, loss_weights
 from curation.rollouts.generation import Completions, PromptCache, generate, prefill
 
