@@ -2,7 +2,7 @@
 
 from curation.recipes.mixture_of_experts.domains import Domains, DomainSampler, Pieces
 from curation.recipes.mixture_of_experts.expert_picture import ExpertPicture
-from curation.recipes.mixture_of_experts.mixture import MixtureLM
+from curation.recipes.mixture_of_experts.mixture_lm import MixtureLM
 
 __all__ = [
     "DomainSampler",

@@ -1,4 +1,4 @@
-"""Bytes of real text in several domains that a machine has already, such as manual pages in many languages."""
+"""Real text in several domains from files that a machine already has, such as manual pages in many languages."""
 
 import glob
 import gzip
@@ -14,7 +14,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from curation.recipes.rollouts.language_models import global_seed
+from curation.checks import check_flag, check_integer, check_number, check_seed
+from curation.recipes.seeds import global_seed
 from curation.recipes.sources import resolve
 from curation.samplers.global_batch import GlobalBatchSampler
 
@@ -22,26 +23,41 @@ from curation.samplers.global_batch import GlobalBatchSampler
 class Domains(LightningDataModule):
     """Texts of several domains in pieces ``{"input_ids": int64 [T], "domain": int64}``; a token is a byte.
 
-    All files of a domain are read into memory, those with the same content once. Some are for validation alone, the
-    same ones whatever the seed. Domains with too little text on this machine are left out, with a warning.
+    All files of a domain are read into memory; files with the same content are read once. Some files are held out for
+    validation, the same ones for every seed. Domains with too little text on this machine are left out, with a
+    warning.
 
     Args:
-        domains: A folder or a glob of each, by name; ``package:NAME/PATH`` begins in the folder of an installed
-            module. Files that end in ``.gz`` are unpacked.
-        length: ``T``.
-        batch_size: Pieces of a micro-batch, per process.
-        single_domain: All pieces of a micro-batch come from a domain that is drawn for it; otherwise a domain is
-            drawn for each of them.
-        holdout: Share of the files of each domain that are held out.
-        val_pieces: Pieces of each domain in validation.
-        num_workers: Of the data loaders.
-        seed: Of the micro-batches; None for that of ``seed_everything``.
+        domains: A folder or a glob for the name of each domain; ``package:NAME/PATH`` begins in the folder of an
+            installed module. Files that end in ``.gz`` are unpacked.
+        length: Number ``T`` of bytes in a piece, at least 2.
+        batch_size: Number of pieces in a micro-batch, per process.
+        single_domain: Whether all pieces of a micro-batch come from one domain that is drawn for it; otherwise a
+            domain is drawn for each piece.
+        holdout: Fraction of the files of each domain that are held out, in (0, 1).
+        val_pieces: Number of pieces of each domain in validation.
+        num_workers: Number of worker processes of a data loader.
+        seed: Seed of the draws of micro-batches; None for that of ``seed_everything``.
 
     Attributes:
-        names: Of the domains there are, by number.
+        names: Names of the domains that have enough text; a domain's number is its position.
 
     Raises:
-        ValueError: If an argument is out of its range, or fewer than two domains have text enough.
+        ValueError: If an argument is of the wrong type or out of its range, or fewer than two domains have enough
+            text.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for name in ("ab", "cd"):
+        ...     for i in range(2):
+        ...         _ = (folder / f"{name}{i}").write_text(f"{i}" + 16 * name)
+        >>> data = Domains({name: f"{folder}/{name}*" for name in ("ab", "cd")}, length=8, val_pieces=1, seed=0)
+        >>> data.setup("fit")
+        >>> batch = next(iter(data.train_dataloader()))
+        >>> data.names, batch["input_ids"].shape, len(batch["domain"].unique())
+        (['ab', 'cd'], torch.Size([4, 8]), 1)
     """
 
     def __init__(
@@ -56,42 +72,32 @@ class Domains(LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("length", length, 2),
-            ("batch_size", batch_size, 1),
-            ("val_pieces", val_pieces, 1),
-        ):
-            if value < least:
-                raise ValueError(f"Argument `{name}` must be >= {least}, but got {value!r}.")
-        if not 0 < holdout < 1:
-            raise ValueError(f"Argument `holdout` must be in (0, 1), but got {holdout!r}.")
-        if seed is not None and seed < 0:
-            raise ValueError(f"Argument `seed` must be >= 0 or None, but got {seed!r}.")
         self.domains = domains
-        self.length = length
-        self.batch_size = batch_size
-        self.single_domain = single_domain
-        self.holdout = holdout
-        self.val_pieces = val_pieces
-        self.num_workers = num_workers
-        self.seed = seed
+        self.length = check_integer("length", length, 2)
+        self.batch_size = check_integer("batch_size", batch_size, 1)
+        self.single_domain = check_flag("single_domain", single_domain)
+        self.holdout = check_number("holdout", holdout, "(0, 1)")
+        self.val_pieces = check_integer("val_pieces", val_pieces, 1)
+        self.num_workers = check_integer("num_workers", num_workers, 0)
+        self.seed = check_integer("seed", seed, 0, 2**63, optional=True)
         self.names: list[str] = []
         self.train: Pieces | None = None
 
     def setup(self, stage: str) -> None:
-        """Read, split and cut; once."""
+        """Read the files, hold some out and cut them into pieces; once."""
         if self.train is not None:
             return
         names, train, val, short = [], [], [], []
         for name, source in self.domains.items():
-            held, rest = split(read(source), self.holdout)
-            x, of_val = cut(rest, self.length), cut(held, self.length)
-            if len(x) and len(of_val) >= self.val_pieces:
+            held_out, rest = split(read(source), self.holdout)
+            pieces, val_pieces = cut(rest, self.length), cut(held_out, self.length)
+            if len(pieces) and len(val_pieces) >= self.val_pieces:
                 names.append(name)
-                train.append(x)
-                val.append(of_val[np.arange(self.val_pieces) * len(of_val) // self.val_pieces])  # from all of it
+                train.append(pieces)
+                spread = np.arange(self.val_pieces) * len(val_pieces) // self.val_pieces  # over all held-out text
+                val.append(val_pieces[spread])
             else:
-                short.append(f"{name} ({len(held) + len(rest)} files, {len(of_val)} held-out pieces)")
+                short.append(f"{name} ({len(held_out) + len(rest)} files, {len(val_pieces)} held-out pieces)")
         if len(train) < 2:
             raise ValueError(
                 "Argument `domains` must name at least two with text for training and `val_pieces` "
@@ -105,7 +111,7 @@ class Domains(LightningDataModule):
         self.names, self.train, self.val = names, Pieces(train), Pieces(val)
 
     def train_dataloader(self) -> DataLoader:
-        """Micro-batches, as :class:`DomainSampler` draws them."""
+        """Micro-batches that :class:`DomainSampler` draws."""
         assert self.train is not None
         sampler = DomainSampler(self.train.sizes, self.batch_size, self.single_domain, global_seed(self.seed))
         return DataLoader(self.train, self.batch_size, sampler=sampler, num_workers=self.num_workers)
@@ -119,10 +125,14 @@ class Pieces(Dataset):
     """Pieces of text with the number of their domain.
 
     Args:
-        parts: uint8 ``[N_d, T]`` of each domain.
+        parts: uint8 ``[N_d, T]`` for each domain: its ``N_d`` pieces of ``T`` bytes.
 
     Attributes:
-        sizes: ``N_d``.
+        sizes: Number of pieces ``N_d`` of each domain.
+
+    Example:
+        >>> Pieces([torch.tensor([[97, 98]]).byte(), torch.tensor([[99, 100]]).byte()])[1]
+        {'input_ids': tensor([ 99, 100]), 'domain': tensor(1)}
     """
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
@@ -138,24 +148,34 @@ class Pieces(Dataset):
 
 
 class DomainSampler(GlobalBatchSampler):
-    """Yields the indices of batches, of one domain each or of any, with every domain as often, whatever its size.
+    """Yields the indices of batches of one domain each, or of any; every domain is drawn equally often.
 
-    Domains and pieces are drawn with replacement, by seed, epoch and process only. An epoch has as many batches as
-    there are in the data.
+    Domains and pieces are drawn with replacement. The draw depends on the seed, the epoch and the process only. An
+    epoch has as many batches as fit into the data.
 
     Args:
-        sizes: Pieces of each domain, which follow each other.
-        batch_size: Pieces of a batch, per process.
-        single_domain: One domain is drawn for a batch; otherwise one for each of its pieces.
-        seed: Of the draws.
+        sizes: Number of pieces of each domain; the pieces of a domain follow each other.
+        batch_size: Number of pieces in a batch, per process.
+        single_domain: Whether one domain is drawn for a batch; otherwise one is drawn for each piece.
+        seed: Seed of the random draws; equal on all ranks.
+
+    Raises:
+        ValueError: If an argument is of the wrong type or out of its range.
+
+    Example:
+        >>> sampler = DomainSampler([4, 400], batch_size=2, single_domain=True, seed=0)
+        >>> list(sampler)[:8]  # the first domain has the indices 0 to 3
+        [258, 208, 1, 0, 0, 0, 263, 369]
     """
 
     def __init__(self, sizes: Sequence[int], batch_size: int, single_domain: bool, seed: int) -> None:
-        super().__init__(range(sum(sizes)), seed)
+        for size in sizes:
+            check_integer("sizes", size, 1)
+        super().__init__(range(sum(sizes)), check_seed(seed))
         self.sizes = np.array(sizes)
         self.starts = np.cumsum(self.sizes) - self.sizes
-        self.batch_size = batch_size
-        self.single_domain = single_domain
+        self.batch_size = check_integer("batch_size", batch_size, 1)
+        self.single_domain = check_flag("single_domain", single_domain)
 
     def __len__(self) -> int:
         return self._batches * self.batch_size
@@ -172,10 +192,13 @@ class DomainSampler(GlobalBatchSampler):
 
 
 def read(source: str) -> list[bytes]:
-    """Contents of the files of a domain, each once, in an order that depends on them alone.
+    """The contents of the files of a domain, each once, in an order that depends on the contents alone.
 
     Args:
-        source: As in :class:`Domains`; nothing is read where nothing is there.
+        source: A folder, a glob or ``package:NAME/PATH``, as in :class:`Domains`.
+
+    Returns:
+        The contents; empty where the source does not exist.
     """
     if source.startswith("package:"):
         package, _, path = source.partition("/")
@@ -186,27 +209,38 @@ def read(source: str) -> list[bytes]:
     files: dict[Path, None] = {}  # links to the same file are common among manual pages
     for place in map(Path, glob.glob(os.path.expanduser(source), recursive=True)):
         files.update((file.resolve(), None) for file in (place.rglob("*") if place.is_dir() else [place]))
-    found = {}
+    contents = {}
     for file in files:
         if file.is_file():
             content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-            found[hashlib.sha256(content).digest()] = content
-    return [found[digest] for digest in sorted(found)]
+            contents[hashlib.sha256(content).digest()] = content
+    return [contents[digest] for digest in sorted(contents)]
 
 
 def split(files: list[bytes], holdout: float) -> tuple[list[bytes], list[bytes]]:
-    """Files that are held out, at least one of two, and the others.
+    """Split files into those that are held out and the others.
+
+    Args:
+        files: The contents of the files.
+        holdout: Fraction of the files that are held out; at least one is.
 
     Example:
         >>> split([b"a", b"b", b"c"], 0.1)
         ([b'a'], [b'b', b'c'])
     """
-    held = max(1, round(holdout * len(files)))
-    return files[:held], files[held:]
+    count = max(1, round(holdout * len(files)))
+    return files[:count], files[count:]
 
 
 def cut(files: list[bytes], length: int) -> Tensor:
-    """Files one after the other in pieces, without what is left over: uint8 ``[N, length]``.
+    """Concatenate files and cut them into pieces; bytes that do not fill a piece are dropped.
+
+    Args:
+        files: The contents of the files.
+        length: Number of bytes in a piece.
+
+    Returns:
+        uint8 ``[N, length]``.
 
     Example:
         >>> cut([b"ab", b"cde"], 2).tolist()

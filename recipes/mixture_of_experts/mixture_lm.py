@@ -1,4 +1,4 @@
-"""A small mixture of experts that learns the next byte, and what its experts have to do with domains."""
+"""A small mixture-of-experts language model on bytes, and how its experts depend on domains."""
 
 import math
 from collections.abc import Mapping
@@ -10,31 +10,32 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from curation.checks import check_integer, check_number
 from curation.experts.routers import find_routers
 from curation.metrics.experts import ExpertLoad, ExpertSpecialization
 from curation.recipes.sources import require_extra
 
 
 class MixtureLM(LightningModule):
-    """A decoder on bytes with experts in every layer, ``Qwen3MoeForCausalLM`` with random weights.
+    """A decoder on bytes with experts in every layer: ``Qwen3MoeForCausalLM`` with random weights.
 
-    Adds no loss for the balance of its experts: that is for a callback. Validation logs ``val_loss``, nats per byte,
-    and ``val_perplexity``; as means over layers ``val_domain_information``, the mutual information of domain and
-    expert in bits, and ``val_max_load``, how many times as often as the average expert the busiest one is chosen.
+    It adds no load-balancing loss; a callback does. Validation logs ``val_loss``, in nats per byte, and
+    ``val_perplexity``; as means over layers ``val_domain_information``, the mutual information of domain and expert
+    in bits, and ``val_max_load``, how many times as often as the average expert the busiest one is chosen.
 
     Args:
-        hidden: Width.
-        layers: Number.
-        heads: Of each.
-        experts: Of each layer.
-        top_k: Experts of a byte.
+        hidden: Width of the model.
+        layers: Number of layers.
+        heads: Number of attention heads in each layer.
+        experts: Number of experts in each layer.
+        top_k: Number of experts per byte.
         expert_hidden: Width of an expert.
         lr: Learning rate of AdamW after the warm-up; it falls to 0 along a cosine.
-        weight_decay: Of AdamW.
-        warmup_steps: Optimizer steps over which the learning rate rises linearly.
+        weight_decay: Weight decay of AdamW.
+        warmup_steps: Number of optimizer steps over which the learning rate rises linearly.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is of the wrong type or out of its range.
         TypeError: If the data module has no domains.
     """
 
@@ -51,11 +52,13 @@ class MixtureLM(LightningModule):
         warmup_steps: int = 20,
     ) -> None:
         super().__init__()
-        if not lr > 0:
-            raise ValueError(f"Argument `lr` must be > 0, but got {lr!r}.")
-        if warmup_steps < 0:
-            raise ValueError(f"Argument `warmup_steps` must be >= 0, but got {warmup_steps!r}.")
-        if not 1 <= top_k <= experts:
+        sizes = {"hidden": hidden, "layers": layers, "heads": heads, "experts": experts, "top_k": top_k}
+        for name, size in {**sizes, "expert_hidden": expert_hidden}.items():
+            check_integer(name, size, 1)
+        check_number("lr", lr, "(0, inf)")
+        check_number("weight_decay", weight_decay, "[0, inf)")
+        check_integer("warmup_steps", warmup_steps, 0)
+        if top_k > experts:
             raise ValueError(f"Argument `top_k` must be in [1, experts = {experts}], but got {top_k!r}.")
         if hidden % (2 * heads):
             raise ValueError(f"Argument `hidden` must be a multiple of {2 * heads}, 2 heads, but got {hidden!r}.")
@@ -74,7 +77,7 @@ class MixtureLM(LightningModule):
         self.val_loss = MeanMetric()
 
     def setup(self, stage: str) -> None:
-        """Learn how many domains there are."""
+        """Make metrics for the domains of the data module."""
         names = getattr(getattr(self.trainer, "datamodule", None), "names", None)
         if not names:
             raise TypeError(
@@ -86,7 +89,7 @@ class MixtureLM(LightningModule):
         self.specializations = nn.ModuleList(ExpertSpecialization(len(names), experts) for _ in layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[B, T, 256]`` of the next bytes, of bytes int64 ``[B, T]``."""
+        """Logits ``[B, T, 256]`` of the next bytes after bytes int64 ``[B, T]``."""
         return self.model(input_ids=x, use_cache=False).logits
 
     def loss(self, x: Tensor) -> Tensor:
@@ -94,15 +97,15 @@ class MixtureLM(LightningModule):
         return F.cross_entropy(self(x)[:, :-1].flatten(0, 1), x[:, 1:].flatten())
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Loss of a micro-batch."""
+        """The loss of a micro-batch."""
         loss = self.loss(batch["input_ids"])
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
         return loss
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Enter the loss, and the experts that the routers choose."""
+        """Enter the loss and the experts that the routers choose."""
         x = batch["input_ids"]
-        outputs: list[Any] = []  # of the routers, in their order
+        outputs: list[Any] = []  # one for each router, in their order
         hooks = [r.module.register_forward_hook(lambda *call: outputs.append(call[-1])) for r in self.routers]
         try:
             loss = self.loss(x)
@@ -117,17 +120,17 @@ class MixtureLM(LightningModule):
             self.specializations[i].update(indices, domains)  # type: ignore[operator]
 
     def on_validation_epoch_end(self) -> None:
-        """Log them, of all processes."""
+        """Log the metrics over all processes."""
         loss = self.val_loss.compute()
         information = [metric.compute()["information"] for metric in self.specializations]  # type: ignore[operator]
-        load = [metric.compute()["max_load"] for metric in self.loads]  # type: ignore[operator]
+        loads = [metric.compute()["max_load"] for metric in self.loads]  # type: ignore[operator]
         self.log_dict({"val_loss": loss, "val_domain_information": torch.stack(information).mean()}, prog_bar=True)
-        self.log_dict({"val_perplexity": loss.exp(), "val_max_load": torch.stack(load).mean()})
+        self.log_dict({"val_perplexity": loss.exp(), "val_max_load": torch.stack(loads).mean()})
         for metric in (self.val_loss, *self.loads, *self.specializations):
             metric.reset()
 
     def configure_optimizers(self) -> Any:
-        """AdamW with a linear warm-up, and a cosine to the last step of the fit."""
+        """AdamW with a linear warm-up and a cosine decay to the last step of the fit."""
         optimizer = torch.optim.AdamW(
             self.parameters(), lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"], fused=True
         )

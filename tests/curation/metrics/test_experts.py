@@ -31,9 +31,9 @@ def equal(value, expected):
 
 
 @given(updates)
-def test_load_equals_that_of_a_count_of_choices(found):
+def test_load_equals_that_of_a_count_of_choices(entries):
     metric, counts = ExpertLoad(EXPERTS), Counter()
-    for tokens in found:
+    for tokens in entries:
         metric.update(entered(tokens)[0])
         counts.update(expert for token in tokens for expert in token[1:] if expert >= 0)
     total, got = sum(counts.values()), metric.compute()
@@ -43,30 +43,30 @@ def test_load_equals_that_of_a_count_of_choices(found):
 
 
 @given(updates)
-def test_specialization_equals_that_of_single_choices(found):
+def test_specialization_equals_that_of_single_choices(entries):
     metric, choices = ExpertSpecialization(DOMAINS, EXPERTS), []
-    for tokens in found:
+    for tokens in entries:
         metric.update(*entered(tokens))
         choices += [(d, expert) for d, *experts in tokens for expert in experts if expert >= 0]
     got, total = metric.compute(), len(choices)
     pairs, domains, experts = Counter(choices), Counter(d for d, _ in choices), Counter(e for _, e in choices)
-    # Of every choice, what its expert says about its domain: log2 P(d, e) / (P(d) P(e)).
-    told = [math.log2(pairs[d, e] * total / (domains[d] * experts[e])) for d, e in choices]
-    assert equal(got["information"], sum(told) / total if total else None)
+    # The information of every choice's expert about its domain: log2 P(d, e) / (P(d) P(e)).
+    information = [math.log2(pairs[d, e] * total / (domains[d] * experts[e])) for d, e in choices]
+    assert equal(got["information"], sum(information) / total if total else None)
     for d in range(DOMAINS):
-        of_domain = [bits for (of, _), bits in zip(choices, told, strict=True) if of == d]
-        assert equal(got["divergence"][d], sum(of_domain) / len(of_domain) if of_domain else None)
+        divergence = [bits for (domain, _), bits in zip(choices, information, strict=True) if domain == d]
+        assert equal(got["divergence"][d], sum(divergence) / len(divergence) if divergence else None)
         for e in range(EXPERTS):
             assert equal(got["frequencies"][d, e], pairs[d, e] / domains[d] if domains[d] else None)
 
 
 def test_experts_of_one_domain_each_tell_it_and_experts_of_all_tell_nothing():
     domains = torch.arange(4).repeat_interleave(6)
-    own, shared = ExpertSpecialization(4, 8), ExpertSpecialization(4, 8)
-    own.update(torch.stack([2 * domains, 2 * domains + 1], 1), domains)
+    separate, shared = ExpertSpecialization(4, 8), ExpertSpecialization(4, 8)
+    separate.update(torch.stack([2 * domains, 2 * domains + 1], 1), domains)
     shared.update(torch.tensor([[0, 1], [2, 3]]).repeat(12, 1), domains)
-    assert own.compute()["information"] == 2
-    assert own.compute()["divergence"].tolist() == [2, 2, 2, 2]
+    assert separate.compute()["information"] == 2
+    assert separate.compute()["divergence"].tolist() == [2, 2, 2, 2]
     assert shared.compute()["information"] == 0
 
 

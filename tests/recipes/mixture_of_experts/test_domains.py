@@ -16,7 +16,7 @@ from curation.callbacks import GlobalBatchLoadBalancing
 from curation.recipes.cli import main as cli
 from curation.recipes.mixture_of_experts.domains import Domains, DomainSampler, cut, read
 from curation.recipes.mixture_of_experts.expert_picture import ExpertPicture
-from curation.recipes.mixture_of_experts.mixture import MixtureLM
+from curation.recipes.mixture_of_experts.mixture_lm import MixtureLM
 
 pytest.importorskip("transformers", reason="needs transformers, from the [recipes] extra")
 
@@ -152,11 +152,15 @@ def test_domains_that_are_not_there_are_left_out_with_a_warning(folders, tmp_pat
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"length": 1}, "`length` must be >= 2, but got 1"),
-        ({"batch_size": 0}, "`batch_size` must be >= 1, but got 0"),
-        ({"val_pieces": 0}, "`val_pieces` must be >= 1, but got 0"),
+        ({"length": 1}, "`length` must be an integer >= 2, but got 1"),
+        ({"batch_size": 0}, "`batch_size` must be an integer >= 1, but got 0"),
+        ({"val_pieces": 0}, "`val_pieces` must be an integer >= 1, but got 0"),
         ({"holdout": 1.0}, r"`holdout` must be in \(0, 1\), but got 1.0"),
-        ({"seed": -1}, "`seed` must be >= 0 or None, but got -1"),
+        ({"seed": -1}, r"`seed` must be an integer in \[0, 2\^63\) or None, but got -1"),
+        ({"length": 16.0}, "`length` must be an integer >= 2, but got 16.0"),
+        ({"single_domain": 1}, "`single_domain` must be True or False, but got 1"),
+        ({"num_workers": "2"}, "`num_workers` must be an integer >= 0, but got '2'"),
+        ({"holdout": True}, r"`holdout` must be in \(0, 1\), but got True"),
     ],
 )
 def test_arguments_of_the_data_out_of_range_are_refused(bad, message):
@@ -275,9 +279,12 @@ def test_data_without_domains_are_refused():
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"lr": 0.0}, "`lr` must be > 0, but got 0.0"),
-        ({"warmup_steps": -1}, "`warmup_steps` must be >= 0, but got -1"),
+        ({"lr": 0.0}, r"`lr` must be in \(0, inf\), but got 0.0"),
+        ({"warmup_steps": -1}, "`warmup_steps` must be an integer >= 0, but got -1"),
         ({"top_k": 17}, r"`top_k` must be in \[1, experts = 16\], but got 17"),
+        ({"top_k": 0}, "`top_k` must be an integer >= 1, but got 0"),
+        ({"experts": 4.0}, "`experts` must be an integer >= 1, but got 4.0"),
+        ({"weight_decay": "x"}, r"`weight_decay` must be in \[0, inf\), but got 'x'"),
         ({"hidden": 60}, "`hidden` must be a multiple of 8, 2 heads, but got 60"),
     ],
 )
