@@ -1,9 +1,9 @@
-"""Load balancing of experts: what it adds to a step, and one collective against one for each layer.
+"""The cost of load balancing: seconds that it adds to an update, and one collective against one per layer.
 
-    python benchmarks/load_balancing.py            # on an idle machine; one line of JSON a measurement
+    python benchmarks/load_balancing.py            # on an idle machine; prints one line of JSON per measurement
 
 A decoder with 16 experts in each of 8 layers (Qwen3-MoE of transformers), micro-batches of 8 x 256 tokens, 4 to an
-update. Medians, and ratios within a round of fits; collectives are of two processes (gloo).
+update. Medians, and ratios within a round of fits. The collectives run on two processes (gloo).
 """
 
 import json
@@ -19,29 +19,29 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from curation.callbacks import GlobalBatchLoadBalancing
-from curation.recipes.mixture_of_experts.mixture import MixtureLM
+from curation.recipes.mixture_of_experts.mixture_lm import MixtureLM
 
 ROUNDS, STEPS, ACCUMULATE = 5, 3, 4
-BUFFERS: dict[str, dict[str, Any] | None] = {
+ESTIMATORS: dict[str, dict[str, Any] | None] = {
     "none": None,
     "micro": {"scope": "micro"},
-    **{buffer: {"buffer": buffer} for buffer in ("running", "warm", "deferred", "prepass")},
+    **{estimator: {"estimator": estimator} for estimator in ("running", "warm", "deferred", "prepass")},
 }
 
 
 class Steps(Callback):
-    """Seconds of every update after the first; before the others, so that a pass before a window counts."""
+    """Seconds of every update after the first. Comes before the other callbacks, so that a prepass counts."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Begin, with a window."""
+        """Begin with a window."""
         if batch_idx % ACCUMULATE == 0:
             self.began = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """End, with it."""
+        """End with it."""
         if batch_idx % ACCUMULATE == ACCUMULATE - 1 and batch_idx >= ACCUMULATE:
             self.seconds.append(time.perf_counter() - self.began)
 
@@ -58,10 +58,10 @@ class Noise(LightningDataModule):
 
 
 def overhead() -> None:
-    """Seconds of an update, by buffer."""
-    seconds: dict[str, list[float]] = {name: [] for name in BUFFERS}
+    """Print the seconds of an update with each estimator."""
+    seconds: dict[str, list[float]] = {name: [] for name in ESTIMATORS}
     for _ in range(ROUNDS):
-        for name, options in BUFFERS.items():
+        for name, options in ESTIMATORS.items():
             torch.manual_seed(0)
             steps = Steps()
             balancing = [] if options is None else [GlobalBatchLoadBalancing(**options)]
@@ -75,25 +75,25 @@ def overhead() -> None:
     for name, values in seconds.items():
         ratio = statistics.median(v / none for v, none in zip(values, seconds["none"], strict=True))
         median = statistics.median(values)
-        print(json.dumps({"buffer": name, "seconds_an_update": round(median, 3), "over_none": round(ratio, 3)}))
+        print(json.dumps({"estimator": name, "seconds_an_update": round(median, 3), "over_none": round(ratio, 3)}))
 
 
 def reduce(rank: int, layers: int, experts: int) -> None:
-    """Counts of all layers at once, and layer by layer, on one of two processes."""
+    """Print the milliseconds to sum the counts of all layers at once, and layer by layer, on two processes."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method="tcp://127.0.0.1:29617", rank=rank, world_size=2)
     stacked = torch.zeros(layers, experts + 1, dtype=torch.int64)
-    took: dict[str, list[float]] = {"one": [], "each": []}
+    seconds: dict[str, list[float]] = {"one": [], "each": []}
     for _ in range(50):
         for name, parts in (("one", [stacked]), ("each", list(stacked))):
             dist.barrier()
             start = time.perf_counter()
             for part in parts:
                 dist.all_reduce(part)
-            took[name].append(time.perf_counter() - start)
+            seconds[name].append(time.perf_counter() - start)
     if rank == 0:
-        of = {f"{name}_ms": round(1e3 * statistics.median(values), 2) for name, values in took.items()}
-        print(json.dumps({"layers": layers, "experts": experts, **of}))
+        medians = {f"{name}_ms": round(1e3 * statistics.median(values), 2) for name, values in seconds.items()}
+        print(json.dumps({"layers": layers, "experts": experts, **medians}))
     dist.destroy_process_group()
 
 

@@ -25,7 +25,7 @@ class Layer(nn.Module):
 
 
 class Mixture(LightningModule):
-    """Tells a token from itself; ``supervised`` is what that loss weighs."""
+    """Predicts each token from itself; ``supervised`` is the weight of that loss."""
 
     def __init__(self, supervised=1.0, layers=2, lr=0.1):
         super().__init__()
@@ -56,15 +56,16 @@ class Mixture(LightningModule):
         self.log("val_loss", self.loss(batch))
 
     def on_before_optimizer_step(self, optimizer):
-        found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self.named_parameters()}
-        self.gradients.append({name: g.clone() for name, g in found.items()})
+        self.gradients.append(
+            {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in self.named_parameters()}
+        )
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
 class Tokens(Dataset):
-    """Rows of 5 tokens from three of twelve, others in each micro-batch; where ``ragged``, of 1 to 5 that count."""
+    """Rows of 5 tokens, of three tokens for each micro-batch; if ``ragged``, 1 to 5 of a row count."""
 
     def __init__(self, rows, size, ragged=False, seed=0):
         draw = torch.Generator().manual_seed(seed)
@@ -83,44 +84,44 @@ class Tokens(Dataset):
         return list(DataLoader(self, size))
 
 
-def routed(module, batch, own=False):
-    """Of each layer: probabilities, choices, and the mask, a row for each token; ``own`` cuts what is before it."""
-    found, h, mask = [], module.embed(batch["input_ids"]), batch["attention_mask"].flatten().bool()
+def routed(module, batch, own_layer=False):
+    """Probabilities, choices and mask of each layer, a row for each token; ``own_layer`` detaches its inputs."""
+    layers, h, mask = [], module.embed(batch["input_ids"]), batch["attention_mask"].flatten().bool()
     for layer in module.layers:
-        p = layer.router(h.detach() if own else h).softmax(-1).flatten(0, 1)
-        found.append((p, p.topk(K, dim=-1).indices, mask))
+        p = layer.router(h.detach() if own_layer else h).softmax(-1).flatten(0, 1)
+        layers.append((p, p.topk(K, dim=-1).indices, mask))
         h = layer(h)
-    return found
+    return layers
 
 
 def slow_counts(module, batch):
-    """Choices of each layer: fp64 ``[L, E]``."""
+    """Choices of each expert in each layer: fp64 ``[L, E]``."""
     with torch.no_grad():
         return torch.stack([F.one_hot(c[m], EXPERTS).sum((0, 1)) for _, c, m in routed(module, batch)]).double()
 
 
-def slow_gradients(module, ranks, coefficient, rule, average=None, own=False):
+def slow_gradients(module, ranks, coefficient, rule, average=None, own_layer=False):
     """Gradients of a window by the definition of a rule, the mean over ranks.
 
-    That of ``prepass`` is ``exact``, and that of ``deferred`` is ``running``, with what a router gets of its own
-    layer's loss by ``exact`` instead.
+    ``prepass`` is ``exact``. ``deferred`` is ``running``, except that a router gets the gradient of its own layer's
+    loss from ``exact``.
 
     Args:
         module: A mixture.
-        ranks: For every rank its micro-batches, of as many.
-        coefficient: Of the loss.
-        rule: Shares fp32 ``[L, E]`` of each micro-batch, of one rank; or ``micro``, ``rank``, ``running``, ``warm``,
-            ``deferred``, ``prepass`` or ``exact``.
+        ranks: The micro-batches of every rank, equally many.
+        coefficient: Factor of the loss.
+        rule: Fractions fp32 ``[L, E]`` for each micro-batch of a single rank; or ``micro``, ``rank``, ``running``,
+            ``warm``, ``deferred``, ``prepass`` or ``exact``.
         average: Counts of an average micro-batch, for ``warm``.
-        own: Of the loss of a router's own layer alone, and not of the supervised one.
+        own_layer: Whether to differentiate only the loss of a router's own layer, and not the supervised loss.
     """
     given = None if isinstance(rule, str) else rule
     if given is None and rule == "deferred":
-        found = slow_gradients(module, ranks, coefficient, "running")
-        for sign, other in ((1, "exact"), (-1, "running")):
-            for name, g in slow_gradients(module, ranks, coefficient, other, own=True).items():
-                found[name] = found[name] + sign * g
-        return found
+        gradients = slow_gradients(module, ranks, coefficient, "running")
+        for sign, term in ((1, "exact"), (-1, "running")):
+            for name, g in slow_gradients(module, ranks, coefficient, term, own_layer=True).items():
+                gradients[name] = gradients[name] + sign * g
+        return gradients
     size = len(ranks[0])
     counts = [[slow_counts(module, batch) for batch in rank] for rank in ranks]
     tokens = [[batch["attention_mask"].sum() for batch in rank] for rank in ranks]
@@ -144,21 +145,21 @@ def slow_gradients(module, ranks, coefficient, rule, average=None, own=False):
                 seen = sum(map(sum, counts))
                 weight = len(ranks) * size * tokens[r][a] / sum(map(sum, tokens))
             balance = 0
-            for layer, (p, _, mask) in enumerate(routed(module, batch, own)):
+            for layer, (p, _, mask) in enumerate(routed(module, batch, own_layer)):
                 f = seen[layer] / seen[layer].sum()
                 balance = balance + EXPERTS * (f * p[mask].mean(0)).sum()
-            supervised = 0 if own else module.loss(batch)
+            supervised = 0 if own_layer else module.loss(batch)
             total = total + (supervised + coefficient * weight * balance) / size / len(ranks)
     names, parameters = zip(*module.named_parameters(), strict=True)
-    found = torch.autograd.grad(total, parameters, allow_unused=True)
-    return {n: torch.zeros_like(p) if g is None else g for n, p, g in zip(names, parameters, found, strict=True)}
+    gradients = torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
+    return dict(zip(names, gradients, strict=True))
 
 
-def error(found, expected, names=None):
+def error(gradients, expected, names=None):
     """The distance of gradients, relative to the length of the expected ones."""
     names = list(expected) if names is None else names
     distance, length = (
         torch.cat([f(name).flatten() for name in names]).norm()
-        for f in (lambda n: found[n] - expected[n], lambda n: expected[n])
+        for f in (lambda n: gradients[n] - expected[n], lambda n: expected[n])
     )
     return float(distance / length)

@@ -410,7 +410,7 @@ def test_experts(n, experts, dtype, scores, sequences, value, seed):
     answer(False, lambda: counts(indices, experts, torch.ones(n + 1).bool()), "`mask`", n + 1)
     counts = counts(indices, experts, mask)
     assert int(counts.sum()) == int((indices[mask] >= 0).sum())
-    assert float(lb.shares(counts).sum()) == pytest.approx(float(counts.sum() > 0))
+    assert float(lb.expert_fractions(counts).sum()) == pytest.approx(float(counts.sum() > 0))
     loss = lb.z_loss(logits, mask)
     assert loss.isfinite()
     if p is not None:

@@ -1,75 +1,82 @@
-"""A load-balancing loss over all tokens that an update is made of, for any mixture of experts."""
+"""A load-balancing loss over all tokens of an optimizer step, for any mixture of experts."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map_only
 
-from curation import rng
-from curation.callbacks.experts.router_listener import Heard, Layer, RouterListener, stacked
-from curation.callbacks.lightning.look_ahead import StepsAhead
+from curation.callbacks.experts.estimators import GLOBAL, SCOPES, MicroBatch, make_estimator
+from curation.callbacks.experts.router_listener import Phase, RouterCall, RouterListener
+from curation.callbacks.lightning.collectives import sum_over_processes
+from curation.callbacks.lightning.fit_callback import FitCallback
+from curation.callbacks.lightning.loop import skips_backward
 from curation.callbacks.lightning.seam import refuse_strategies
-from curation.experts import load_balancing as lb
-from curation.experts.routers import Router, find_routers, selection_bias
-
-OPTIONS = {
-    "scope": ("micro", "sequence", "rank", "global"),
-    "buffer": ("running", "warm", "deferred", "prepass"),
-    "scores": ("auto", "softmax", "sigmoid"),
-}
+from curation.checks import check_choice, check_integer, check_number, check_text
+from curation.experts.load_balancing import bias_update, expert_fractions, load_balancing_loss
+from curation.experts.router_statistics import balance_metrics, stack_counts
+from curation.experts.routers import Router, adds_balancing_loss, find_routers, selection_bias
+from curation.experts.window import Window
 
 
-class GlobalBatchLoadBalancing(Callback):
-    """Adds a load-balancing loss whose shares are those of all tokens between two steps of the optimizer.
+class GlobalBatchLoadBalancing(FitCallback):
+    r"""Adds a load-balancing loss whose fractions are taken over all tokens between two steps of the optimizer.
 
-    For each router ``E sum_i f_i P_i`` is added to the loss of every micro-batch, ``f`` over the micro-batches of all
-    processes and ``P`` over its own tokens, weighed so that gradients add up to those of one large batch
-    (arXiv 2501.11873). Only counts are synchronised, those of all layers at once. Evaluation is left alone, and so is
-    the loss that the module returns and logs.
+    The loss of each router, with the fractions ``f_i`` over the micro-batches of all processes and the mean
+    probabilities ``P_i`` over the tokens at hand, is
+
+    .. math:: E \sum_{i=1}^{E} f_i P_i
+
+    It is added to the loss of every micro-batch, with weights that make the gradients add up to those of one large
+    batch (arXiv 2501.11873). Only counts are synchronised: those of all layers in one collective per micro-batch.
+    Evaluation is unchanged, and so is the loss that the module returns and logs.
 
     Logs ``experts/loss``, the mean over layers; ``experts/max_load``, ``E max f`` of the worst layer;
-    ``experts/dead``, the share of experts that were not chosen; and ``experts/projection``, by how much the loss
-    exceeds 1, which can be 0 without balance: ``max_load`` tells. Shares are of all processes, and of the
+    ``experts/dead``, the fraction of experts that were not chosen; and ``experts/excess_loss``, how far the loss
+    exceeds 1, which can be 0 without balance (read ``max_load``). The fractions are those of all processes and of the
     micro-batches since the last step.
 
     Args:
-        coefficient: Of the sum over layers.
-        scope: What is to be balanced: ``"global"``, all tokens of an update; ``"rank"``, those of a process;
-            ``"micro"``, those of a micro-batch, as is usual elsewhere; or ``"sequence"``, those of each sequence.
-        buffer: How a micro-batch knows of those that come after it. ``"running"``: not at all (the paper's);
-            ``"warm"``: earlier windows stand for them; ``"deferred"``: as running, and just before the optimizer
-            steps the gradients of the routers are corrected, exactly, for which their inputs are kept;
-            ``"prepass"``: all of them go through the model in evaluation mode first, which is exact for all weights
-            where the routers' choices do not depend on dropout.
-        micro_fraction: Share of the loss that has the scope ``"micro"`` (0.01 in the paper).
-        z_coefficient: Of the z-loss (arXiv 2202.08906).
-        bias_rate: By how much a step changes the bias that some routers add for choosing alone (arXiv 2408.15664,
-            0.001 there).
-        routers: See :func:`~curation.experts.routers.find_routers`.
-        top_k: Experts of a token, for all routers; None for what they say.
-        scores: How logits become probabilities; ``"auto"`` for what the router does.
-        mask: Which tokens count: the name of something ``[B, T]`` that is not 0 there, in batches that are mappings;
-            or a function of the batch; None for all.
-        accumulate: Micro-batches of an update, where the module optimizes by hand.
+        coefficient: Factor of the loss, which is summed over layers; in [0, inf).
+        scope: Tokens over which each layer is balanced: ``"global"``, all tokens of an optimizer step; ``"rank"``,
+            those of a process; ``"micro"``, those of a micro-batch, as is usual elsewhere; or ``"sequence"``, those
+            of each sequence.
+        estimator: How a micro-batch accounts for later micro-batches of the step. ``"running"``: not at all (the
+            buffer of the paper); ``"warm"``: earlier windows stand for them; ``"deferred"``: as running, and the
+            gradients of the routers are corrected exactly before the optimizer steps, for which the inputs of the
+            routers are stored; ``"prepass"``: all micro-batches go through the model in evaluation mode first, which
+            is exact for all weights where the choices of the routers do not depend on dropout.
+        micro_fraction: Fraction of the loss that has the scope ``"micro"``, in [0, 1] (0.01 in the paper).
+        z_coefficient: Factor of the z-loss (arXiv 2202.08906), in [0, inf).
+        bias_rate: Size of the step of the bias that some routers add for choosing alone (arXiv 2408.15664, 0.001
+            there), in [0, inf).
+        routers: Names of the routers, see :func:`~curation.experts.routers.find_routers`.
+        top_k: Number of experts per token, for all routers; None for the value that each router has.
+        scores: How logits become probabilities; ``"auto"`` for what each router does.
+        mask: Tokens that count: the key of a value ``[B, T]`` that is not 0 there, in batches that are mappings; or a
+            function from the batch to that value; None for all tokens.
+        accumulate: Number of micro-batches of an optimizer step, where the module optimizes by hand.
+        buffer: Old name of ``estimator``; None where that is used.
 
     Raises:
-        ValueError: If an argument is out of its range, there is no router, or the model adds such a loss itself.
+        ValueError: If an argument is of the wrong type or out of its range, there is no router, or the model adds
+            such a loss itself.
         RuntimeError: If routers do not fire where they should.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> balancing = GlobalBatchLoadBalancing(0.01, estimator="deferred")
+        >>> trainer = Trainer(accumulate_grad_batches=16, callbacks=[balancing], logger=False, barebones=True)
     """
 
     def __init__(
         self,
         coefficient: float = 0.008,
         scope: Literal["global", "rank", "micro", "sequence"] = "global",
-        buffer: Literal["running", "warm", "deferred", "prepass"] = "running",
+        estimator: Literal["running", "warm", "deferred", "prepass"] = "running",
         micro_fraction: float = 0.0,
         z_coefficient: float = 0.0,
         bias_rate: float = 0.0,
@@ -78,116 +85,103 @@ class GlobalBatchLoadBalancing(Callback):
         scores: Literal["auto", "softmax", "sigmoid"] = "auto",
         mask: str | Callable[[Any], Tensor] | None = "attention_mask",
         accumulate: int = 1,
+        buffer: Literal["running", "warm", "deferred", "prepass"] | None = None,
     ) -> None:
-        for name, choice in (("scope", scope), ("buffer", buffer), ("scores", scores)):
-            if choice not in OPTIONS[name]:
-                raise ValueError(f"Argument `{name}` must be one of {', '.join(OPTIONS[name])}, but got {choice!r}.")
-        rates = {"coefficient": coefficient, "z_coefficient": z_coefficient, "bias_rate": bias_rate}
-        for name, rate in rates.items():
-            if not 0 <= rate < float("inf"):
-                raise ValueError(f"Argument `{name}` must be in [0, inf), but got {rate!r}.")
-        if not 0 <= micro_fraction <= 1:
-            raise ValueError(f"Argument `micro_fraction` must be in [0, 1], but got {micro_fraction!r}.")
-        for name, number in (("top_k", top_k), ("accumulate", accumulate)):
-            if number is not None and not (hasattr(number, "__index__") and number >= 1):
-                raise ValueError(f"Argument `{name}` must be an integer >= 1, but got {number!r}.")
-        if buffer != "running" and scope != "global":
-            raise ValueError(f"Argument `buffer` must be 'running' with the scope {scope!r}, but got {buffer!r}.")
-        self.coefficient = coefficient
-        self.scope = scope
-        self.buffer = buffer
-        self.micro_fraction = micro_fraction
-        self.z_coefficient = z_coefficient
-        self.bias_rate = bias_rate
-        self.routers = routers
-        self.top_k = top_k
+        if buffer is not None:
+            if estimator not in ("running", buffer):
+                raise ValueError(
+                    f"Argument `buffer` must be None beside `estimator`, its new name, but got {buffer!r} and "
+                    f"{estimator!r}."
+                )
+            estimator = buffer
+        self.coefficient = check_number("coefficient", coefficient, "[0, inf)")
+        self.scope = check_choice("scope", scope, SCOPES)
+        self.estimator = check_choice("estimator", estimator, tuple(GLOBAL))
+        self.micro_fraction = check_number("micro_fraction", micro_fraction, "[0, 1]")
+        self.z_coefficient = check_number("z_coefficient", z_coefficient, "[0, inf)")
+        self.bias_rate = check_number("bias_rate", bias_rate, "[0, inf)")
+        self.routers = routers if callable(routers) else check_text("routers", routers)
+        self.top_k = check_integer("top_k", top_k, 1, optional=True)
+        check_choice("scores", scores, ("auto", "softmax", "sigmoid"))
         self.scores = scores
-        self.mask = mask
-        self.accumulate = accumulate
-        self.found: list[Router] = []
+        self.mask = mask if callable(mask) else check_text("mask", mask, optional=True)
+        self.accumulate = check_integer("accumulate", accumulate, 1)
+        self._routers: list[Router] = []
         self._listener: RouterListener | None = None
-        self._state: dict[str, Any] | None = None
         self._reset()
 
     def _reset(self) -> None:
-        self.window = lb.Window(self.buffer == "warm")  # of all processes
-        self.own = lb.Window()  # of this one
-        self._kept: list[Heard] = []  # in the window, for the exact gradients
-        self._left = 0.0  # micro-batches of the epoch after this one
-        self._ahead: StepsAhead | None = None
-        self._exact: tuple[Tensor, int] | None = None  # counts of the window, and its micro-batches, known beforehand
-        self._ending: list[Any] = []  # the optimizers that have routers
-        self._logged: dict[str, Tensor] = {}
+        self._estimator = make_estimator(self.scope, self.estimator)
+        self._restored: dict[str, Any] | None = None
+        self._mask: Tensor | None = None  # of the current batch
+        self._remaining = 0.0  # micro-batches of the epoch after the current one
+        self._router_optimizers: list[Any] = []
+        self._metrics: dict[str, Tensor] = {}
+
+    @property
+    def window(self) -> Window:
+        """The counts of all processes since the last step of the optimizer."""
+        return self._estimator.window
 
     # ------------------------------------------------------------------ the routers
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit."""
-        if stage == "fit":
+        super().setup(trainer, pl_module, stage)
+        if self.fitting:
             refuse_strategies(trainer, self)
-            self._state = None
             self._reset()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the routers, and listen to them."""
-        self.found = find_routers(pl_module, self.routers, self.top_k, self.scores)
+        self._routers = find_routers(pl_module, self.routers, self.top_k, self.scores)
         for module in pl_module.modules():
-            if _adds_its_own(getattr(module, "config", None)):
+            if adds_balancing_loss(getattr(module, "config", None)):
                 raise ValueError(
                     f"{type(module).__name__} adds a load-balancing loss itself: set `config.output_router_logits` "
                     "to False, or leave GlobalBatchLoadBalancing out."
                 )
-        biases = [bias for router in self.found if (bias := selection_bias(router)) is not None]
-        if self.bias_rate and not biases:
+        if self.bias_rate and all(selection_bias(router) is None for router in self._routers):
             raise ValueError(
                 f"Argument `bias_rate` must be 0 where no router has a bias, but got {self.bias_rate!r}."
             )
-        if self.buffer == "deferred" and not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-            raise ValueError(
-                "Argument `buffer` must not be 'deferred', which needs whole gradients, with "
-                f"{type(trainer.strategy).__name__}."
-            )
-        if self.buffer == "prepass":
-            self._ahead = StepsAhead(trainer, pl_module)  # now, so that those who need the loader itself have had it
-        self._listener = RouterListener(
-            self.found, self.buffer == "deferred", self.scope == "sequence", self.z_coefficient > 0
-        )
+        self._estimator.start(trainer, pl_module)
+        self._listener = RouterListener(self._routers, self._estimator.stores_inputs)
         rank_zero_info(
-            f"GlobalBatchLoadBalancing: {len(self.found)} routers, {self.found[0].name} to {self.found[-1].name}."
+            f"GlobalBatchLoadBalancing: {len(self._routers)} routers, {self._routers[0].name} to "
+            f"{self._routers[-1].name}."
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Know which optimizers end a window; go on in that of a checkpoint."""
-        # Whether or not it is their turn: `toggle_optimizer` freezes what is not.
-        ours = {id(p) for router in self.found for p in router.module.parameters()}
-        self._ending = [
+        """Note which optimizers end a window, and take over the state of a checkpoint."""
+        # Whether or not it is their turn: `toggle_optimizer` freezes the weights of the others.
+        weights = {id(p) for router in self._routers for p in router.module.parameters()}
+        self._router_optimizers = [
             optimizer
             for optimizer in trainer.optimizers
-            if any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
+            if any(id(p) in weights for group in optimizer.param_groups for p in group["params"])
         ]
-        for router in self.found if self.bias_rate else []:
+        for router in self._routers if self.bias_rate else []:
             bias = selection_bias(router)
             if bias is not None and (bias.dtype != torch.float32 or isinstance(bias, DTensor) or not bias.numel()):
                 raise ValueError(
                     "Argument `bias_rate` must be 0 where a bias is not a whole fp32 tensor, but that of "
                     f"{router.name} is {bias.dtype}, {type(bias).__name__}."
                 )
-        if self._state is not None:
-            device = trainer.strategy.root_device
-            self.window.load_state_dict(self._state["window"], device)
-            self.own.load_state_dict(self._state["own"], device)
-            exact = self._state["exact"]
-            self._exact = None if exact is None else (exact[0].to(device), exact[1])
-            self._state = None
+        if self._restored is not None:
+            self._estimator.load_state_dict(self._restored, trainer.strategy.root_device)
+            self._restored = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Know which tokens count."""
+        """Record the calls of the routers, and note which tokens count."""
         listener = self._listening()
-        listener.begin(not trainer.fit_loop._skip_backward)
-        self._left = trainer.num_training_batches - batch_idx - 1
-        if self.buffer == "prepass" and self.window.closed and listener.open:
-            self._exact = self._try(trainer, batch, batch_idx)
-        listener.mask = self._mask_of(batch)
+        listener.begin_step(trained=not skips_backward(trainer))
+        self._remaining = trainer.num_training_batches - batch_idx - 1
+        if listener.phase is Phase.FORWARD:
+            _, expected = self._length(trainer, pl_module)
+            with listener.in_phase(Phase.COUNTING):
+                self._estimator.look_ahead(trainer, batch, batch_idx, expected, self._count)
+        self._mask = self._mask_of(batch)
 
     def _listening(self) -> RouterListener:
         assert self._listener is not None
@@ -199,213 +193,96 @@ class GlobalBatchLoadBalancing(Callback):
         return batch[self.mask] != 0 if isinstance(batch, Mapping) and self.mask in batch else None
 
     def _length(self, trainer: Trainer, pl_module: LightningModule) -> tuple[int, int]:
-        """Micro-batches by which an update is divided, and those that this window will have."""
+        """Micro-batches by which a step is divided, and those that the current window will have."""
         length = trainer.accumulate_grad_batches if pl_module.automatic_optimization else self.accumulate
-        return length, int(min(length, (0 if self.window.closed else self.window.size) + 1 + self._left))
+        return length, self.window.expected_size(length, self._remaining)
 
-    def _try(self, trainer: Trainer, batch: Any, batch_idx: int) -> tuple[Tensor, int]:
-        """Count the choices of a window before it."""
-        listener, total = self._listening(), torch.zeros((), dtype=torch.int64)
-        assert self._ahead is not None
-        _, coming = self._length(trainer, trainer.lightning_module)
-        listener.trying = True
-        try:
-            for tried, one in enumerate(self._ahead.steps(batch, batch_idx, coming), 1):
-                listener.mask = self._mask_of(one)
-                counts = stacked(listener.layers(listener.take()))
-                total = counts if tried == 1 else total + counts
-        finally:
-            listener.trying = False
-        return _sum(trainer, total), tried
+    def _count(self, batch: Any) -> Tensor:
+        """Choices of the routers for a batch that was tried: int64 ``[L, E + 1]``."""
+        listener = self._listening()
+        return stack_counts(listener.statistics(listener.take_counted(), self._mask_of(batch)))
 
     # ------------------------------------------------------------------ the loss
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Add the loss of what the routers did since the last backward pass."""
-        listener = self._listening()
-        listener.backward = True
-        heard = listener.take()
-        if heard:  # else it is a loss without the model
+        """Add the loss of the routers' calls since the last backward pass."""
+        calls = self._listening().begin_backward()
+        if calls:  # none if the loss does not come from the model
             with torch.autocast(loss.device.type, enabled=False):
-                added = self._added(trainer, pl_module, heard)
+                added = self._balancing_loss(trainer, pl_module, calls)
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             added = (added if scaler is None else scaler.scale(added)).to(loss.dtype)
             # In place, since this very tensor is differentiated next. Its value stays, and so does what was saved.
             with torch.autograd._unsafe_preserve_version_counter(loss):
                 loss.add_(added - added.detach())
 
-    def _added(self, trainer: Trainer, pl_module: LightningModule, heard: list[Heard]) -> Tensor:
-        layers = self._listening().layers(heard)
-        counts = stacked(layers)
-        of_all = _sum(trainer, counts.clone())
-        length, coming = self._length(trainer, pl_module)
-        f = self.window.add(of_all, coming)
-        weight = trainer.world_size * counts[:, -1] / of_all[:, -1].clamp(min=1)
-        if self._exact is not None:
-            whole, size = self._exact
-            f = lb.shares(whole[:, :-1])
-            weight = trainer.world_size * size * counts[:, -1] / whole[:, -1].clamp(min=1)
-        if self.scope == "rank":
-            f = self.own.add(counts, coming)
-        if self.scope != "global":
-            weight = torch.ones_like(weight)
-        added, losses = torch.zeros((), device=counts.device), []
-        for i, layer in enumerate(layers):
-            micro = lb.load_balancing_loss(lb.shares(layer.counts), layer.mean)
-            of_scope = {"micro": micro, "sequence": layer.sequences}.get(self.scope)
-            if of_scope is None:
-                of_scope = lb.load_balancing_loss(f[i, : len(layer.counts)], layer.mean)
-            share = self.micro_fraction
-            added = added + self.coefficient * ((1 - share) * weight[i] * of_scope + share * micro)
-            added = added + self.z_coefficient * layer.z
-            losses.append(of_scope.detach())
-        for one in heard if self.buffer == "deferred" else []:
-            layer = layers[one.router]
-            f_i, n = f[one.router, : len(layer.counts)], layer.tokens.clamp(min=1)
-            one.pull = self._strength(length) * len(f_i) * weight[one.router] / n * f_i
-            one.inputs, one.output = tree_map_only(Tensor, Tensor.detach, one.inputs), None
-            self._kept.append(one)
-        self._note(layers, losses)
+    def _balancing_loss(self, trainer: Trainer, pl_module: LightningModule, calls: list[RouterCall]) -> Tensor:
+        statistics = self._listening().statistics(
+            calls, self._mask, self._estimator.uses_sequences, self.z_coefficient > 0
+        )
+        counts = stack_counts(statistics)
+        total = sum_over_processes(trainer, counts.clone())
+        length, expected = self._length(trainer, pl_module)
+        batch = MicroBatch(calls, statistics, counts, total, self._mask, expected, trainer.world_size)
+        losses, weights = self._estimator.losses(batch)
+        added = torch.zeros((), device=counts.device)
+        for each, loss, weight in zip(statistics, losses, weights, strict=True):
+            micro = load_balancing_loss(expert_fractions(each.counts), each.probabilities)
+            mixed = (1 - self.micro_fraction) * weight * loss + self.micro_fraction * micro
+            added = added + self.coefficient * mixed + self.z_coefficient * each.z_loss
+        self._metrics = {
+            "loss": torch.stack(losses).detach().mean(),
+            **balance_metrics(self.window.fractions(), statistics),
+        }
         return added / length
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen again."""
-        self._listening().backward = False
-
-    def _strength(self, length: int) -> float:
-        return self.coefficient * (1 - self.micro_fraction) / length
+        """Record the calls of the routers again."""
+        self._listening().end_backward()
 
     # ------------------------------------------------------------------ the step
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Correct the gradients of routers, and end the window, if this is the optimizer of routers."""
-        if self._ending and not any(optimizer is one for one in self._ending):
+        """Correct the gradients of routers, and end the window, if this is an optimizer of routers."""
+        if self._router_optimizers and not any(optimizer is each for each in self._router_optimizers):
             return
-        if self._kept:
-            listener = self._listening()
-            listener.backward = True  # routers run again
-            # Optimizers that scale by themselves still have scaled gradients.
-            scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
-            scaled = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
-            with rng.isolated():  # routers may be noisy
-                self._correct(trainer, pl_module, scaler.scale if scaled else lambda x: x)
-            listener.backward = False
-        self._kept, self._exact = [], None
+        length, _ = self._length(trainer, pl_module)
+        strength = self.coefficient * (1 - self.micro_fraction) / length
+        with self._listening().in_phase(Phase.BACKWARD):  # routers may run again
+            self._estimator.before_optimizer_step(trainer, optimizer, self._routers, strength)
         if self.bias_rate and not self.window.closed:
             self._move_biases()
-        self.window.closed = self.own.closed = True
-
-    @torch.enable_grad()
-    def _correct(self, trainer: Trainer, pl_module: LightningModule, scale: Callable[[Tensor], Tensor]) -> None:
-        """Add the gradient by the shares of the whole window, less that by the shares there were."""
-        length, _ = self._length(trainer, pl_module)
-        assert self.window.counts is not None
-        f, tokens = self.window.shares(), self.window.counts[:, -1].clamp(min=1)
-        strength = self._strength(length) * trainer.world_size * self.window.size
-        parameters = {i: [p for p in r.module.parameters() if p.requires_grad] for i, r in enumerate(self.found)}
-        lost: dict[int, Tensor] = {}
-        for kept in self._kept:
-            if not parameters[kept.router]:
-                continue
-            assert kept.pull is not None
-            router, experts = self.found[kept.router], len(kept.pull)
-            exact = strength * experts / tokens[kept.router] * f[kept.router, :experts]
-            assert kept.inputs is not None
-            args, named = tree_map_only(Tensor, partial(_alike, parameters[kept.router][0]), kept.inputs)
-            with torch.autocast(exact.device.type, enabled=False):
-                logits, _ = router.read(router.module(*args, **named))
-                if kept.mask is not None:
-                    logits = logits.masked_fill(~kept.mask[:, None], 0)
-                p = lb.probabilities(logits, self._listening().scores[kept.router])
-                p = p if kept.mask is None else p * kept.mask[:, None]
-                lost[kept.router] = lost.get(kept.router, 0) + (p * (exact - kept.pull)).sum()
-        those = [p for i in lost for p in parameters[i]]
-        if not those:
-            return
-        of_each = [torch.ones_like(value) for value in lost.values()]
-        found = torch.autograd.grad(list(lost.values()), those, of_each, allow_unused=True, materialize_grads=True)
-        whole = scale(_sum(trainer, torch.cat([g.float().flatten() for g in found])) / trainer.world_size)
-        for parameter, part in zip(those, whole.split([p.numel() for p in those]), strict=True):
-            gradient = part.view_as(parameter).to(parameter.dtype)
-            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        self._estimator.close_window()
 
     def _move_biases(self) -> None:
-        """Up where an expert was chosen less than the average (arXiv 2408.15664, algorithm 1)."""
         assert self.window.counts is not None
-        for router, counts in zip(self.found, self.window.counts[:, :-1], strict=True):
+        for router, counts in zip(self._routers, self.window.counts[:, :-1], strict=True):
             bias = selection_bias(router)
             if bias is not None:
-                c = counts[: len(bias)].float()
-                bias.data.add_((c.mean() - c).sign().to(bias.dtype), alpha=self.bias_rate)
-
-    # ------------------------------------------------------------------ what is told
-
-    @torch.no_grad()
-    def _note(self, layers: list[Layer], losses: list[Tensor]) -> None:
-        f = self.window.shares()
-        loads, dead, excess = [], [], []
-        for i, layer in enumerate(layers):
-            f_i = f[i, : len(layer.counts)]
-            loads.append(f_i.max() * len(f_i))
-            dead.append((f_i == 0).float().mean())
-            excess.append(lb.projection(f_i, layer.mean))
-        self._logged = {
-            "loss": torch.stack(losses).mean(),
-            "max_load": torch.stack(loads).max(),
-            "dead": torch.stack(dead).mean(),
-            "projection": torch.stack(excess).mean(),
-        }
+                bias.data.add_(bias_update(counts[: len(bias)], self.bias_rate))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the loss and the loads."""
-        self._listening().end(pl_module)
-        for name, value in self._logged.items():
+        self._listening().end_step(pl_module)
+        for name, value in self._metrics.items():
             pl_module.log(f"experts/{name}", value, on_step=True, on_epoch=False, batch_size=1)
-        self._logged = {}
+        self._metrics = {}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Listen no longer."""
-        if self._ahead is not None:
-            self._ahead.teardown(trainer, pl_module, stage)
-            self._ahead = None
-        self.found = []
+        """Leave the routers and the data loader as they were."""
+        self._estimator.teardown(trainer, pl_module, stage)
         if self._listener is not None:
             self._listener.remove()
-        self._listener, self._kept, self._ending = None, [], []
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """As :meth:`teardown`, which Lightning does not call then."""
-        self.teardown(trainer, pl_module, "")
+        self._listener, self._routers, self._router_optimizers, self._mask = None, [], [], None
 
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """The counts of the window, so that a run may be resumed in the middle of one."""
-        exact = None if self._exact is None else (self._exact[0].cpu(), self._exact[1])
-        return {"window": self.window.state_dict(), "own": self.own.state_dict(), "exact": exact}
+        return self._estimator.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with them, in a fit."""
-        self._state = dict(state_dict)
-
-
-def _sum(trainer: Trainer, values: Tensor) -> Tensor:
-    """Over processes, in place; without the barrier of Lightning's own, which would make the host wait."""
-    if trainer.world_size > 1:
-        dist.all_reduce(values)
-    return values
-
-
-def _adds_its_own(config: Any) -> bool:
-    """Whether a model of transformers adds a loss for the balance of its experts."""
-    names = ("router_aux_loss_coef", "router_z_loss_coef", "aux_loss_coef", "moe_loss_weight")
-    owners = (config, getattr(config, "ffn_config", None))
-    found = [getattr(owner, name) for owner in owners for name in names if hasattr(owner, name)]
-    return bool(getattr(config, "output_router_logits", False)) and (not found or any(found))
-
-
-def _alike(weight: Tensor, x: Tensor) -> Tensor:
-    """Of the weight's dtype, if it is floating."""
-    return x.to(weight.dtype) if x.is_floating_point() else x
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over the counts when training starts."""
+        self._restored = dict(state)

@@ -49,6 +49,16 @@ def gather_rows(trainer: Trainer, rows: Tensor) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(everyone, sizes, strict=True)]).to(rows.device)
 
 
+def sum_over_processes(trainer: Trainer, values: Tensor) -> Tensor:
+    """Sum a tensor over all processes, in place.
+
+    Lightning's ``strategy.reduce`` has a barrier, at which the host waits for the device; this has none.
+    """
+    if trainer.world_size > 1:
+        dist.all_reduce(values)
+    return values
+
+
 def agree(trainer: Trainer, work: Callable[[], T]) -> T:
     """Run ``work`` on every process; if it fails on one, all raise, and none waits for it.
 

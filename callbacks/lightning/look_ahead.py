@@ -74,12 +74,12 @@ class StepsAhead(SeamClient):
     def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_training_step(pl_module)
         if not pl_module.automatic_optimization:
-            raise ValueError("Argument `buffer` must not be 'prepass' where the module optimizes by hand.")
+            raise ValueError("Argument `estimator` must not be 'prepass' where the module optimizes by hand.")
         if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-            raise ValueError(f"Argument `buffer` must not be 'prepass' with {type(trainer.strategy).__name__}.")
+            raise ValueError(f"Argument `estimator` must not be 'prepass' with {type(trainer.strategy).__name__}.")
         others = [type(c).__name__ for c in trainer.callbacks if isinstance(c, OnlineSelection)]  # type: ignore[attr-defined]
         if others:
-            raise ValueError(f"Argument `buffer` must not be 'prepass' beside {others[0]}, which changes batches.")
+            raise ValueError(f"Argument `estimator` must not be 'prepass' beside {others[0]}, which changes batches.")
         self.trainer = trainer
         self.loader: LookAhead | None = None
         BatchSeam.attach(trainer, self)
@@ -88,7 +88,7 @@ class StepsAhead(SeamClient):
         """Have the batches of a window at its beginning."""
         loader = dataloader.loader if isinstance(dataloader, LookAhead) else dataloader
         if hasattr(loader, "state_dict"):
-            raise ValueError(f"Argument `buffer` must not be 'prepass' with a stateful {type(loader).__name__}.")
+            raise ValueError(f"Argument `estimator` must not be 'prepass' with a stateful {type(loader).__name__}.")
         trainer, loop = self.trainer, self.trainer.fit_loop
         self.loader = LookAhead(loader, lambda: 0 if loop._skip_backward else trainer.accumulate_grad_batches - 1)
         return self.loader
@@ -98,12 +98,12 @@ class StepsAhead(SeamClient):
         trainer, loader, seam = self.trainer, self.loader, BatchSeam.of(self.trainer)
         loop, module = trainer.fit_loop, trainer.lightning_module
         if trainer.train_dataloader is not loader:
-            raise ValueError("Argument `buffer` must not be 'prepass' with several data loaders.")
+            raise ValueError("Argument `estimator` must not be 'prepass' with several data loaders.")
         assert loader is not None
         assert seam is not None
         assert loop._data_fetcher is not None
         if loop._data_fetcher.length is None:
-            raise ValueError("Argument `buffer` must not be 'prepass' with a data loader that has no length.")
+            raise ValueError("Argument `estimator` must not be 'prepass' with a data loader that has no length.")
         with ExitStack() as quiet:
             for name in ("log", "log_dict"):
                 quiet.callback(replace_attribute(module, name, lambda *_, **__: None))

@@ -1,27 +1,35 @@
 """Load balancing of mixtures of experts: losses, counts and routers."""
 
 from curation.experts.load_balancing import (
-    Window,
+    bias_update,
+    excess_loss,
     expert_counts,
+    expert_fractions,
     load_balancing_loss,
     probabilities,
-    projection,
     sequence_loss,
-    shares,
     z_loss,
 )
-from curation.experts.routers import Router, find_routers, selection_bias
+from curation.experts.router_statistics import RouterStatistics, balance_metrics, router_statistics, stack_counts
+from curation.experts.routers import Router, adds_balancing_loss, find_routers, selection_bias
+from curation.experts.window import Window
 
 __all__ = [
     "Router",
+    "RouterStatistics",
     "Window",
+    "adds_balancing_loss",
+    "balance_metrics",
+    "bias_update",
+    "excess_loss",
     "expert_counts",
+    "expert_fractions",
     "find_routers",
     "load_balancing_loss",
     "probabilities",
-    "projection",
+    "router_statistics",
     "selection_bias",
     "sequence_loss",
-    "shares",
+    "stack_counts",
     "z_loss",
 ]

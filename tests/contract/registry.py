@@ -163,7 +163,7 @@ CALLBACKS = {
         Entry(ExactResume, refuses=ONE_LOADER),
         Entry(
             GlobalBatchLoadBalancing,
-            {"buffer": "warm"},
+            {"estimator": "warm"},
             {"coefficient": -1.0},
             acted=lambda balancing: int(balancing.window.counts.sum()) > 0,
             module=Routed,

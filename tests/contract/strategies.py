@@ -42,7 +42,7 @@ What some of them do not do, whatever the run:
 
 - Rows that pack several sequences cannot be scored, and are refused (`tests/test_scoring.py`); `UniformSelection`
   does not look into them.
-- `InstanceSelection(layer=...)` is refused under FSDP1; `GlobalBatchLoadBalancing` with `buffer="deferred"` or
+- `InstanceSelection(layer=...)` is refused under FSDP1; `GlobalBatchLoadBalancing` with `estimator="deferred"` or
   `"prepass"` under FSDP1 and FSDP2, where gradients are not whole, and `"prepass"` with manual optimization.
 - `PolicyModule`, of the recipes, is for one device and DDP.
 - Compiled with `aot_eager`. A compiled `LightningModule` must not compile `self.log` (`torch.compiler.disable`):

@@ -24,9 +24,9 @@ RULES = {
     "micro": {"scope": "micro"},
     "rank": {"scope": "rank"},
     "running": {},
-    "warm": {"buffer": "warm"},
-    "deferred": {"buffer": "deferred"},
-    "prepass": {"buffer": "prepass"},
+    "warm": {"estimator": "warm"},
+    "deferred": {"estimator": "deferred"},
+    "prepass": {"estimator": "prepass"},
 }
 
 
@@ -48,10 +48,10 @@ def check(module, windows, rule, tolerance=1e-6, size=4):
     """The gradients of a fit are those of its windows."""
     assert len(module.gradients) == len(windows)
     average = None
-    for found, window in zip(module.gradients, windows, strict=True):
-        short = len(window) / size  # of which Lightning divides by as many as of any other
+    for gradients, window in zip(module.gradients, windows, strict=True):
+        short = len(window) / size  # Lightning divides a short window by the number of a full one
         expected = slow_gradients(module, [window], COEFFICIENT, rule, average)
-        assert error(found, {name: g * short for name, g in expected.items()}) < tolerance
+        assert error(gradients, {name: g * short for name, g in expected.items()}) < tolerance
         if rule != "micro" and len(window) > 1:
             assert error(expected, slow_gradients(module, [window], COEFFICIENT, "micro")) > 1e-2
         mean = sum(slow_counts(module, batch) for batch in window) / len(window)
@@ -75,11 +75,11 @@ def test_a_short_last_window(rule):
 
 @pytest.mark.parametrize("size", [1, 2, 8])
 def test_deferred_gives_a_router_the_gradient_of_one_large_batch_however_it_is_cut(size):
-    """Of its own loss, that is: here there is one layer."""
+    """With one layer: the correction is for the loss of the router's own layer."""
     module, _ = fit("deferred", Mixture(layers=1, lr=0.0), ragged=True, accumulate_grad_batches=size)
-    for found, window in zip(module.gradients, split(ragged=True, size=size), strict=True):
+    for gradients, window in zip(module.gradients, split(ragged=True, size=size), strict=True):
         exact, running = (slow_gradients(module, [window], COEFFICIENT, rule) for rule in ("exact", "running"))
-        assert error(found, exact, ["layers.0.router.weight"]) < 1e-6
+        assert error(gradients, exact, ["layers.0.router.weight"]) < 1e-6
         assert size == 1 or error(running, exact, ["layers.0.router.weight"]) > 1e-2
 
 
@@ -87,9 +87,9 @@ def test_deferred_gives_a_router_the_gradient_of_one_large_batch_however_it_is_c
 def test_a_pass_before_the_window_gives_all_weights_the_gradient_of_one_large_batch(size):
     supervised = {"supervised": 0.0, "lr": 0.0}
     module, _ = fit("prepass", Mixture(**supervised), ragged=True, accumulate_grad_batches=size)
-    for found, window in zip(module.gradients, split(ragged=True, size=size), strict=True):
+    for gradients, window in zip(module.gradients, split(ragged=True, size=size), strict=True):
         whole = {name: torch.cat([batch[name] for batch in window]) for name in window[0]}
-        assert error(found, slow_gradients(Mixture(**supervised), [[whole]], COEFFICIENT, "exact")) < 1e-6
+        assert error(gradients, slow_gradients(Mixture(**supervised), [[whole]], COEFFICIENT, "exact")) < 1e-6
 
 
 @pytest.mark.parametrize("rule", ["deferred", "prepass"])
@@ -135,10 +135,10 @@ def test_a_pass_before_the_window_leaves_no_trace():
 
 def test_a_pass_before_the_window_is_refused_where_it_cannot_look_ahead():
     with pytest.raises(ValueError, match="must not be 'prepass' with a data loader that has no length"):
-        trainer(GlobalBatchLoadBalancing(buffer="prepass")).fit(Mixture(), DataLoader(Unsized(), 2))
-    several = {name: DataLoader(Tokens(16, 2), 2) for name in ("one", "other")}
+        trainer(GlobalBatchLoadBalancing(estimator="prepass")).fit(Mixture(), DataLoader(Unsized(), 2))
+    several = {name: DataLoader(Tokens(16, 2), 2) for name in ("first", "second")}
     with pytest.raises(ValueError, match="must not be 'prepass' with several data loaders"):
-        trainer(GlobalBatchLoadBalancing(buffer="prepass")).fit(Mixture(), several)
+        trainer(GlobalBatchLoadBalancing(estimator="prepass")).fit(Mixture(), several)
     with pytest.raises(ValueError, match="must not be 'prepass' where the module optimizes by hand"):
         fit("prepass", Manual(), accumulate_grad_batches=1)
     with pytest.raises(ValueError, match="must not be 'prepass' beside UniformSelection, which changes batches"):
@@ -230,15 +230,15 @@ class Toggled(TwoOptimizers):
 def test_a_step_of_another_optimizer_leaves_the_window_open_while_routers_are_frozen():
     class Sizes(Callback):
         def __init__(self):
-            self.found = []
+            self.sizes = []
 
         def on_train_batch_end(self, trainer, *_):
             window = trainer.callbacks[0].window
-            self.found.append((window.size, window.closed))
+            self.sizes.append((window.size, window.closed))
 
     sizes = Sizes()
     fit("running", Toggled(), callbacks=[sizes], accumulate_grad_batches=1, rows=8)
-    assert sizes.found == [(2, False), (4, False), (6, False), (1, False)]
+    assert sizes.sizes == [(2, False), (4, False), (6, False), (1, False)]
 
 
 def test_the_window_ends_with_a_step_of_the_routers():
@@ -289,9 +289,9 @@ def test_a_scaled_loss(rule):
 def test_clipping_comes_after_the_correction():
     class Norm(Callback):
         def on_before_zero_grad(self, trainer, pl_module, optimizer):
-            found = [p.grad.norm() for p in pl_module.parameters() if p.grad is not None]
-            if found:
-                self.norm = float(torch.stack(found).norm())
+            norms = [p.grad.norm() for p in pl_module.parameters() if p.grad is not None]
+            if norms:
+                self.norm = float(torch.stack(norms).norm())
 
     norm = Norm()
     fit("deferred", callbacks=[norm], gradient_clip_val=1e-3)
@@ -337,7 +337,7 @@ def test_a_compiled_model():
     callback = GlobalBatchLoadBalancing(COEFFICIENT, routers=r"router$")
     fit(callback, module)
     plain = Mixture(lr=0.0)
-    module.gradients = [{n.replace("_orig_mod.", ""): g for n, g in found.items()} for found in module.gradients]
+    module.gradients = [{n.replace("_orig_mod.", ""): g for n, g in step.items()} for step in module.gradients]
     plain.gradients = module.gradients
     check(plain, split(), "running")
 
@@ -373,7 +373,7 @@ def test_validation_in_the_middle_of_a_window_changes_nothing():
     check(module, split(), "warm")
 
 
-def test_sequences_z_loss_and_a_share_of_the_micro_batch():
+def test_sequences_z_loss_and_a_fraction_of_the_micro_batch():
     module, _ = fit(GlobalBatchLoadBalancing(1.0, "sequence", micro_fraction=0.3, z_coefficient=0.1), ragged=True)
     (window, _) = split(ragged=True)
     total = 0
@@ -381,15 +381,15 @@ def test_sequences_z_loss_and_a_share_of_the_micro_batch():
         total = total + module.loss(batch) / 4
         h = module.embed(batch["input_ids"])
         for layer, (p, chosen, mask) in zip(module.layers, routed(module, batch), strict=True):
-            of_rows = []
+            row_losses = []
             for row in range(2):
                 at = torch.arange(10) // 5 == row
-                f = lb.shares(lb.expert_counts(chosen[at], EXPERTS, mask[at]))
-                of_rows.append(EXPERTS * (f * p[at][mask[at]].mean(0)).sum())
-            f = lb.shares(lb.expert_counts(chosen, EXPERTS, mask))
+                f = lb.expert_fractions(lb.expert_counts(chosen[at], EXPERTS, mask[at]))
+                row_losses.append(EXPERTS * (f * p[at][mask[at]].mean(0)).sum())
+            f = lb.expert_fractions(lb.expert_counts(chosen, EXPERTS, mask))
             micro = EXPERTS * (f * p[mask].mean(0)).sum()
             z = layer.router(h).flatten(0, 1)[mask].logsumexp(-1).square().mean()
-            total = total + (0.7 * sum(of_rows) / 2 + 0.3 * micro + 0.1 * z) / 4
+            total = total + (0.7 * sum(row_losses) / 2 + 0.3 * micro + 0.1 * z) / 4
             h = layer(h)
     names, parameters = zip(*module.named_parameters(), strict=True)
     expected = dict(zip(names, torch.autograd.grad(total, parameters), strict=True))
@@ -409,7 +409,7 @@ def test_balance_comes_with_the_loss_and_is_logged():
             "experts/loss",
             "experts/max_load",
             "experts/dead",
-            "experts/projection",
+            "experts/excess_loss",
         } == run.callback_metrics.keys()
         loads.append(float(run.callback_metrics["experts/max_load"]))
     assert loads[0] > 1.95
@@ -517,7 +517,7 @@ def test_only_exact_gradients_keep_what_routers_are_given():
             with torch.no_grad():
                 self.loss(batch)
             loss = super().training_step(batch, batch_idx)
-            kept.append([inputs is not None for inputs, _ in self.layers[0].router._curation_heard])
+            kept.append([inputs is not None for inputs, _ in self.layers[0].router._curation_router_calls])
             return loss
 
     for rule in ("running", "deferred"):
@@ -528,7 +528,7 @@ def test_only_exact_gradients_keep_what_routers_are_given():
 def test_nothing_is_left_on_the_routers_after_a_fit():
     module, _ = fit()
     assert not module.layers[0].router._forward_hooks
-    assert "_curation_heard" not in vars(module.layers[0].router)
+    assert "_curation_router_calls" not in vars(module.layers[0].router)
 
     class Fails(Callback):
         def on_train_batch_end(self, *_):
@@ -548,12 +548,23 @@ def test_nothing_is_left_on_the_routers_after_a_fit():
     [
         ({"coefficient": -1.0}, r"Argument `coefficient` must be in \[0, inf\), but got -1.0"),
         ({"z_coefficient": float("nan")}, r"Argument `z_coefficient` must be in \[0, inf\), but got nan"),
-        ({"scope": "batch"}, "Argument `scope` must be one of micro, sequence, rank, global, but got 'batch'"),
-        ({"buffer": "exact"}, "Argument `buffer` must be one of running, warm, deferred, prepass, but got 'exact'"),
-        ({"scope": "micro", "buffer": "warm"}, "Argument `buffer` must be 'running' with the scope 'micro'"),
+        ({"scope": "batch"}, "Argument `scope` must be 'micro', 'sequence', 'rank' or 'global', but got 'batch'"),
+        ({"estimator": "exact"}, "`estimator` must be 'running', 'warm', 'deferred' or 'prepass', but got 'exact'"),
+        ({"scope": "micro", "estimator": "warm"}, "Argument `estimator` must be 'running' with the scope 'micro'"),
+        ({"coefficient": "x"}, r"Argument `coefficient` must be in \[0, inf\), but got 'x'"),
+        ({"bias_rate": True}, r"Argument `bias_rate` must be in \[0, inf\), but got True"),
+        ({"accumulate": 2.0}, "Argument `accumulate` must be an integer >= 1, but got 2.0"),
+        ({"routers": None}, "Argument `routers` must be a string, but got None"),
+        ({"mask": 1}, "Argument `mask` must be a string or None, but got 1"),
+        ({"estimator": 1}, "Argument `estimator` must be 'running', 'warm', 'deferred' or 'prepass', but got 1"),
+        ({"buffer": "exact"}, "Argument `estimator` must be 'running', .* but got 'exact'"),
+        (
+            {"estimator": "warm", "buffer": "prepass"},
+            "Argument `buffer` must be None .* got 'prepass' and 'warm'",
+        ),
         ({"micro_fraction": 1.5}, r"Argument `micro_fraction` must be in \[0, 1\], but got 1.5"),
-        ({"top_k": 0}, "Argument `top_k` must be an integer >= 1, but got 0"),
-        ({"scores": "relu"}, "Argument `scores` must be one of auto, softmax, sigmoid, but got 'relu'"),
+        ({"top_k": 0}, "Argument `top_k` must be an integer >= 1 or None, but got 0"),
+        ({"scores": "relu"}, "Argument `scores` must be 'auto', 'softmax' or 'sigmoid', but got 'relu'"),
     ],
 )
 def test_a_bad_argument_is_named_with_its_value(arguments, message):
@@ -561,7 +572,12 @@ def test_a_bad_argument_is_named_with_its_value(arguments, message):
         GlobalBatchLoadBalancing(**arguments)
 
 
-def test_what_does_not_fit_the_model_is_named():
+def test_the_old_name_of_the_estimator_is_understood():
+    assert GlobalBatchLoadBalancing(buffer="warm").estimator == "warm"
+    assert GlobalBatchLoadBalancing(estimator="warm", buffer="warm").estimator == "warm"
+
+
+def test_arguments_that_do_not_fit_the_model_are_named():
     with pytest.raises(ValueError, match="Argument `routers` must name the routers of Mixture, but 'nothing' finds"):
         fit(GlobalBatchLoadBalancing(routers="nothing"))
     with pytest.raises(ValueError, match=r"Argument `mask` must give one value for each token, but it gives \[3\]"):
@@ -642,14 +658,14 @@ def ranks(tmp_path_factory):
 @pytest.mark.parametrize("size", [1, 4])
 @pytest.mark.parametrize("rule", RULES)
 def test_two_ranks_with_unequal_tokens(ranks, rule, size):
-    one, other = (torch.load(ranks / f"{rule}-{size}-{rank}.pt") for rank in (0, 1))
+    first, second = (torch.load(ranks / f"{rule}-{size}-{rank}.pt") for rank in (0, 1))
     batches, module, average = Tokens(16, 2, True).batches(2), Mixture(lr=0.0), None
-    assert len(one) == len(other) == 4 // size
-    for step, (found, same) in enumerate(zip(one, other, strict=True)):
+    assert len(first) == len(second) == 4 // size
+    for step, (gradients, same) in enumerate(zip(first, second, strict=True)):
         window = [batches[rank::2][size * step : size * (step + 1)] for rank in (0, 1)]
         expected = slow_gradients(module, window, COEFFICIENT, rule, average)
-        assert error(found, expected) < 1e-6
-        assert error(same, found) == 0
+        assert error(gradients, expected) < 1e-6
+        assert error(same, gradients) == 0
         mean = sum(slow_counts(module, batch) for rank in window for batch in rank) / size
         average = mean if average is None else (average + mean) / 2
 
@@ -668,12 +684,12 @@ def test_padding_may_be_no_number(rule):
             self.counted = batch["attention_mask"]
             return 0 * self(batch["input_ids"])[self.counted.bool()].sum()
 
-    of_zeros, of_nan = (fit(rule, Padded(value), rows=8, ragged=True) for value in (0.0, -torch.inf))
-    gradients = [module.gradients[0]["layers.0.router.weight"] for module, _ in (of_zeros, of_nan)]
+    zeros, infinite = (fit(rule, Padded(value), rows=8, ragged=True) for value in (0.0, -torch.inf))
+    gradients = [module.gradients[0]["layers.0.router.weight"] for module, _ in (zeros, infinite)]
     assert gradients[0].any()
     torch.testing.assert_close(gradients[1], gradients[0])
-    for name in ("experts/loss", "experts/projection"):
-        assert float(of_nan[1].callback_metrics[name]) == pytest.approx(float(of_zeros[1].callback_metrics[name]))
+    for name in ("experts/loss", "experts/excess_loss"):
+        assert float(infinite[1].callback_metrics[name]) == pytest.approx(float(zeros[1].callback_metrics[name]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Counts, shares and losses against their definitions, and why a window of micro-batches is as one large batch."""
+"""Counts, fractions and losses by definition; a window of micro-batches gives the gradient of one large batch."""
 
 import pytest
 import torch
@@ -23,14 +23,14 @@ def test_counts_are_those_of_the_tokens_that_count():
 
 
 def test_the_loss_is_one_where_all_is_balanced_and_the_number_of_experts_over_k_where_all_is_not():
-    even, one = torch.full((8,), 1 / 8), torch.eye(8)[0]
+    even, single = torch.full((8,), 1 / 8), torch.eye(8)[0]
     assert float(lb.load_balancing_loss(even, even)) == pytest.approx(1)
-    assert float(lb.load_balancing_loss(one, one)) == pytest.approx(8)
-    two = lb.shares(torch.tensor([5, 5, 0, 0, 0, 0, 0, 0]))
-    assert float(lb.load_balancing_loss(two, two)) == pytest.approx(4)  # 8 / k: shares are divided by k
+    assert float(lb.load_balancing_loss(single, single)) == pytest.approx(8)
+    two = lb.expert_fractions(torch.tensor([5, 5, 0, 0, 0, 0, 0, 0]))
+    assert float(lb.load_balancing_loss(two, two)) == pytest.approx(4)  # 8 / k: fractions are divided by k
 
 
-def test_shares_have_no_gradient():
+def test_fractions_have_no_gradient():
     f = torch.full((4,), 0.25, requires_grad=True)
     p = torch.full((4,), 0.25, requires_grad=True)
     lb.load_balancing_loss(f, p).backward()
@@ -41,18 +41,18 @@ def test_shares_have_no_gradient():
 def test_a_loss_below_one_is_no_sign_of_balance():
     f, p = torch.tensor([0.7, 0.1, 0.1, 0.1]), torch.tensor([0.1, 0.3, 0.3, 0.3])
     assert float(lb.load_balancing_loss(f, p)) < 1
-    assert float(lb.projection(f, p)) == pytest.approx(float(lb.load_balancing_loss(f, p)) - 1, abs=1e-6)
+    assert float(lb.excess_loss(f, p)) == pytest.approx(float(lb.load_balancing_loss(f, p)) - 1, abs=1e-6)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_sequence_is_balanced_by_its_own_shares(masked):
+def test_a_sequence_is_balanced_by_its_own_fractions(masked):
     logits, indices, mask = random_choices()
     mask = mask if masked else torch.ones(30, dtype=torch.bool)
     mask[10:20] = False  # a sequence without a token that counts
     p = lb.probabilities(logits)
     expected = []
     for rows in (slice(0, 10), slice(20, 30)):
-        f = lb.shares(lb.expert_counts(indices[rows], 6, mask[rows]))
+        f = lb.expert_fractions(lb.expert_counts(indices[rows], 6, mask[rows]))
         expected.append(lb.load_balancing_loss(f, p[rows][mask[rows]].mean(0)))
     torch.testing.assert_close(lb.sequence_loss(p, indices, 3, mask), sum(expected) / 2)
 
@@ -70,15 +70,15 @@ def test_probabilities_and_z_loss():
 @pytest.mark.parametrize("padding", [float("nan"), float("inf"), float("-inf")])
 def test_padding_may_be_anything(padding):
     logits, indices, mask = random_choices()
-    expected, found = [], []
+    expected, masked = [], []
     for values in (logits.clone(), logits.masked_fill(~mask[:, None], padding)):
         values.requires_grad_()
         loss = lb.z_loss(values, mask)
         loss.backward()
         losses = lb.sequence_loss(lb.probabilities(values), indices, 3, mask)
-        (expected if not expected else found).extend([loss, losses, values.grad])
-    for one, other in zip(expected, found, strict=True):
-        torch.testing.assert_close(one, other)
+        (expected if not expected else masked).extend([loss, losses, values.grad])
+    for first, second in zip(expected, masked, strict=True):
+        torch.testing.assert_close(first, second)
 
 
 def test_what_does_not_fit_is_named():
@@ -88,7 +88,7 @@ def test_what_does_not_fit_is_named():
         (lambda: lb.expert_counts(indices.float(), 2), r"`indices` must be int64 \[N, k\], but got torch.float32"),
         (lambda: lb.expert_counts(indices, 2, torch.ones(1) > 0), r"`mask` must be bool \[4\], but got \[1\]"),
         (lambda: lb.sequence_loss(p, indices, 3), "`sequences` must divide the tokens .* 4 and 4, but got 3"),
-        (lambda: lb.sequence_loss(p, indices, 0), "`sequences` must divide the tokens .* but got 0"),
+        (lambda: lb.sequence_loss(p, indices, 0), "`sequences` must be an integer >= 1, but got 0"),
         (lambda: lb.z_loss(p, torch.ones(1) > 0), r"`mask` must be bool \[4\], but got \[1\]"),
         (lambda: lb.probabilities(p, "relu"), "`scores` must be 'softmax', 'sigmoid' or 'none', but got 'relu'"),
     ):
@@ -100,8 +100,8 @@ def test_what_does_not_fit_is_named():
 def test_a_sequence_of_probabilities_of_any_dtype(dtype):
     logits, indices, mask = random_choices()
     p = lb.probabilities(logits)
-    found = lb.sequence_loss(p.to(dtype), indices, 3, mask).float()
-    torch.testing.assert_close(found, lb.sequence_loss(p, indices, 3, mask), rtol=1e-2, atol=0)
+    loss = lb.sequence_loss(p.to(dtype), indices, 3, mask).float()
+    torch.testing.assert_close(loss, lb.sequence_loss(p, indices, 3, mask), rtol=1e-2, atol=0)
 
 
 def test_a_mask_of_integers_counts_what_is_not_zero():
@@ -125,7 +125,7 @@ def one_batch(window):
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_shares_of_the_window_and_weights_by_tokens_give_the_gradient_of_one_batch(ranks, size, ragged):
+def test_fractions_of_the_window_and_weights_by_tokens_give_the_gradient_of_one_batch(ranks, size, ragged):
     module, window = Mixture(supervised=0.0).double(), windows(ranks, size, ragged)
     expected = slow_gradients(module, one_batch(window), 1.0, "exact")
     flat = [batch for rank in window for batch in rank]
@@ -133,7 +133,7 @@ def test_shares_of_the_window_and_weights_by_tokens_give_the_gradient_of_one_bat
         torch.stack([lb.expert_counts(chosen, EXPERTS, mask) for _, chosen, mask in routed(module, batch)])
         for batch in flat
     ]
-    f, tokens = lb.shares(sum(counts)), sum(batch["attention_mask"].sum() for batch in flat)
+    f, tokens = lb.expert_fractions(sum(counts)), sum(batch["attention_mask"].sum() for batch in flat)
     total = 0
     for batch in flat:
         weight = ranks * size * batch["attention_mask"].sum() / tokens
@@ -146,70 +146,19 @@ def test_shares_of_the_window_and_weights_by_tokens_give_the_gradient_of_one_bat
         assert error(slow_gradients(module, window, 1.0, "micro"), expected) > 0.05
 
 
-def test_the_shares_of_a_window():
-    counts = [torch.tensor([[3, 1, 2], [2, 2, 2]]) * i for i in (1, 2, 3)]
-    running, warm = lb.Window(), lb.Window(warm=True)
-    for window in (running, warm):
-        for done, c in enumerate(counts, 1):
-            expected = lb.shares(sum(counts[:done])[:, :-1])
-            torch.testing.assert_close(window.add(c, 3), expected)
-        window.closed = True
-    other, average = torch.tensor([[0, 4, 2], [4, 0, 2]]), sum(counts) / 3
-    torch.testing.assert_close(running.add(other, 3), lb.shares(other[:, :-1]))
-    expected = lb.shares((other + 2 * (average + (average - other) / 6))[:, :-1])
-    torch.testing.assert_close(warm.add(other, 3), expected)
-    assert warm.counts.tolist() == other.tolist()
-    warm.closed = True
-    warm.add(other, 1)
-    torch.testing.assert_close(warm.average, (average + other) / 2)
-    again = lb.Window(warm=True)
-    again.load_state_dict(warm.state_dict(), torch.device("cpu"))
-    torch.testing.assert_close(again.add(other, 3), warm.add(other, 3))
-
-
-def drifting(cycle, seed):
-    """Windows of 8 micro-batches: domains in a cycle, at random, or mixed."""
-    draw = torch.Generator().manual_seed(seed)
-    for _ in range(12):
-        domains = torch.arange(8) % 4 if cycle == "cycle" else torch.randint(0, 4, (8,), generator=draw)
-        batches = []
-        for domain in domains:
-            of = torch.randint(0, 4, (4, 1), generator=draw) if cycle == "mixed" else domain
-            ids = torch.randint(0, 3, (4, 16), generator=draw) + 3 * of
-            batches.append({"input_ids": ids, "attention_mask": torch.ones(4, 16, dtype=torch.long)})
-        yield [batches]
-
-
-@pytest.mark.parametrize(("cycle", "bar"), [("cycle", 0.4), ("random", 0.7), ("mixed", 0.85)])
-def test_the_window_before_makes_up_for_what_is_still_to_come(cycle, bar):
-    module, found = Mixture(supervised=0.0), {"running": [], "warm": []}
-    for seed in range(3):
-        kept = {"running": lb.Window(), "warm": lb.Window(warm=True)}
-        for window in drifting(cycle, seed):
-            counts = [torch.nn.functional.pad(slow_counts(module, batch), (0, 1)).long() for batch in window[0]]
-            exact = slow_gradients(module, window, 1.0, "exact")
-            for rule, of_rule in kept.items():
-                error_of_rule = error(slow_gradients(module, window, 1.0, [of_rule.add(c, 8) for c in counts]), exact)
-                of_rule.closed = True
-                if kept["warm"].average is not None:
-                    found[rule].append(error_of_rule)
-    running, warm = (torch.tensor(errors).mean() for errors in found.values())
-    assert warm <= bar * running
-
-
 # ---------------------------------------------------------------------- what others get wrong
 
 
 def test_pooling_the_counts_of_layers_hides_that_each_has_collapsed():
-    """Four layers, each on a pair of its own: pooled, all is balanced, and nothing pulls."""
+    """Four layers, each on a pair of its own: pooled, all is balanced, and there is no gradient."""
     logits = torch.full((4, 10, 8), -9.0)
     for layer in range(4):
         logits[layer, :, 2 * layer : 2 * layer + 2] = 9.0
     logits.requires_grad_()
     p = logits.softmax(-1)
     counts = torch.stack([lb.expert_counts(row.topk(2, dim=-1).indices, 8) for row in logits])
-    pooled = lb.load_balancing_loss(lb.shares(counts.sum(0)), p.flatten(0, 1).mean(0))
-    ours = lb.load_balancing_loss(lb.shares(counts), p.mean(1))
+    pooled = lb.load_balancing_loss(lb.expert_fractions(counts.sum(0)), p.flatten(0, 1).mean(0))
+    ours = lb.load_balancing_loss(lb.expert_fractions(counts), p.mean(1))
     assert float(pooled) == pytest.approx(1, abs=1e-4)
     assert ours.tolist() == pytest.approx([4.0] * 4, abs=1e-3)
 
@@ -218,5 +167,5 @@ def test_weights_by_tokens_are_needed_where_they_are_unequal():
     module, window = Mixture(supervised=0.0).double(), windows(2, 4, True)
     expected = slow_gradients(module, window, 1.0, "exact")
     flat = [[batch for rank in window for batch in rank]]
-    shares = lb.shares(sum(slow_counts(module, batch) for batch in flat[0]))
-    assert error(slow_gradients(module, flat, 1.0, [shares] * 8), expected) > 0.01
+    fractions = lb.expert_fractions(sum(slow_counts(module, batch) for batch in flat[0]))
+    assert error(slow_gradients(module, flat, 1.0, [fractions] * 8), expected) > 0.01

@@ -159,25 +159,25 @@ biased = pytest.mark.parametrize("family", [f for f in FAMILIES if f.bias], ids=
 
 
 def forward(model, routers):
-    """What each router took and put out, and what its experts took after that."""
-    heard = {router.name: [] for router in routers}
+    """The input and output of each router, and the inputs of its experts after that."""
+    records = {router.name: [] for router in routers}
     hooks = []
     for router in routers:
         block = model.get_submodule(router.name.rpartition(".")[0])
         experts = block.experts if hasattr(block, "experts") else block.input_linear  # JetMoe
 
-        def hear(_, inputs, output, to=heard[router.name]):
+        def record(_, inputs, output, to=records[router.name]):
             to += [inputs[0].detach(), output]
 
-        def take(_, inputs, to=heard[router.name]):
+        def take(_, inputs, to=records[router.name]):
             to.append(inputs)
 
-        hooks += [router.module.register_forward_hook(hear), experts.register_forward_pre_hook(take)]
+        hooks += [router.module.register_forward_hook(record), experts.register_forward_pre_hook(take)]
     ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))
     model(input_ids=ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}))
     for hook in hooks:
         hook.remove()
-    return heard
+    return records
 
 
 def one_hot(indices, experts):
@@ -203,9 +203,9 @@ def test_a_router_for_each_layer_of_experts_and_what_it_chose(family):
     routers = find_routers(model)
     assert len(routers) == family.routers
     assert {router.scores for router in routers} == {family.scores}
-    heard = forward(model, routers)
+    records = forward(model, routers)
     for router in routers:
-        x, output, taken = heard[router.name]
+        x, output, taken = records[router.name]
         logits, indices = router.read(output)
         parameters = dict(router.module.named_parameters())
         (weight,) = (p for p in parameters.values() if p.shape == (family.experts, x.size(-1)))
@@ -259,11 +259,11 @@ def test_tokens_above_the_capacity_of_a_switch_are_not_counted(capacity):
 
 
 def test_a_router_of_a_model_in_a_model_may_be_derived_from_the_one_it_declares():
-    class Mine(MixtralTopKRouter):
+    class Derived(MixtralTopKRouter):
         pass
 
     model = FAMILIES[0].model()
-    model.layers[1].mlp.gate = Mine(model.config)
+    model.layers[1].mlp.gate = Derived(model.config)
     assert [r.name for r in find_routers(nn.ModuleDict({"net": model}))] == [
         f"net.layers.{i}.mlp.gate" for i in range(3)
     ]
@@ -445,7 +445,7 @@ def test_counts_and_masks_are_no_indices(other):
 def test_indices_of_all_experts_are_no_one_hot_rows():
     logits = draw(5, 3)
     order = logits.argsort(descending=True)
-    _, indices = Router("gate", nn.Linear(8, 3), 3, "softmax", at=0).read((logits, logits.sigmoid(), order))
+    _, indices = Router("gate", nn.Linear(8, 3), 3, "softmax", position=0).read((logits, logits.sigmoid(), order))
     assert indices.tolist() == order.tolist()
 
 
