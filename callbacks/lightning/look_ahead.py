@@ -110,6 +110,7 @@ class StepsAhead(SeamClient):
             for i, other in enumerate([None, *itertools.islice(loader.queue, count - 1)]):
                 with side_effect_free(module), trainer.precision_plugin.train_step_context():
                     one = copy.copy(batch) if other is None else seam.transfer(other)
-                    named = loop.epoch_loop._build_kwargs(OrderedDict(), one, batch_idx + i)
+                    given = copy.copy(one)  # a training step may empty it
+                    named = loop.epoch_loop._build_kwargs(OrderedDict(), given, batch_idx + i)
                     module.training_step(*named.values())
                     yield one

@@ -133,6 +133,16 @@ def test_a_pass_before_the_window_leaves_no_trace():
     assert torch.equal(*states)
 
 
+class Emptied(Mixture):
+    def training_step(self, popped, i):
+        return self.loss({name: popped.pop(name) for name in ("input_ids", "attention_mask")})
+
+
+def test_a_pass_before_the_window_has_the_mask_of_a_batch_that_its_step_empties():
+    module, _ = fit("prepass", Emptied(lr=0.0), ragged=True)
+    check(module, split(ragged=True), "prepass")
+
+
 def test_a_pass_before_the_window_is_refused_where_it_cannot_look_ahead():
     with pytest.raises(ValueError, match="must not be 'prepass' with a data loader that has no length"):
         trainer(GlobalBatchLoadBalancing(estimator="prepass")).fit(Mixture(), DataLoader(Unsized(), 2))
