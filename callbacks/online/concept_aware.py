@@ -92,7 +92,8 @@ class ConceptAwareSelection(OnlineSelection):
         """The row chosen first has the highest score, and those that are not chosen 0."""
         if sample_ids is None:
             raise TypeError(
-                "ConceptAwareSelection needs sample ids: wrap the training data set in `curation.batch.SampleIds`."
+                "ConceptAwareSelection needs sample ids: wrap the training data set in "
+                "`curation.sample_ids.SampleIds`."
             )
         assert self._index is not None
         size = batch_size(batch)

@@ -141,7 +141,7 @@ class HardSampleSelection(OnlineSelection):
             if sample_ids is None:
                 raise TypeError(
                     "`score='reducible_loss'` needs sample ids: wrap the training data set in "
-                    "`curation.batch.SampleIds`."
+                    "`curation.sample_ids.SampleIds`."
                 )
             self._irreducible = self._irreducible.to(losses.device)
             return losses - self._irreducible[sample_ids]

@@ -125,7 +125,8 @@ class ConceptCoverageMonitor(SeamClient, SelectionListener):
     def _count(self, trainer: Trainer, pl_module: LightningModule, ids: Tensor | None) -> None:
         if ids is None:
             raise TypeError(
-                "ConceptCoverageMonitor needs sample ids: wrap the training data set in `curation.batch.SampleIds`."
+                "ConceptCoverageMonitor needs sample ids: wrap the training data set in "
+                "`curation.sample_ids.SampleIds`."
             )
         assert self.visits is not None
         ids = gather_rows(trainer, ids)

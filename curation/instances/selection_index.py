@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from curation import rng
-from curation.batch import SampleIds, leaves
+from curation.batch import leaves
+from curation.sample_ids import SampleIds
 
 SAMPLES = 64  # that a fingerprint looks at
 

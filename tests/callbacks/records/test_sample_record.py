@@ -36,7 +36,7 @@ def test_keeping_everything_is_recorded_too(tmp_path):
 def test_samples_without_ids_and_runs_without_selection_are_refused(make, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        TypeError, match=r"needs sample ids: wrap the training data set in `curation.batch.SampleIds`"
+        TypeError, match=r"needs sample ids: wrap the training data set in `curation.sample_ids.SampleIds`"
     ):
         trainer(make(), UniformSelection(keep=0.5)).fit(Classifier(), loader(ids=False))
     with pytest.raises(ValueError, match="records an online selection, but the trainer has none"):

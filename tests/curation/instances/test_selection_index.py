@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from curation.batch import SampleIds
 from curation.instances.selection_index import SelectionIndex, fingerprint
+from curation.sample_ids import SampleIds
 
 
 def index(**changes):

@@ -1,0 +1,25 @@
+"""One forward pass that scores a candidate batch and changes nothing."""
+
+from curation.scoring.heads import find_logits_maker, find_output_head, head_as_identity
+from curation.scoring.losses import (
+    IGNORED,
+    compact,
+    per_sample_from_hidden,
+    per_sample_grad_norm,
+    per_sample_loss,
+)
+from curation.scoring.routes import Route, find_route, side_effect_free
+
+__all__ = [
+    "IGNORED",
+    "Route",
+    "compact",
+    "find_logits_maker",
+    "find_output_head",
+    "find_route",
+    "head_as_identity",
+    "per_sample_from_hidden",
+    "per_sample_grad_norm",
+    "per_sample_loss",
+    "side_effect_free",
+]
