@@ -97,9 +97,9 @@ def batch_size(batch: Any) -> int:
     if not sizes:
         raise TypeError(f"The batch holds no tensor with a batch dimension, but is {type(batch).__name__}.")
     size = sizes[0][1]
-    if any(other != size for _, other in sizes):
-        found = ", ".join(f"{path} has {other}" for path, other in sizes)
-        raise ValueError(f"The tensors of the batch disagree on the number of rows: {found}.")
+    if any(rows != size for _, rows in sizes):
+        listed = ", ".join(f"{path} has {rows}" for path, rows in sizes)
+        raise ValueError(f"The tensors of the batch disagree on the number of rows: {listed}.")
     if size == 0:
         raise ValueError("The batch has no rows.")
     return size

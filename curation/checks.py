@@ -12,7 +12,7 @@ def check_number(name: str, value: Any, interval: str, optional: bool = False) -
 
     Args:
         name: Name of the argument.
-        value: What was passed. Numbers of Python and NumPy are accepted; booleans are not.
+        value: The argument. Real numbers of Python and NumPy are accepted; booleans are not.
         interval: The interval as it is written, such as ``"(0, 1]"`` or ``"[0, inf)"``.
         optional: Accept None, too.
 
@@ -32,7 +32,10 @@ def check_number(name: str, value: Any, interval: str, optional: bool = False) -
     if value is None and optional:
         return None
     low, high = (float(end) for end in interval[1:-1].split(","))
-    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    try:
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # an integer beyond the largest float
+        number = math.nan
     above = low <= number if interval[0] == "[" else low < number
     below = number <= high if interval[-1] == "]" else number < high
     if not (above and below):
@@ -45,7 +48,7 @@ def check_integer(name: str, value: Any, least: int, below: int | None = None, o
 
     Args:
         name: Name of the argument.
-        value: What was passed. Integers of Python and NumPy are accepted; booleans and floats are not.
+        value: The argument. Integers of Python and NumPy are accepted; booleans and floats are not.
         least: The smallest value.
         below: The end of the range, exclusive; None for no end.
         optional: Accept None, too.
@@ -110,8 +113,8 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
         ValueError: Argument `when` must be 'always' or 'pays', but got 'never'.
     """
     if not isinstance(value, str) or value not in choices:
-        *others, last = map(repr, choices)
-        raise ValueError(f"Argument `{name}` must be {', '.join(others)} or {last}, but got {value!r}.")
+        listed = " or ".join(filter(None, (", ".join(map(repr, choices[:-1])), repr(choices[-1]))))
+        raise ValueError(f"Argument `{name}` must be {listed}, but got {value!r}.")
     return value
 
 

@@ -14,5 +14,5 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     try:
         return numba.njit(cache=True)(function)
-    except RuntimeError:  # there is no folder that can be written
+    except RuntimeError:  # no folder for the cache can be written
         return numba.njit(function)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from curation.batch import batch_size, leaves, take_rows
+from curation.checks import check_integer
 
 
 def micro_batched(encoder: Callable[[Any], Tensor], inputs: Any, size: int) -> Tensor:
@@ -27,22 +28,21 @@ def micro_batched(encoder: Callable[[Any], Tensor], inputs: Any, size: int) -> T
 
     Args:
         encoder: Maps inputs to embeddings ``[B, D]``, each from its own sample.
-        inputs: Its argument: tensors ``[B, ...]`` in any nesting of mappings, tuples and lists
+        inputs: Argument of the encoder: tensors ``[B, ...]`` in any nesting of mappings, tuples and lists
             (:func:`curation.batch.take_rows`).
-        size: Samples of a micro-batch; the last may have fewer.
+        size: Samples in a micro-batch; the last may have fewer.
 
     Returns:
         Embeddings ``[B, D]``.
 
     Raises:
-        ValueError: If ``size`` is below 1, or the inputs disagree on ``B``.
+        ValueError: If ``size`` is not an integer >= 1, or the inputs disagree on ``B``.
 
     Example:
         >>> micro_batched(torch.nn.Linear(3, 2), torch.zeros(5, 3), 2).shape
         torch.Size([5, 2])
     """
-    if size < 1:
-        raise ValueError(f"Argument `size` must be >= 1, but got {size!r}.")
+    check_integer("size", size, 1)
     samples = batch_size(inputs)
     if samples <= size:
         return encoder(inputs)
@@ -72,21 +72,28 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor | float, positiv
     Args:
         image: Embeddings ``[B, D]``, of any length.
         text: Embeddings ``[B, D]`` of the paired texts.
-        scale: Inverse temperature.
+        scale: Inverse temperature, a number or a scalar tensor.
         positives: bool ``[B, B]``, whether text ``j`` belongs to image ``i``, as where a text occurs twice; with at
             least one in each row and column. None for the pairs only.
 
+    Returns:
+        The loss, an fp32 or fp64 scalar.
+
     Raises:
         ValueError: If the embeddings, or the positives, have other shapes.
+
+    Example:
+        >>> contrastive_loss(torch.eye(2), torch.eye(2), 0.0)
+        tensor(0.6931)
     """
     if image.dim() != 2 or image.shape != text.shape:
         raise ValueError(
             f"Argument `text` must have the shape of `image`, [B, D], but got {list(text.shape)} with "
             f"{list(image.shape)}."
         )
-    wanted = 2 * [len(image)]
-    if positives is not None and list(positives.shape) != wanted:
-        raise ValueError(f"Argument `positives` must have shape {wanted}, but got {list(positives.shape)}.")
+    square = 2 * [len(image)]
+    if positives is not None and list(positives.shape) != square:
+        raise ValueError(f"Argument `positives` must have shape {square}, but got {list(positives.shape)}.")
     logits = scale * similarity(image, text)
     if positives is None:
         positives = torch.eye(len(image), dtype=torch.bool, device=image.device)

@@ -10,16 +10,17 @@ from uuid import uuid4
 
 @contextmanager
 def replacing(path: str | PathLike[str]) -> Iterator[Path]:
-    """A new file that takes the place of ``path`` when the block ends, and is removed if the block raises.
+    """Write a new file that replaces ``path`` when the block ends, and is removed if the block raises.
 
-    A reader, a crash or a full disk leaves the old file or the new one, never a part. Folders are made as
-    needed, and a link stays a link to the new content.
+    After a crash or on a full disk ``path`` is the old file or the new one, never a part. A killed process may leave
+    the new file, whose name begins with a dot. Folders are made as needed. If ``path`` is a link, the file that it
+    points to is replaced.
 
     Args:
         path: The file to replace.
 
     Yields:
-        Where to write: a file in the same folder with the same suffix.
+        Path of the new file, in the same folder and with the same suffix.
 
     Raises:
         OSError: If the file cannot be written; the error names ``path``.
@@ -37,14 +38,16 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield new
-        with new.open("rb") as file:
+        with new.open("rb+") as file:
             os.fsync(file.fileno())
         new.replace(target)
     except OSError as error:
         new.unlink(missing_ok=True)
-        if error.filename in (None, str(new)):  # a full disk names no file
-            raise type(error)(error.errno, error.strerror, str(path)) from error
-        raise
+        if error.filename not in (None, str(new)):  # another file, which the block reads
+            raise
+        if error.errno is None:
+            raise OSError(f"{error}: {str(path)!r}") from error
+        raise OSError(error.errno, error.strerror, str(path)) from error
     except BaseException:
         new.unlink(missing_ok=True)
         raise

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from curation.checks import check_integer, check_number
 from curation.scoring import IGNORED
 
 
@@ -35,8 +36,8 @@ def token_log_probs(
         weight: Floating ``[V, d]``.
         targets: int64 ``[...]`` in ``[0, V)``; -100 is not scored.
         bias: Floating ``[V]``.
-        temperature: What logits are divided by.
-        chunk: Tokens at a time.
+        temperature: Divisor of the logits, > 0.
+        chunk: Tokens whose logits are in memory at a time.
 
     Returns:
         fp32 ``[...]``, fp64 for fp64 input; 0 where a token is not scored, which has no gradient.
@@ -91,14 +92,12 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: flo
         raise ValueError(f"Argument `weight` must be [V, {hidden.size(-1)}], but got {list(weight.shape)}.")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"Argument `bias` must be [{weight.size(0)}], but got {list(bias.shape)}.")
-    if not temperature > 0:
-        raise ValueError(f"Argument `temperature` must be > 0, but got {temperature!r}.")
-    if chunk < 1:
-        raise ValueError(f"Argument `chunk` must be >= 1, but got {chunk!r}.")
+    check_number("temperature", temperature, "(0, inf)")
+    check_integer("chunk", chunk, 1)
 
 
 def _dtypes(hidden: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """Of the factors of products, and of what they are accumulated and returned in."""
+    """The dtype of the factors of products, and the dtype in which they are accumulated and returned."""
     device = hidden.device.type
     factor = torch.promote_types(hidden.dtype, weight.dtype)
     if torch.is_autocast_enabled(device):
@@ -115,7 +114,7 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 def _logits(
     rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, chunk: int, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Which rows, and their logits over the temperature ``[n, V]``, a chunk at a time."""
+    """Slices of the rows with their logits over the temperature ``[n, V]``, a chunk at a time."""
     for start in range(0, len(rows), chunk):
         part = slice(start, start + chunk)
         logits = _product(rows[part].to(weight.dtype), weight.T, dtype)

@@ -1,4 +1,4 @@
-"""Standing in for an attribute of one object, and leaving no trace."""
+"""Replacing an attribute of one object for a time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,16 +7,15 @@ _MISSING = object()
 
 
 def replace_attribute(owner: Any, name: str, value: Any) -> Callable[[], None]:
-    """Shadow an attribute on one instance, leaving its class alone.
+    """Replace an attribute of one instance; its class is not changed.
 
     Args:
         owner: The instance.
-        name: Of the attribute.
-        value: What stands in for it.
+        name: Name of the attribute.
+        value: The new value of the attribute.
 
     Returns:
-        A function that brings the instance back to what it was. It does nothing if somebody has replaced the
-        attribute again since.
+        A function that restores the attribute. It does nothing if the attribute was replaced again since.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""The random streams of this process: captured, restored, left alone."""
+"""The global random streams of this process: captured, restored, isolated."""
 
 import random
 from collections.abc import Iterator
@@ -51,9 +51,9 @@ def seed(*key: int) -> None:
 
     Example:
         >>> seed(7, 1)
-        >>> one = torch.rand(2)
+        >>> first = torch.rand(2)
         >>> seed(7, 1)
-        >>> torch.equal(one, torch.rand(2))
+        >>> torch.equal(first, torch.rand(2))
         True
     """
     words = np.random.SeedSequence(key).generate_state(4, np.uint64).tolist()
@@ -66,7 +66,7 @@ def seed(*key: int) -> None:
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Leave every global generator as it was found.
+    """Restore the state of every global generator when the block ends.
 
     Example:
         >>> before = torch.get_rng_state()

@@ -80,11 +80,11 @@ def split_sample_ids(batch: Any) -> tuple[Any, Tensor | None]:
         >>> split_sample_ids([torch.zeros(2), {"sample_id": torch.tensor([7, 9])}])
         ([tensor([0., 0.])], tensor([7, 9]))
     """
-    rest: Any
+    stripped: Any
     if isinstance(batch, Mapping) and SAMPLE_ID in batch:
         ids = batch[SAMPLE_ID]
-        rest = copy.copy(batch)
-        del rest[SAMPLE_ID]
+        stripped = copy.copy(batch)
+        del stripped[SAMPLE_ID]
     elif (
         isinstance(batch, (list, tuple))
         and len(batch) > 1
@@ -93,7 +93,7 @@ def split_sample_ids(batch: Any) -> tuple[Any, Tensor | None]:
         and not hasattr(batch, "_fields")
     ):
         ids = batch[-1][SAMPLE_ID]
-        rest = batch[:-1]
+        stripped = batch[:-1]
     else:
         return batch, None
     wrong: list[int] = []
@@ -115,4 +115,4 @@ def split_sample_ids(batch: Any) -> tuple[Any, Tensor | None]:
             wrong = unsigned[ids < 0].tolist()
     if wrong:
         raise ValueError(f"`{SAMPLE_ID}` must hold integers in [0, 2^63), but the batch has {wrong[0]}.")
-    return rest, ids
+    return stripped, ids

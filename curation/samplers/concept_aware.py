@@ -1,18 +1,17 @@
-"""Batches with the concepts asked for, chosen before anything is decoded (arXiv 2511.20643)."""
+"""Concept-aware batches, chosen before anything is decoded (arXiv 2511.20643)."""
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
 
+from curation.checks import check_integer, check_number
 from curation.samplers.concept_choice import (
     ConceptObjective,
     Diversity,
     FirstCome,
     Frequency,
     Targets,
-    check_integer,
     choose_diverse,
     round_targets,
     target_counts,
@@ -46,23 +45,29 @@ class ConceptAwareSampler(GlobalBatchSampler):
     :class:`curation.callbacks.ConceptCoverageMonitor` checks both.
 
     Args:
-        concepts: Of every sample of the data set, in its order.
+        concepts: Concepts of every sample of the data set, in its order.
         batch_size: Samples of a batch, per process.
         super_batch_size: Candidates for a batch, per process; ``1 - batch_size / super_batch_size`` of the data is
             discarded undecoded, 0.8 in the paper.
-        objective: ``"diversity"`` approaches the targets, ``"frequency"`` takes the samples with most concepts. Or an
-            objective of your own.
-        targets: Concepts wanted: ``"uniform"``, ``"proportional"`` to the corpus, or weights by name
-            (:func:`~curation.samplers.concept_choice.target_counts`); all but the first are rounded at random, to be
-            met on average (:func:`~curation.samplers.concept_choice.round_targets`).
-        visit_penalty: Subtracted from the gain of a candidate for every time it was in a batch before, so that rare
-            samples are not seen over and over; gains of the diversity objective lie in [0, 2]. To begin in a later
-            epoch, the choices of those before are made again.
-        seed: Of the order, which also breaks ties.
+        objective: ``"diversity"`` approaches the targets; ``"frequency"`` takes the samples with most concepts; or
+            any :class:`~curation.samplers.concept_choice.ConceptObjective`.
+        targets: Frequencies of the concepts to approach: ``"uniform"``, ``"proportional"`` to the corpus, or weights
+            by name (:func:`~curation.samplers.concept_choice.target_counts`). All but the first are rounded at
+            random, so that they are met on average (:func:`~curation.samplers.concept_choice.round_targets`).
+        visit_penalty: Amount subtracted from the gain of a candidate for every earlier batch that it was in, so that
+            rare samples are not repeated too often; gains of the diversity objective lie in [0, 2]. To begin in a
+            later epoch, the choices of the epochs before are made again.
+        seed: Seed of the order, which also breaks ties; equal on all ranks.
 
     Raises:
-        ValueError: If an argument is out of its range, or a target is unknown.
+        ValueError: If an argument has the wrong type or is out of its range, or a target is unknown.
         TypeError: If ``concepts`` is no :class:`~curation.samplers.concept_index.ConceptIndex`.
+
+    Example:
+        >>> concepts = ConceptIndex.from_lists([["cat"]] * 5 + [["dog"]])
+        >>> rows = list(ConceptAwareSampler(concepts, batch_size=2, super_batch_size=6))
+        >>> 5 in rows  # the only dog
+        True
     """
 
     def __init__(
@@ -77,21 +82,15 @@ class ConceptAwareSampler(GlobalBatchSampler):
     ) -> None:
         if not isinstance(concepts, ConceptIndex):
             raise TypeError(f"Argument `concepts` must be a ConceptIndex, but got {type(concepts).__name__}.")
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("super_batch_size", super_batch_size, 1),
-            ("seed", seed, 0),
-        ):
-            check_integer(name, value, least)
+        check_integer("batch_size", batch_size, 1)
+        check_integer("super_batch_size", super_batch_size, 1)
+        check_integer("seed", seed, 0)
+        check_number("visit_penalty", visit_penalty, "[0, inf)")
         if not batch_size <= super_batch_size <= len(concepts):
             raise ValueError(
                 f"Argument `super_batch_size` must be in [{batch_size}, {len(concepts)}], from `batch_size` to the "
                 f"size of the data set, but got {super_batch_size!r}."
             )
-        if not (
-            isinstance(visit_penalty, (int, float, np.number)) and visit_penalty >= 0 and math.isfinite(visit_penalty)
-        ):
-            raise ValueError(f"Argument `visit_penalty` must be finite and >= 0, but got {visit_penalty!r}.")
         if isinstance(objective, str):
             named: dict[str, type[ConceptObjective]] = {"diversity": Diversity, "frequency": Frequency}
             objective = named[objective]() if objective in named else objective
@@ -126,7 +125,7 @@ class ConceptAwareSampler(GlobalBatchSampler):
         return len(self.concepts) // (self.super_batch_size * processes) * self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that is iterated next; Lightning does."""
+        """Set the epoch that is iterated next; Lightning calls it."""
         if epoch != self.epoch:
             self.epoch, self._start, self._yielded = epoch, 0, 0
 
@@ -150,9 +149,9 @@ class ConceptAwareSampler(GlobalBatchSampler):
         for step in range(0 if self.visit_penalty else start, len(draws)):
             drawn = order[step * size : (step + 1) * size]
             penalties = nothing if visits is None else self.visit_penalty * visits[drawn]
-            wanted = targets if self.targets == "uniform" else round_targets(targets, draws[step])
-            rows = np.asarray(self.objective.choose(self.concepts.take(drawn), k, wanted, penalties))
-            chosen = drawn[_checked(rows, k, size, self.objective)]
+            rounded = targets if self.targets == "uniform" else round_targets(targets, draws[step])
+            rows = np.asarray(self.objective.choose(self.concepts.take(drawn), k, rounded, penalties))
+            chosen = drawn[_check_rows(rows, k, size, self.objective)]
             if visits is not None:
                 visits[chosen] += 1
                 if step == len(draws) - 1:  # now, since a loader may not ask for more
@@ -170,10 +169,11 @@ class ConceptAwareSampler(GlobalBatchSampler):
         return self._visits[2]
 
     def state_dict(self, batches: int | None = None) -> dict[str, Any]:
-        """Where the run is: epoch and batches of it.
+        """The epoch, the number of its batches so far, and the sizes and seed that the batches depend on.
 
         Args:
-            batches: Trained on in this epoch. None for those yielded, which loader workers ask for in advance.
+            batches: Batches of this epoch that were trained on. None for the batches yielded so far, of which loader
+                workers ask for some in advance.
         """
         sizes = [size * self._place[1] for size in (self.batch_size, self.super_batch_size)]
         return {
@@ -183,22 +183,22 @@ class ConceptAwareSampler(GlobalBatchSampler):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the next iteration go on from :meth:`state_dict`, on any number of processes of one global batch size.
+        """Continue from :meth:`state_dict` in the next iteration, on any number of processes with the same global sizes.
 
         Raises:
-            ValueError: If it is of other data, other global sizes, another penalty or another seed.
+            ValueError: If the state belongs to other data, other global sizes, another penalty or another seed.
         """
-        mine = self.state_dict()["of"]
-        if state["of"] != mine:
+        stream = self.state_dict()["of"]
+        if state["of"] != stream:
             raise ValueError(
                 "The state is of another stream: samples, batch and super-batch of all processes, penalty and seed "
-                f"were {state['of']} and now are {mine}."
+                f"were {state['of']} and now are {stream}."
             )
         self.epoch = state["epoch"]
         self._start = self._yielded = state["batches"]
 
 
-def _checked(rows: np.ndarray, k: int, size: int, objective: ConceptObjective) -> np.ndarray:
+def _check_rows(rows: np.ndarray, k: int, size: int, objective: ConceptObjective) -> np.ndarray:
     inside = rows.dtype.kind in "iu" and rows.shape == (k,) and rows.min() >= 0 and rows.max() < size
     if not inside or len(np.unique(rows)) != k:
         raise ValueError(

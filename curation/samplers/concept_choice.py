@@ -1,4 +1,4 @@
-"""Which samples of a super-batch make the batch with the concepts asked for (arXiv 2511.20643)."""
+"""Objectives that choose a batch from a super-batch by the concepts of its samples (arXiv 2511.20643)."""
 
 import functools
 import heapq
@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from curation.checks import check_integer, check_number
 from curation.compiled import compiled
 from curation.samplers.concept_index import ConceptIndex
 
@@ -18,7 +19,7 @@ _NO_CAP = 2**62
 
 
 class ConceptObjective(ABC):
-    """What makes a good batch of a super-batch.
+    """Base class of the objectives by which a batch is chosen from a super-batch.
 
     Example:
         >>> class Rare(ConceptObjective):  # samples whose rarest concept is rarest
@@ -34,10 +35,10 @@ class ConceptObjective(ABC):
         """Positions of the ``k`` chosen candidates: int64 ``[k]``, none twice.
 
         Args:
-            candidates: Their concepts, ``[B]``, in the random order in which the super-batch was drawn.
-            k: How many to choose, ``k <= B``.
-            targets: fp64 ``[V]``, samples of each concept wanted in the batch.
-            penalties: fp64 ``[B]``, what choosing a candidate costs.
+            candidates: Concepts of the ``B`` candidates, in the random order in which the super-batch was drawn.
+            k: Number of candidates to choose, ``k <= B``.
+            targets: fp64 ``[V]``, wanted number of samples with each concept in the batch.
+            penalties: fp64 ``[B]``, amounts subtracted from the gains of the candidates.
         """
 
 
@@ -45,16 +46,19 @@ class Diversity(ConceptObjective):
     """Approaches the targets: :func:`choose_diverse`.
 
     Args:
-        cap: Most samples of a concept in the batch, where that can be had.
+        cap: Largest number of samples with one concept in the batch, as far as the candidates allow; None for no cap.
 
     Raises:
-        ValueError: If ``cap`` is below 1.
+        ValueError: If ``cap`` is neither None nor an integer >= 1.
+
+    Example:
+        >>> candidates = ConceptIndex.from_lists([["cat"], ["cat"], ["dog"]])
+        >>> Diversity().choose(candidates, 2, np.ones(2), np.zeros(3)).tolist()
+        [2, 0]
     """
 
     def __init__(self, cap: int | None = None) -> None:
-        if cap is not None:
-            check_integer("cap", cap, 1)
-        self.cap = cap
+        self.cap = check_integer("cap", cap, 1, optional=True)
 
     def choose(self, candidates: ConceptIndex, k: int, targets: np.ndarray, penalties: np.ndarray) -> np.ndarray:
         """See :class:`ConceptObjective`."""
@@ -62,7 +66,13 @@ class Diversity(ConceptObjective):
 
 
 class Frequency(ConceptObjective):
-    """The candidates with the most concepts, ``|C_i|`` less the penalty; ties go to the earlier candidate."""
+    """Takes the candidates with the most concepts, ``|C_i|`` less the penalty; ties go to the earlier candidate.
+
+    Example:
+        >>> candidates = ConceptIndex.from_lists([["cat"], ["cat", "dog"]])
+        >>> Frequency().choose(candidates, 1, np.ones(2), np.zeros(2)).tolist()
+        [1]
+    """
 
     def choose(self, candidates: ConceptIndex, k: int, targets: np.ndarray, penalties: np.ndarray) -> np.ndarray:
         """See :class:`ConceptObjective`."""
@@ -70,7 +80,13 @@ class Frequency(ConceptObjective):
 
 
 class FirstCome(ConceptObjective):
-    """The candidates that were drawn first: the baseline that knows no concepts."""
+    """Takes the candidates that were drawn first: the baseline that ignores concepts.
+
+    Example:
+        >>> candidates = ConceptIndex.from_lists([["cat"], ["cat", "dog"]])
+        >>> FirstCome().choose(candidates, 1, np.ones(2), np.zeros(2)).tolist()
+        [0]
+    """
 
     def choose(self, candidates: ConceptIndex, k: int, targets: np.ndarray, penalties: np.ndarray) -> np.ndarray:
         """See :class:`ConceptObjective`."""
@@ -87,14 +103,19 @@ def target_counts(concepts: ConceptIndex, targets: Targets | Mapping[Hashable, f
     samples with the concept in the corpus for ``"proportional"``; ``max(1, k / V)`` for ``"uniform"``.
 
     Args:
-        concepts: Of the corpus.
+        concepts: Concepts of the corpus.
         targets: ``"uniform"``, ``"proportional"``, or weights by the name of the concept.
-        k: Size of the batch.
+        k: Size of the batch, >= 1.
 
     Raises:
         ValueError: If no sample has a concept, a name is unknown, a weight is negative or not finite, all are zero,
-            or ``targets`` is something else.
+            ``targets`` is something else, or ``k`` is not an integer >= 1.
+
+    Example:
+        >>> target_counts(ConceptIndex.from_lists([["cat"], ["dog"]]), {"dog": 3, "cat": 1}, 8).tolist()
+        [2.0, 6.0]
     """
+    check_integer("k", k, 1)
     count = len(concepts.names)
     if not count:
         raise ValueError("Argument `concepts` must have a sample with a concept, but has none.")
@@ -105,7 +126,7 @@ def target_counts(concepts: ConceptIndex, targets: Targets | Mapping[Hashable, f
         for name, weight in targets.items():
             if name not in place:
                 raise ValueError(f"Argument `targets` must name concepts of the index, but got {name!r}.")
-            if not (isinstance(weight, Real) and weight >= 0 and math.isfinite(weight)):
+            if isinstance(weight, bool) or not (isinstance(weight, Real) and weight >= 0 and math.isfinite(weight)):
                 raise ValueError(
                     f"Argument `targets` must have finite weights >= 0, but got {weight!r} for {name!r}."
                 )
@@ -130,13 +151,17 @@ def round_targets(targets: np.ndarray, draw: float) -> np.ndarray:
 
     Args:
         targets: fp64 ``[V]`` with a whole sum.
-        draw: Uniform in [0, 1).
+        draw: Random number, uniform in [0, 1).
+
+    Raises:
+        ValueError: If ``draw`` is outside [0, 1).
 
     Example:
         >>> round_targets(np.array([0.5, 0.5, 1.0]), 0.6).tolist()
         [1.0, 0.0, 1.0]
     """
-    # Sums of floats may fall short of the whole number that they are.
+    check_number("draw", draw, "[0, 1)")
+    # Rounding may leave a sum just below its whole number.
     return np.diff(np.floor(np.cumsum(targets) + draw + 1e-9), prepend=0.0)
 
 
@@ -164,13 +189,17 @@ def choose_diverse(
 
     Args:
         candidates: Concepts of ``B`` candidates.
-        k: At most ``B``.
+        k: Number of candidates to choose, in [0, B].
         targets: fp64 ``[V]``, as from :func:`target_counts`; 0, or at least 1e-9.
-        penalties: fp64 ``[B]``; None for none.
-        cap: See above; None for none.
+        penalties: fp64 ``[B]``; None for no penalties.
+        cap: Number of samples with one concept from which on its candidates wait; None for no cap.
 
     Raises:
         ValueError: If an argument has another shape, or is out of its range.
+
+    Example:
+        >>> choose_diverse(ConceptIndex.from_lists([["cat"], ["cat"], ["dog"]]), 2, np.ones(2)).tolist()
+        [2, 0]
     """
     size = len(candidates)
     targets = np.asarray(targets, np.float64)
@@ -183,10 +212,8 @@ def choose_diverse(
         )
     if penalties is not None and (np.shape(penalties) != (size,) or not np.isfinite(penalties).all()):
         raise ValueError(f"Argument `penalties` must be [{size}] finite numbers, but got {penalties}.")
-    if cap is not None:
-        check_integer("cap", cap, 1)
-    if not (hasattr(k, "__index__") and 0 <= k <= size):
-        raise ValueError(f"Argument `k` must be in [0, {size}], the number of candidates, but got {k!r}.")
+    check_integer("cap", cap, 1, optional=True)
+    check_integer("k", k, 0, size + 1)
     penalties = np.zeros(size) if penalties is None else np.asarray(penalties, np.float64)
     offsets, ids = candidates.offsets, candidates.ids
     rarity = 1 / np.maximum(np.bincount(ids, minlength=len(targets)), 1)
@@ -245,12 +272,12 @@ def _greedy(
                     gain += (target - counts[c]) / target + rarity[c]
         return full, rounds, penalties[i] - gain / max(end - begin, 1), i
 
-    def same(i, other):  # type: ignore[no-untyped-def]
-        size = offsets[i + 1] - offsets[i]
-        if size != offsets[other + 1] - offsets[other]:
+    def same(a, b):  # type: ignore[no-untyped-def]
+        size = offsets[a + 1] - offsets[a]
+        if size != offsets[b + 1] - offsets[b]:
             return False
         for j in range(size):  # noqa: SIM110 - numba has no all()
-            if ids[offsets[i] + j] != ids[offsets[other] + j]:
+            if ids[offsets[a] + j] != ids[offsets[b] + j]:
                 return False
         return True
 
@@ -263,10 +290,10 @@ def _greedy(
     heapq.heapify(heap)
     for step in range(len(chosen)):
         i = heapq.heappop(heap)[3]
-        now = entry(i)
-        while len(heap) > 0 and now > heap[0]:
-            i = heapq.heapreplace(heap, now)[3]
-            now = entry(i)
+        current = entry(i)
+        while len(heap) > 0 and current > heap[0]:
+            i = heapq.heapreplace(heap, current)[3]
+            current = entry(i)
         chosen[step] = i
         for j in range(offsets[i], offsets[i + 1]):
             counts[ids[j]] += 1
@@ -285,9 +312,3 @@ def _compiled() -> Callable[..., None]:
             stacklevel=3,
         )
         return _greedy
-
-
-def check_integer(name: str, value: Any, least: int) -> None:
-    """Raise unless an argument is an integer, of Python or NumPy, from ``least`` on."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
-        raise ValueError(f"Argument `{name}` must be an integer >= {least}, but got {value!r}.")

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from curation.samplers.concept_choice import check_integer
+from curation.checks import check_integer
 from curation.samplers.concept_index import ConceptIndex
 
 
@@ -18,12 +18,17 @@ def cluster_concepts(embeddings: Any, k: int, iterations: int = 20, seed: int = 
     Args:
         embeddings: Floating ``[N, D]``, a tensor or an array; computed in fp32.
         k: Number of clusters, in [1, N].
-        iterations: Of k-means.
-        seed: Of the first centres; the same one gives the same clusters.
+        iterations: Iterations of k-means.
+        seed: Seed of the first centres, in [0, 2^31); the same seed gives the same clusters.
 
     Raises:
         ImportError: If faiss is missing.
-        ValueError: If the embeddings are empty or no finite matrix, or ``k`` is out of its range.
+        ValueError: If the embeddings are empty or no finite matrix, or another argument is out of its range.
+
+    Example:
+        >>> index = cluster_concepts(np.array([[0.0], [0.1], [9.0], [9.1]]), 2)
+        >>> index[0] == index[1], index[0] == index[2]
+        (array([ True]), array([False]))
     """
     try:
         import faiss
@@ -34,10 +39,9 @@ def cluster_concepts(embeddings: Any, k: int, iterations: int = 20, seed: int = 
     points = np.ascontiguousarray(embeddings, dtype=np.float32)
     if points.ndim != 2 or not points.size or not np.isfinite(points).all():
         raise ValueError(f"Argument `embeddings` must be a matrix of finite numbers, but got shape {points.shape}.")
-    for name, value, least in (("k", k, 1), ("iterations", iterations, 1), ("seed", seed, 0)):
-        check_integer(name, value, least)
-    if k > len(points):
-        raise ValueError(f"Argument `k` must be in [1, {len(points)}], the number of samples, but got {k!r}.")
+    check_integer("k", k, 1, len(points) + 1)
+    check_integer("iterations", iterations, 1)
+    check_integer("seed", seed, 0, 2**31)
     kmeans = faiss.Kmeans(points.shape[1], k, niter=iterations, seed=seed, nredo=3, min_points_per_centroid=1)
     kmeans.train(points)
     return ConceptIndex.from_labels(kmeans.index.search(points, 1)[1][:, 0], range(k))

@@ -1,4 +1,4 @@
-"""Which concepts every sample of a data set carries, in compressed rows that may lie on disk."""
+"""Index of the concepts of every sample of a data set, in compressed rows that may lie on disk."""
 
 import json
 import math
@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+
+from curation.files import replacing
 
 _CHUNK = 2**24  # concepts counted at a time, so that a memory-mapped index is read in pieces
 
@@ -24,10 +26,15 @@ class ConceptIndex:
     Args:
         offsets: int64 ``[N + 1]``.
         ids: int32 ``[offsets[N]]``, in ``[0, len(names))``.
-        names: Of the concepts, ``[V]``.
+        names: Names of the concepts, ``[V]``.
 
     Raises:
         ValueError: If the parts do not fit together.
+
+    Example:
+        >>> index = ConceptIndex([0, 2, 3], [0, 1, 1], ["cat", "dog"])
+        >>> len(index), index[0].tolist(), index.frequencies.tolist()
+        (2, [0, 1], [1, 2])
     """
 
     def __init__(self, offsets: np.ndarray, ids: np.ndarray, names: Sequence[Hashable]) -> None:
@@ -71,7 +78,7 @@ class ConceptIndex:
 
     @classmethod
     def _of(cls, offsets: np.ndarray, ids: np.ndarray, names: Sequence[Hashable]) -> "ConceptIndex":
-        """Of parts that are known to fit: checking reads them all."""
+        """An index of parts that are known to fit; checking would read them all."""
         return cls.__new__(cls)._set(offsets, ids, names)
 
     def __len__(self) -> int:
@@ -97,10 +104,13 @@ class ConceptIndex:
         return counts
 
     def take(self, samples: np.ndarray) -> "ConceptIndex":
-        """The index of some samples, int64 ``[n]``, in that order and with the same concepts.
+        """The index of some samples, in their order and with the same concepts.
+
+        Args:
+            samples: Integers ``[n]`` in [0, N).
 
         Raises:
-            ValueError: If they are no integers in [0, N).
+            ValueError: If the samples are no integers in [0, N).
         """
         samples = np.asarray(samples)
         if samples.dtype.kind not in "iu" or samples.ndim != 1:
@@ -123,7 +133,7 @@ class ConceptIndex:
         rows[np.arange(rows.shape[1]) < sizes[:, None]] = self.ids
         return rows
 
-    # ------------------------------------------------------------------ where it comes from
+    # ------------------------------------------------------------------ construction
 
     @classmethod
     def from_lists(cls, concepts: Iterable[Iterable[Hashable]]) -> "ConceptIndex":
@@ -141,7 +151,7 @@ class ConceptIndex:
             >>> index.names, index[0].tolist(), index.sizes.tolist()
             (['cat', 'sofa', 'dog'], [0, 1], [2, 1, 0])
         """
-        known: dict[Hashable, int] = {}
+        id_of: dict[Hashable, int] = {}
         ids: list[int] = []
         offsets = [0]
         for i, names in enumerate(concepts):
@@ -150,10 +160,10 @@ class ConceptIndex:
             row = set()
             for name in names.tolist() if hasattr(names, "tolist") else names:  # tensors are hashed by identity
                 _check_name(name, i)
-                row.add(known.setdefault(name, len(known)))
+                row.add(id_of.setdefault(name, len(id_of)))
             ids += sorted(row)
             offsets.append(len(ids))
-        return cls(*_checked(offsets, ids), list(known))
+        return cls(*_check_samples(offsets, ids), list(id_of))
 
     @classmethod
     def from_labels(cls, labels: Any, names: Sequence[Hashable] | None = None) -> "ConceptIndex":
@@ -161,10 +171,15 @@ class ConceptIndex:
 
         Args:
             labels: Integers ``[N]`` in ``[0, V)`` (a tensor, an array, a list), or names.
-            names: Of the classes, ``[V]``; None for the numbers up to the largest label.
+            names: Names of the classes, ``[V]``; None for the numbers up to the largest label.
 
         Raises:
-            ValueError: If there are no samples, a label is no class, or the largest is far above their number.
+            ValueError: If there are no samples, a label is no class, or the largest label is far above the number of
+                samples.
+
+        Example:
+            >>> ConceptIndex.from_labels([1, 0, 1], ["cat", "dog"]).frequencies.tolist()
+            [1, 2]
         """
         array = np.asarray(labels)
         if array.ndim != 1:
@@ -189,22 +204,22 @@ class ConceptIndex:
             )
         if not 0 <= array.min() <= array.max() < count:
             raise ValueError(f"Argument `labels` must be in [0, {count}), but got {array.min()} to {array.max()}.")
-        offsets, ids = _checked(np.arange(len(array) + 1), array)
+        offsets, ids = _check_samples(np.arange(len(array) + 1), array)
         return cls(offsets, ids, range(count) if names is None else names)
 
     @classmethod
     def from_column(cls, dataset: Any, column: str) -> "ConceptIndex":
-        """From a column of a ``datasets.Dataset``: of names, of class labels, or of lists of either.
+        """From a column of a ``datasets.Dataset`` with names, class labels, or lists of either.
 
         Works on Arrow buffers, without a Python object per sample. A null is a sample without concepts.
 
         Args:
-            dataset: The data set.
-            column: Its column.
+            dataset: The data set, one split.
+            column: Name of the column.
 
         Raises:
-            TypeError: If it is no ``datasets.Dataset``, but several splits, say.
-            ValueError: If there is no such column, it is of another type, or a list holds a null.
+            TypeError: If ``dataset`` is no ``datasets.Dataset``, but several splits, say.
+            ValueError: If there is no such column, the column has another type, or a list holds a null.
         """
         if not hasattr(dataset, "select_columns") or not isinstance(dataset.column_names, list):
             raise TypeError(
@@ -237,33 +252,39 @@ class ConceptIndex:
             ids, names = np.asarray(names, np.int32)[ids], list(feature.names)
             if ids.min(initial=0) < 0:
                 raise ValueError(f"Column {column!r} must hold labels in [0, {len(names)}), but has {ids.min()}.")
-        return cls(*_unique_rows(*_checked(np.cumsum(np.concatenate(sizes)), ids)), names)
+        return cls(*_unique_rows(*_check_samples(np.cumsum(np.concatenate(sizes)), ids)), names)
 
     # ------------------------------------------------------------------ on disk
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write an Arrow IPC file with one column ``concepts``, ``large_list<int32>``; names are in its metadata.
 
+        The file is replaced as a whole; an index that was loaded from the old file can be saved to its path.
+
+        Args:
+            path: The file.
+
         Raises:
             TypeError: If a name is neither a string nor a number.
+            OSError: If the file cannot be written.
         """
         rows = pa.LargeListArray.from_arrays(pa.array(self.offsets), pa.array(self.ids))
         plain = [name.item() if isinstance(name, np.generic) else name for name in self.names]
-        other = next((name for name in plain if not isinstance(name, (str, int, float))), None)
-        if other is not None:
-            raise TypeError(f"Only names that are strings or numbers can be saved, but got {other!r}.")
+        unsupported = next((name for name in plain if not isinstance(name, (str, int, float))), None)
+        if unsupported is not None:
+            raise TypeError(f"Only names that are strings or numbers can be saved, but got {unsupported!r}.")
         names = json.dumps(plain)
         schema = pa.schema([("concepts", rows.type)], metadata={"names": names})
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+        with replacing(path) as new, pa.OSFile(str(new), "wb") as file, pa.ipc.new_file(file, schema) as writer:
             writer.write_batch(pa.record_batch([rows], schema=schema))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "ConceptIndex":
-        """Memory-map what :meth:`save` wrote: pages are read as they are asked for.
+        """Memory-map a file of :meth:`save`; its pages are read on demand.
 
         Raises:
             OSError: If there is no such file.
-            ValueError: If it is another file.
+            ValueError: If the file was not written by :meth:`save`.
         """
         try:
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
@@ -276,7 +297,7 @@ class ConceptIndex:
             raise ValueError(f"{path} was not written by `ConceptIndex.save`.") from error
 
 
-def _checked(offsets: Any, ids: Any) -> tuple[np.ndarray, np.ndarray]:
+def _check_samples(offsets: Any, ids: Any) -> tuple[np.ndarray, np.ndarray]:
     if len(offsets) < 2:
         raise ValueError("There are no samples.")
     return np.asarray(offsets, np.int64), np.asarray(ids, np.int32)

@@ -1,25 +1,33 @@
-"""What samplers share that choose a batch of all processes together."""
+"""Base class of the samplers that choose the global batch of all processes."""
 
 from typing import Any
 
 import torch
 from torch.utils.data import DistributedSampler
 
+from curation.checks import check_integer
+
 
 class GlobalBatchSampler(DistributedSampler):
-    """A distributed sampler that Lightning leaves alone, of one process in its eyes; a process takes its part itself.
+    """Base class of samplers that choose the global batch, of which each process takes its part.
+
+    It is a ``DistributedSampler`` of one process, so that Lightning does not replace it.
 
     Args:
-        samples: Anything with a length.
-        seed: Of the order.
+        samples: The data set, or anything else with its length.
+        seed: Seed of the order; equal on all ranks.
+
+    Raises:
+        ValueError: If ``seed`` is no integer >= 0.
     """
 
     def __init__(self, samples: Any, seed: int) -> None:
+        check_integer("seed", seed, 0)
         super().__init__(samples, num_replicas=1, rank=0, seed=seed)
 
     @property
     def _place(self) -> tuple[int, int]:
-        """Rank and processes. Asked for late: the process group may come after the sampler."""
+        """Rank and number of processes, looked up late: the process group may be made after the sampler."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
         return 0, 1

@@ -3,12 +3,12 @@
 from collections import deque
 from collections.abc import Iterator
 from functools import cached_property
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from curation.checks import check_integer, check_number, check_seed
 from curation.samplers.global_batch import GlobalBatchSampler
 
 
@@ -28,34 +28,40 @@ class HardBatchSampler(GlobalBatchSampler):
     without a loss yet ranks last.
 
     Args:
-        dataset: Anything with a length.
+        dataset: The data set, or anything else with its length.
         batch_size: Samples of a mini-batch, per process.
         delta: Fraction of the mini-batches in a round, in (0, 1]; 1 is plain training on fixed mini-batches.
-        max_age: A mini-batch that was left out of so many rounds in a row is in the next; None for the paper's rule.
-        seed: Of the cut.
+        max_age: Number of rounds in a row after which a mini-batch that was left out is visited again; None for the
+            paper's rule, which has no such limit.
+        seed: Seed of the cut, in [0, 2^63); equal on all ranks.
 
     Attributes:
         losses: fp32 ``[b]``, the last loss of every mini-batch; NaN before the first.
 
     Raises:
-        ValueError: If ``delta`` is outside (0, 1], ``max_age`` or ``batch_size`` is no integer from 1 on, ``seed`` is
-            none in [0, 2^63), or, when the processes are known, the data set is smaller than a mini-batch.
+        ValueError: If an argument has the wrong type or is out of its range, or, when the processes are known, the
+            data set is smaller than a mini-batch.
+
+    Example:
+        >>> sampler = HardBatchSampler(range(4), batch_size=1, delta=0.5)
+        >>> for _ in sampler:  # the first round
+        ...     sampler.trained(torch.rand(()))
+        >>> len(sampler.hardest())
+        2
     """
 
     def __init__(
         self, dataset: Any, batch_size: int, delta: float = 0.5, max_age: int | None = None, seed: int = 0
     ) -> None:
-        if not (isinstance(delta, Real) and 0 < delta <= 1):
-            raise ValueError(f"Argument `delta` must be in (0, 1], but got {delta!r}.")
-        if not (hasattr(batch_size, "__index__") and 1 <= batch_size <= len(dataset)):
+        check_integer("batch_size", batch_size, 1)
+        check_number("delta", delta, "(0, 1]")
+        check_integer("max_age", max_age, 1, optional=True)
+        check_seed(seed)
+        if batch_size > len(dataset):
             raise ValueError(
-                f"Argument `batch_size` must be in [1, {len(dataset)}], the size of the data set, but got "
+                f"Argument `batch_size` must be at most {len(dataset)}, the size of the data set, but got "
                 f"{batch_size!r}."
             )
-        if max_age is not None and not (hasattr(max_age, "__index__") and max_age >= 1):
-            raise ValueError(f"Argument `max_age` must be >= 1 or None, but got {max_age!r}.")
-        if not (hasattr(seed, "__index__") and 0 <= seed < 2**63):
-            raise ValueError(f"Argument `seed` must be an integer in [0, 2^63), but got {seed!r}.")
         super().__init__(dataset, seed)
         self.batch_size: int = batch_size
         self.delta: float = delta
@@ -64,12 +70,12 @@ class HardBatchSampler(GlobalBatchSampler):
 
     @property
     def count(self) -> int:
-        """Mini-batches, ``b``."""
+        """Number of mini-batches, ``b``."""
         return len(self._cut)
 
     @cached_property
     def _cut(self) -> Tensor:
-        """Indices ``[b, batch_size * processes]``. Asked for late: the process group may come after the sampler."""
+        """Indices ``[b, batch_size * processes]``, made late: the process group may be made after the sampler."""
         samples, size = len(self.dataset), self.batch_size * self._place[1]  # type: ignore[arg-type]
         if size > samples:
             raise ValueError(
@@ -90,14 +96,14 @@ class HardBatchSampler(GlobalBatchSampler):
 
     def reset(self) -> None:
         """Forget every loss; the next round is the first."""
-        for cached in ("_cut", "losses", "_ages"):  # there may be more processes now than when they were asked for
+        for cached in ("_cut", "losses", "_ages"):  # the number of processes may have changed since
             vars(self).pop(cached, None)
         self._warm = True
         self._round: deque[int] = deque()  # mini-batches of the round that are still to be drawn
-        self._drawn: deque[int] = deque()  # drawn, and not trained on yet
+        self._drawn: deque[int] = deque()  # mini-batches that are drawn, and not trained on yet
         self._in_epoch = 0  # steps of this epoch that were trained on
 
-    # ------------------------------------------------------------------ what the loader asks
+    # ------------------------------------------------------------------ called by the loader
 
     def __len__(self) -> int:
         return self.count * self.batch_size
@@ -107,11 +113,11 @@ class HardBatchSampler(GlobalBatchSampler):
 
     def __iter__(self) -> Iterator[int]:
         rank, processes = self._place
-        left = self.count - self._in_epoch
-        drawn = list(self._drawn)[:left]  # by an iteration that was cut off, maybe in another process
+        remaining = self.count - self._in_epoch
+        drawn = list(self._drawn)[:remaining]  # by an iteration that was cut off, maybe in another process
         for batch in drawn:
             yield from self._cut[batch][rank::processes].tolist()
-        for _ in range(left - len(drawn)):
+        for _ in range(remaining - len(drawn)):
             yield from self._cut[self._draw()][rank::processes].tolist()
 
     def _draw(self) -> int:
@@ -134,17 +140,21 @@ class HardBatchSampler(GlobalBatchSampler):
         self._ages = [0 if batch in chosen else age + 1 for batch, age in enumerate(self._ages)]
         return sorted(chosen)
 
-    # ------------------------------------------------------------------ what the callback tells
+    # ------------------------------------------------------------------ called by the callback
 
     def trained(self, loss: Tensor) -> None:
-        """The next mini-batch was trained on, with this mean loss over all processes before its update."""
+        """Record that the next mini-batch was trained on.
+
+        Args:
+            loss: Scalar, the mean loss over all processes before the update.
+        """
         batch = self._drawn.popleft()
         self.losses = self.losses.to(loss.device)
         self.losses[batch] = loss.float()
         self._in_epoch += 1
 
     def end_epoch(self) -> None:
-        """An epoch has ended, maybe before its last mini-batch."""
+        """Record that an epoch has ended, maybe before its last mini-batch."""
         self._in_epoch = 0
 
     def _key(self) -> list[int]:
@@ -166,7 +176,7 @@ class HardBatchSampler(GlobalBatchSampler):
         """Restore :meth:`state_dict`.
 
         Raises:
-            ValueError: If it was cut in another way.
+            ValueError: If the state belongs to another cut.
         """
         self.reset()
         if state["cut"] != self._key():

@@ -1,27 +1,29 @@
-"""A part of a data set, in every process."""
+"""Sampler of a subset of a data set, over any number of processes."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from curation.checks import check_flag
 from curation.samplers.global_batch import GlobalBatchSampler
 
 
 class SubsetSampler(GlobalBatchSampler):
-    """Yields some of the indices of a data set, each process every W-th of them.
+    """Yields some of the indices of a data set, each of ``W`` processes every ``W``-th of them.
 
-    The order depends on ``seed`` and epoch (``set_epoch``) only. So that all of ``W`` processes have equally many,
-    the order is filled up from its beginning, as torch's ``DistributedSampler`` does. Lightning leaves it alone.
+    The order depends on ``seed`` and epoch (``set_epoch``) only. It is filled up from its beginning, as torch's
+    ``DistributedSampler`` does, so that all processes have equally many. Lightning does not replace this sampler.
 
     Args:
-        samples: Anything with a length.
-        indices: Integers ``[n]``, a tensor, an array or a list; None for all.
-        shuffle: Draw an order; otherwise it is that of ``indices``.
-        seed: Of the order.
+        samples: The data set, or anything else with its length.
+        indices: Integers ``[n]`` in [0, N), a tensor, an array or a list; None for all.
+        shuffle: Whether to draw a random order in every epoch; otherwise the order is that of ``indices``.
+        seed: Seed of the order; equal on all ranks.
 
     Raises:
-        ValueError: If ``indices`` is empty, has one twice or one that is of no sample, or ``seed`` is negative.
+        ValueError: If ``indices`` is empty, has an index twice or one outside [0, N), or another argument has the
+            wrong type or is out of its range.
 
     Example:
         >>> list(SubsetSampler("abcdef", [1, 3, 5], shuffle=False))
@@ -29,31 +31,29 @@ class SubsetSampler(GlobalBatchSampler):
     """
 
     def __init__(self, samples: Any, indices: Any = None, shuffle: bool = True, seed: int = 0) -> None:
-        if not (hasattr(seed, "__index__") and seed >= 0):
-            raise ValueError(f"Argument `seed` must be an integer >= 0, but got {seed!r}.")
         super().__init__(samples, seed)
-        self.shuffle = shuffle
+        self.shuffle = check_flag("shuffle", shuffle)
         self.indices = indices
 
     @property
     def indices(self) -> np.ndarray:
-        """What is yielded, in no order: int64 ``[n]``."""
+        """The indices that are yielded, in the order in which they were given: int64 ``[n]``."""
         return self._indices
 
     @indices.setter
     def indices(self, indices: Any) -> None:
         size = len(self.dataset)  # type: ignore[arg-type]
-        found = np.arange(size) if indices is None else np.asarray(indices)
-        if found.ndim != 1 or found.dtype.kind not in "iu" or not len(found):
+        array = np.arange(size) if indices is None else np.asarray(indices)
+        if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
             raise ValueError(
                 "Argument `indices` must hold integers in one dimension, at least one, but got "
-                f"{found.dtype} {list(found.shape)}."
+                f"{array.dtype} {list(array.shape)}."
             )
-        if not 0 <= found.min() <= found.max() < size:
-            raise ValueError(f"Argument `indices` must be in [0, {size}), but got {found.min()} to {found.max()}.")
-        if len(np.unique(found)) < len(found):
+        if not 0 <= array.min() <= array.max() < size:
+            raise ValueError(f"Argument `indices` must be in [0, {size}), but got {array.min()} to {array.max()}.")
+        if len(np.unique(array)) < len(array):
             raise ValueError("Argument `indices` must have each index once, but has one several times.")
-        self._indices = found.astype(np.int64)
+        self._indices = array.astype(np.int64)
 
     def __len__(self) -> int:
         return -(-len(self._indices) // self._place[1])

@@ -175,7 +175,7 @@ def test_memory_is_that_of_one_micro_batch():
 
 @pytest.mark.parametrize("size", [0, -3])
 def test_a_bad_size_is_named(size):
-    with pytest.raises(ValueError, match=f"Argument `size` must be >= 1, but got {size}"):
+    with pytest.raises(ValueError, match=f"Argument `size` must be an integer >= 1, but got {size}"):
         micro_batched(nn.Identity(), torch.zeros(3, 2), size)
 
 

@@ -218,11 +218,11 @@ def test_an_objective_of_ones_own():
         ({"targets": "even"}, "`targets` must be .* but got 'even'"),
         ({"targets": {"x": 1.0}}, "`targets` must name concepts of the index, but got 'x'"),
         ({"targets": {"1": -2.0}}, "`targets` must have finite weights >= 0, but got -2.0 for '1'"),
-        ({"visit_penalty": -1.0}, "`visit_penalty` must be finite and >= 0, but got -1.0"),
-        ({"visit_penalty": float("nan")}, "`visit_penalty` must be finite and >= 0, but got nan"),
+        ({"visit_penalty": -1.0}, r"`visit_penalty` must be in \[0, inf\), but got -1.0"),
+        ({"visit_penalty": float("nan")}, r"`visit_penalty` must be in \[0, inf\), but got nan"),
         ({"seed": -1}, "`seed` must be an integer >= 0, but got -1"),
         ({"concepts": ConceptIndex.from_lists([[]] * 400)}, "`concepts` must have a sample with a concept"),
-        ({"visit_penalty": "0.3"}, "`visit_penalty` must be finite and >= 0, but got '0.3'"),
+        ({"visit_penalty": "0.3"}, r"`visit_penalty` must be in \[0, inf\), but got '0.3'"),
     ],
 )
 def test_a_bad_argument_is_named_with_its_value(changes, message):

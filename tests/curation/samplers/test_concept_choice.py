@@ -154,9 +154,9 @@ def test_a_bad_target_is_named(targets, message):
 
 
 def test_other_bad_arguments_are_named():
-    with pytest.raises(ValueError, match=r"Argument `k` must be in \[0, 1\], .* but got 2"):
+    with pytest.raises(ValueError, match=r"Argument `k` must be an integer in \[0, 2\), but got 2"):
         choose_diverse(index([{0}], 1), 2, np.ones(1))
-    with pytest.raises(ValueError, match=r"Argument `k` must be in \[0, 1\], .* but got 1.0"):
+    with pytest.raises(ValueError, match=r"Argument `k` must be an integer in \[0, 2\), but got 1.0"):
         choose_diverse(index([{0}], 1), 1.0, np.ones(1))
     with pytest.raises(ValueError, match="Argument `targets` must be 'uniform', 'proportional' or a mapping"):
         target_counts(index([{0}], 1), np.ones(1), 1)
