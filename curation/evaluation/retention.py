@@ -1,10 +1,12 @@
-"""What a subset is worth: the accuracy that a probe keeps when it is trained on it. Needs scikit-learn."""
+"""Retention: the accuracy that a probe keeps when it is trained on a subset. Needs scikit-learn."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from curation.checks import check_integer
 
 Part = tuple[np.ndarray, np.ndarray]  # features [N, D], labels [N]
 
@@ -14,10 +16,16 @@ class Retention:
     """Accuracies of probes, one per seed, that were trained on a selection and on as many random samples.
 
     Attributes:
-        full: Trained on all samples.
-        selected: Trained on the selection.
-        random: Trained on random samples, as many, stratified by class; a new draw for every seed.
-        reduction: Share of the samples that were left out.
+        full: Accuracy after training on all samples.
+        selected: Accuracies ``[R]`` after training on the selection.
+        random: Accuracies ``[R]`` after training on as many random samples, stratified by class; a new draw for every
+            seed.
+        reduction: Fraction of the samples that was left out.
+
+    Example:
+        >>> result = Retention(full=0.8, selected=(0.6, 0.6), random=(0.4, 0.4), reduction=0.5)
+        >>> result.of_selected.round(2).tolist(), round(result.effectiveness, 2)
+        ([0.75, 0.75], 0.3)
     """
 
     full: float
@@ -32,7 +40,7 @@ class Retention:
 
     @property
     def of_random(self) -> np.ndarray:
-        """The same of random samples: fp64 ``[R]``."""
+        """``A_random / A_full``: fp64 ``[R]``."""
         return np.array(self.random) / self.full
 
     @property
@@ -42,7 +50,7 @@ class Retention:
 
 
 def random_forest(seed: int) -> Any:
-    """The usual probe: scikit-learn's random forest, on all cores."""
+    """The default probe: scikit-learn's random forest, on all cores."""
     from sklearn.ensemble import RandomForestClassifier
 
     return RandomForestClassifier(random_state=seed, n_jobs=-1)
@@ -57,24 +65,25 @@ def retention(
     seed: int = 0,
     track: Callable[[list[tuple[Any, int]]], Iterable[tuple[Any, int]]] = iter,
 ) -> Retention:
-    """Train probes once on all samples, and on a selection and as many stratified random ones; measure on other data.
+    """Measure the accuracy of probes trained on all samples, on a selection, and on as many random samples.
 
-    The two probes of a repeat have the same seed. Costs a fit on all samples and ``2 R`` on the selection's size.
+    The random samples are stratified by class. The two probes of a repeat have the same seed. Costs one fit on all
+    samples and ``2 R`` fits on the size of the selection.
 
     Args:
-        train: Features ``[N, D]`` and labels ``[N]`` that the selection is of.
-        test: Features and labels that accuracy is measured on.
+        train: Features ``[N, D]`` and labels ``[N]`` from which the selection was made.
+        test: Features and labels on which accuracy is measured.
         indices: int64 ``[m]``, the selection, without repetition.
-        probe: Makes a scikit-learn classifier from a seed.
-        repeats: ``R``, with the seeds ``seed`` to ``seed + R - 1``.
-        seed: The first one, and that of the probe on all samples.
-        track: Goes through the ``2 R + 1`` fits, and may show that.
+        probe: Function from a seed to a scikit-learn classifier.
+        repeats: Number of repeats ``R``, with the seeds ``seed`` to ``seed + R - 1``.
+        seed: Seed of the first repeat, and of the probe on all samples.
+        track: Iterates over the ``2 R + 1`` fits, and may show the progress.
 
     Raises:
-        ValueError: If ``indices`` are no selection of the samples, or ``repeats`` is below 1.
+        ValueError: If ``indices`` are no selection of the samples, or ``repeats`` or ``seed`` is out of its range.
     """
-    if repeats < 1:
-        raise ValueError(f"Argument `repeats` must be >= 1, but got {repeats!r}.")
+    check_integer("repeats", repeats, 1)
+    check_integer("seed", seed, 0, 2**32)
     x, y = train
     indices = np.asarray(indices)
     if not len(indices) or len(np.unique(indices)) < len(indices) or indices.min() < 0 or indices.max() >= len(y):
@@ -84,12 +93,12 @@ def retention(
 
     from curation.instances import StratifiedRandomSelector
 
-    def accuracy(rows: Any, at: int) -> float:
-        return float(probe(at).fit(x[rows], y[rows]).score(*test))
+    def accuracy(rows: Any, probe_seed: int) -> float:
+        return float(probe(probe_seed).fit(x[rows], y[rows]).score(*test))
 
     fits: list[tuple[Any, int]] = [(slice(None), seed)]
-    for at in range(seed, seed + repeats):
-        chance = StratifiedRandomSelector(len(indices) / len(y), random_state=at).fit(np.zeros((len(y), 1)), y)
-        fits += [(indices, at), (chance.sample_indices_, at)]
-    full, *others = [accuracy(rows, at) for rows, at in track(fits)]
-    return Retention(full, tuple(others[::2]), tuple(others[1::2]), 1 - len(indices) / len(y))
+    for s in range(seed, seed + repeats):
+        chance = StratifiedRandomSelector(len(indices) / len(y), random_state=s).fit(np.zeros((len(y), 1)), y)
+        fits += [(indices, s), (chance.sample_indices_, s)]
+    full, *repeated = [accuracy(rows, s) for rows, s in track(fits)]
+    return Retention(full, tuple(repeated[::2]), tuple(repeated[1::2]), 1 - len(indices) / len(y))

@@ -1,4 +1,4 @@
-"""The statistics of a comparison between training methods. Needs SciPy, of the ``[recipes]`` extra."""
+"""Statistics of comparisons between training methods. Needs SciPy, from the ``[recipes]`` extra."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,13 +6,15 @@ from typing import Literal
 
 import numpy as np
 
+from curation.checks import check_choice, check_number
+
 
 def paired_interval(differences: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
     """Mean of paired differences with its Student t interval: mean, lower end, upper end.
 
     Args:
         differences: One per seed, a method's result minus the baseline's with the same seed; at least two.
-        confidence: Of the interval, in (0, 1).
+        confidence: Confidence level of the interval, in (0, 1).
 
     Raises:
         ValueError: If there are fewer than two differences, one is not finite, or ``confidence`` is outside (0, 1).
@@ -23,8 +25,7 @@ def paired_interval(differences: Sequence[float], confidence: float = 0.95) -> t
     """
     from scipy import stats
 
-    if not 0 < confidence < 1:
-        raise ValueError(f"Argument `confidence` must be in (0, 1), but got {confidence!r}.")
+    check_number("confidence", confidence, "(0, 1)")
     if len(differences) < 2 or not np.isfinite(differences).all():
         raise ValueError(f"Argument `differences` must be at least two finite numbers, but got {differences!r}.")
     mean = float(np.mean(differences))
@@ -38,20 +39,20 @@ def time_to_target(
     """Time of the first evaluation that reaches the target; infinite if none does (arXiv 2306.07179, section 4).
 
     Args:
-        times: Of the evaluations, rising; any unit.
-        values: The metric at each; NaN reaches no target.
-        target: To reach or surpass.
-        mode: Whether smaller or larger is better.
+        times: Times of the evaluations, rising; any unit.
+        values: Values of the metric at these times; NaN reaches no target.
+        target: Value to reach or surpass.
+        mode: ``"min"`` if smaller values are better, ``"max"`` if larger values are.
 
     Raises:
-        ValueError: If ``mode`` is neither, or there is not one value for every time.
+        ValueError: If ``mode`` or ``target`` is something else, or there is not one value for every time.
 
     Example:
         >>> time_to_target([1, 2, 3], [0.9, 0.5, 0.4], 0.5, "min"), time_to_target([1, 2], [0.1, 0.2], 0.5, "max")
         (2.0, inf)
     """
-    if mode not in ("min", "max"):
-        raise ValueError(f"Argument `mode` must be 'min' or 'max', but got {mode!r}.")
+    check_choice("mode", mode, ("min", "max"))
+    check_number("target", target, "[-inf, inf]")
     if len(times) != len(values):
         raise ValueError(f"Argument `values` must be one for each of {len(times)} times, but got {len(values)}.")
     for time, value in zip(times, values, strict=True):
@@ -61,16 +62,16 @@ def time_to_target(
 
 
 def performance_profile(times: Mapping[str, Mapping[str, float]], ratios: Sequence[float]) -> dict[str, list[float]]:
-    """Share of the workloads that a method solves within a multiple of the fastest one's time.
+    """Fraction of the workloads that a method solves within a multiple of the fastest method's time.
 
     Dolan and More's profile, as in arXiv 2306.07179, section 4.
 
     Args:
-        times: Workload, then method, then its time to the target, infinite for a miss; the same methods everywhere.
+        times: Time to the target by workload and method, infinite for a miss; every workload has the same methods.
         ratios: Multiples of the fastest time, each >= 1.
 
     Returns:
-        For each method one share per ratio, in [0, 1]. A workload that nobody solves counts for nobody.
+        For each method one fraction per ratio, in [0, 1]. A workload that no method solves counts for none.
 
     Raises:
         ValueError: If there is no workload, the methods differ, or a ratio is below 1.

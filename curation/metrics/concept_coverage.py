@@ -1,4 +1,4 @@
-"""How the concepts of what was trained on are spread."""
+"""Coverage and balance of the concepts that a model was trained on."""
 
 import itertools
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from curation.samplers.concept_choice import check_integer
+from curation.checks import check_integer
 
 
 class ConceptCoverage(Metric):
@@ -21,12 +21,13 @@ class ConceptCoverage(Metric):
     - ``target_distance``: ``sum |p - q| / 2`` in [0, 1], the total variation distance to the target ``q``.
 
     Args:
-        num_concepts: ``V``.
-        targets: Weights of the target, floating ``[V]``; None for equal ones.
-        kwargs: Of :class:`torchmetrics.Metric`.
+        num_concepts: Number of concepts, ``V``.
+        targets: Weights of the target, floating ``[V]``; None for equal weights.
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: If ``num_concepts`` is below 1, or ``targets`` has another length, a number below 0 or no other.
+        ValueError: If ``num_concepts`` is not an integer >= 1, or ``targets`` has another length, a negative weight
+            or no positive one.
 
     Example:
         >>> metric = ConceptCoverage(4)
@@ -60,21 +61,21 @@ class ConceptCoverage(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """The three values, fp32 scalars; NaN entropy and distance where nothing was seen."""
-        shares = self.counts / self.counts.sum()
-        entropy = torch.special.entr(shares).sum() / torch.log(shares.new_tensor(max(self.num_concepts, 2)))
+        fractions = self.counts / self.counts.sum()
+        entropy = torch.special.entr(fractions).sum() / torch.log(fractions.new_tensor(max(self.num_concepts, 2)))
         return {
             "coverage": self.counts.gt(0).float().mean(),
             "entropy": entropy,
-            "target_distance": (shares - self.targets).abs().sum() / 2,
+            "target_distance": (fractions - self.targets).abs().sum() / 2,
         }
 
 
 def plot_concepts(corpus: Any, trained: Any, targets: Any) -> Any:
-    """Shares of the concepts, from the most to the least frequent: of the corpus, of what was trained on, and wanted.
+    """Plot the fractions of the concepts in the corpus, in training and in the target, by frequency in the corpus.
 
     Args:
-        corpus: Samples with each concept, ``[V]``.
-        trained: The same of what was trained on, ``[V]``.
+        corpus: Number of samples of the corpus with each concept, ``[V]``.
+        trained: Number of samples trained on with each concept, ``[V]``.
         targets: Weights of the target, ``[V]``.
 
     Returns:
@@ -88,17 +89,17 @@ def plot_concepts(corpus: Any, trained: Any, targets: Any) -> Any:
     except ImportError as error:
         raise ImportError("A picture needs matplotlib: `pip install 'lightning-curation[recipes]'`.") from error
     order = np.argsort(-np.asarray(corpus), kind="stable")
-    shares = {name: np.asarray(counts, float)[order] / max(np.sum(counts), 1e-12)
+    fractions = {name: np.asarray(counts, float)[order] / max(np.sum(counts), 1e-12)
               for name, counts in (("corpus", corpus), ("trained on", trained), ("wanted", targets))}  # fmt: skip
     edges = np.unique(np.geomspace(1, len(order) + 1, 40).astype(int)) - 1  # each point is a mean over such ranks
     thirds = (0, -(-len(order) // 10), -(-len(order) // 2), len(order))
     figure = Figure(figsize=(11, 4), layout="constrained")
     lines, bars = figure.subplots(1, 2, width_ratios=(3, 2))
-    for i, (name, share) in enumerate(shares.items()):
+    for i, (name, fraction) in enumerate(fractions.items()):
         style = {"color": ("0.45", "C0", "C1")[i], "label": name, "linestyle": ("-", "-", "--")[i]}
-        means = np.add.reduceat(share, edges[:-1]) / np.diff(edges)
+        means = np.add.reduceat(fraction, edges[:-1]) / np.diff(edges)
         lines.plot((edges[:-1] + edges[1:] + 1) / 2, np.where(means > 0, means, np.nan), marker=".", **style)
-        heights = [share[a:b].sum() for a, b in itertools.pairwise(thirds)]
+        heights = [fraction[a:b].sum() for a, b in itertools.pairwise(thirds)]
         bars.bar(np.arange(3) + 0.27 * (i - 1), heights, 0.25, color=style["color"], label=name)
     lines.set(xscale="log", yscale="log", xlabel="rank of the concept in the corpus", ylabel="share of occurrences")
     lines.legend(frameon=False)

@@ -1,23 +1,32 @@
-"""Whether selection pays: is a step that scores many rows and trains on few shorter than one that trains on all?"""
+"""Break-even: whether a step that scores many rows and trains on few is shorter than a step that trains on all."""
 
 from statistics import median
 from typing import Any
 
-PAIRS = 4  # of steps that are compared; the first is warming up
-AGAIN_AFTER = 500  # steps
-PAYS = 1.05  # less cannot be told from noise in so few steps
+from curation.checks import check_number
+
+PAIRS = 4  # pairs of steps in a comparison; the first is a warm-up
+AGAIN_AFTER = 500  # steps until the next comparison
+PAYS = 1.05  # the least speedup that pays; in so few steps a smaller one is noise
 
 
 class BreakEven:
-    """Measures steps that select beside steps that train on every candidate, and says which the next should be.
+    """Times steps that select and steps that train on every candidate, and decides which the next step is.
 
     With a forward pass of cost 1 and a backward pass of cost b, selection pays where ``1 + (1 + b) keep < 1 + b``.
-    Here both sides are measured whole, so that data loading, the optimizer and the price of few rows are in them.
+    Here whole steps are measured, so that they include data loading, the optimizer and the overhead of few rows.
     Four pairs of steps are compared at first, and again after every 500 steps.
 
     Attributes:
-        predicted_speedup: Seconds of a full step over those of a selecting one, medians of the last comparison; None
-            before the first.
+        predicted_speedup: Seconds of a full step over seconds of a selecting step, medians of the last comparison;
+            None before the first.
+
+    Example:
+        >>> pays = BreakEven()
+        >>> while pays.compares:
+        ...     _ = pays.add(1.0 if pays.selects else 3.0)
+        >>> pays.predicted_speedup, pays.selects
+        (3.0, True)
     """
 
     def __init__(self) -> None:
@@ -25,13 +34,13 @@ class BreakEven:
         self._full: list[float] = []
         self._selecting: list[float] = []
         self._steps = 0  # since the comparison began
-        self._full_seconds = 0.0  # of one full step, by the last comparison
-        self._seconds_if_full = 0.0  # of the steps since the first comparison, had they been full
-        self._seconds = 0.0  # of those steps
+        self._full_seconds = 0.0  # seconds of one full step in the last comparison
+        self._seconds_if_full = 0.0  # estimate for the steps since the first comparison
+        self._seconds = 0.0  # measured seconds of these steps
 
     @property
     def compares(self) -> bool:
-        """Whether the next step is measured for a comparison; its clock must then wait for the device."""
+        """Whether the next step is part of a comparison; its timer must then wait for the device."""
         return self._steps < 2 * PAIRS
 
     @property
@@ -43,15 +52,22 @@ class BreakEven:
 
     @property
     def realised_speedup(self) -> float | None:
-        """How many times faster than full steps those since the first comparison were; None before."""
+        """Speedup of the steps since the first comparison over full steps; None before the first comparison."""
         return self._seconds_if_full / self._seconds if self._seconds > 0 else None
 
     def add(self, seconds: float) -> bool:
-        """Enter how long the step took that :attr:`selects` was asked for.
+        """Add the duration of the step that :attr:`selects` decided.
+
+        Args:
+            seconds: Duration of the step in seconds, finite and >= 0.
 
         Returns:
             Whether a comparison is complete; processes must then agree on :attr:`predicted_speedup`.
+
+        Raises:
+            ValueError: If ``seconds`` is negative or not finite.
         """
+        check_number("seconds", seconds, "[0, inf)")
         if self.predicted_speedup is not None:
             self._seconds += seconds
             self._seconds_if_full += self._full_seconds
@@ -67,7 +83,7 @@ class BreakEven:
         return False
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers and lists of numbers."""
+        """The state, of numbers and lists of numbers."""
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""Which candidates a rule of hard-sample training draws, and with what weights.
+"""The draws of hard-sample training, and the weights that correct their bias.
 
-Every draw takes its random numbers as an argument, ``uniform``: floating ``[B]`` in [0, 1), independent. A score that
-is not finite is drawn last. Nothing here synchronises with the host.
+Every draw takes its random numbers as the argument ``uniform``. A candidate whose score is not finite is drawn last.
+No function synchronises with the host.
 """
 
 import math
@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from curation.checks import check_number
 from curation.online.top import largest
 
 
@@ -18,21 +19,20 @@ def rank_log_weights(scores: Tensor, pressure: float) -> Tensor:
     The hardest sample weighs ``pressure^((B - 1) / B)`` times as much as the easiest.
 
     Args:
-        scores: ``[B]``; the highest has rank 0, equal ones are ranked in batch order.
-        pressure: At least 1, where all weigh the same.
+        scores: Floating ``[B]``; the highest has rank 0, equal scores are ranked in batch order.
+        pressure: Selection pressure, in [1, inf); with 1 all weights are equal.
 
     Returns:
         fp32 ``[B]``; -inf where the score is not finite.
 
     Raises:
-        ValueError: If ``pressure`` is below 1 or infinite.
+        ValueError: If ``pressure`` is outside [1, inf).
 
     Example:
         >>> rank_log_weights(torch.tensor([0.1, 3.0]), 100.0).exp()
         tensor([0.1000, 1.0000])
     """
-    if not 1 <= pressure < math.inf:
-        raise ValueError(f"Argument `pressure` must be finite and >= 1, but got {pressure!r}.")
+    check_number("pressure", pressure, "[1, inf)")
     finite = scores.isfinite()
     ranks = scores.masked_fill(~finite, -torch.inf).argsort(descending=True, stable=True).argsort()
     log_weights = ranks.float() * (-math.log(pressure) / len(scores))
@@ -43,22 +43,21 @@ def cdf_power(scores: Tensor, pool: Tensor, beta: float) -> Tensor:
     """Selective backpropagation's probability of a sample, ``P(pool <= score)^beta`` (arXiv 1910.00762, sec. 3).
 
     Args:
-        scores: ``[B]``.
-        pool: ``[N]``, the scores compared with; those not finite are left out.
-        beta: At least 0, where all are equally probable.
+        scores: Floating ``[B]``.
+        pool: Floating ``[N]``, the scores to compare with; scores that are not finite are left out.
+        beta: Exponent, in [0, inf); with 0 all probabilities are equal.
 
     Returns:
         fp64 ``[B]`` in (0, 1]; 0 where the score is not finite.
 
     Raises:
-        ValueError: If ``beta`` is negative or infinite.
+        ValueError: If ``beta`` is outside [0, inf).
 
     Example:
         >>> cdf_power(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0, 2.0, 2.0]), 1.0)
         tensor([0.5000, 1.0000], dtype=torch.float64)
     """
-    if not 0 <= beta < math.inf:
-        raise ValueError(f"Argument `beta` must be finite and >= 0, but got {beta!r}.")
+    check_number("beta", beta, "[0, inf)")
     finite = pool.isfinite()
     ordered = pool.masked_fill(~finite, torch.inf).sort().values
     below = torch.searchsorted(ordered, scores.to(ordered.dtype).contiguous(), right=True)
@@ -71,8 +70,20 @@ def successive_sample(log_weights: Tensor, k: int, uniform: Tensor) -> Tensor:
 
     By the Gumbel-max trick: the ``k`` largest of ``log w + Gumbel noise`` (Efraimidis and Spirakis 2006).
 
+    Args:
+        log_weights: Floating ``[B]``, logarithms of the weights.
+        k: Number of rows to draw, >= 0; all where ``B <= k``.
+        uniform: Floating ``[B]``, independent and uniform in [0, 1).
+
     Returns:
         int64 ``[min(k, B)]``, ascending.
+
+    Raises:
+        ValueError: If ``k`` is not an integer >= 0.
+
+    Example:
+        >>> successive_sample(torch.tensor([0.0, -torch.inf, 0.0]), 2, torch.rand(3))
+        tensor([0, 2])
     """
     gumbel = -(-(uniform.double().clamp(min=1e-300).log())).log()
     return largest(log_weights + gumbel, k)
@@ -81,11 +92,23 @@ def successive_sample(log_weights: Tensor, k: int, uniform: Tensor) -> Tensor:
 def pareto_sample(probabilities: Tensor, k: int, uniform: Tensor) -> Tensor:
     """Draw exactly ``k`` rows, each with about its own probability where these sum to ``k``.
 
-    Pareto sampling (Rosen 1997): the ``k`` largest ratios of the odds of ``p`` to the odds of ``uniform``. Where they
-    do not sum to ``k``, all odds are in effect multiplied by the factor that makes them.
+    Pareto sampling (Rosen 1997): the ``k`` largest ratios of the odds of ``p`` to the odds of ``uniform``. Where the
+    probabilities do not sum to ``k``, all odds are in effect multiplied by the factor that makes them.
+
+    Args:
+        probabilities: Floating ``[B]`` in [0, 1].
+        k: Number of rows to draw, >= 0; all where ``B <= k``.
+        uniform: Floating ``[B]``, independent and uniform in [0, 1).
 
     Returns:
         int64 ``[min(k, B)]``, ascending.
+
+    Raises:
+        ValueError: If ``k`` is not an integer >= 0.
+
+    Example:
+        >>> pareto_sample(torch.tensor([1.0, 0.0, 1.0]), 2, torch.rand(3))
+        tensor([0, 2])
     """
     p, u = probabilities.double().clamp(max=1 - 1e-12), uniform.double().clamp(min=1e-300)  # certain rows tie
     return largest(torch.logit(p) - torch.logit(u), k)
@@ -100,12 +123,19 @@ def priority_sample(scores: Tensor, k: int, uniform: Tensor) -> tuple[Tensor, Te
     ``1 / (B p)`` would not.
 
     Args:
-        scores: ``[B]``, at least 0.
-        k: Rows to draw; all where ``B <= k``, with weights 1.
-        uniform: ``[B]``.
+        scores: Floating ``[B]``, at least 0.
+        k: Number of rows to draw, >= 0; all where ``B <= k``, with weights 1.
+        uniform: Floating ``[B]``, independent and uniform in [0, 1).
 
     Returns:
         int64 ``[min(k, B)]``, ascending, and their weights, fp32.
+
+    Raises:
+        ValueError: If ``k`` is not an integer >= 0.
+
+    Example:
+        >>> priority_sample(torch.tensor([5.0, 0.0]), 1, torch.tensor([0.5, 0.5]))
+        (tensor([0]), tensor([0.5000]))
     """
     size = len(scores)
     w = scores.double().masked_fill(~scores.isfinite(), 0)
@@ -126,10 +156,14 @@ def variance_reduction(scores: Tensor) -> Tensor:
     (arXiv 1803.00942, sec. 3.3).
 
     Args:
-        scores: ``[B]``, bounds of the gradient norms, at least 0.
+        scores: Floating ``[B]``, bounds of the gradient norms, at least 0.
 
     Returns:
         fp32 scalar, at least 1; 1 where all scores are equal.
+
+    Example:
+        >>> variance_reduction(torch.tensor([1.0, 0.0, 0.0, 0.0]))  # a uniform batch has to be 4 times as large
+        tensor(2.)
     """
     w = scores.double().masked_fill(~scores.isfinite(), 0)
     g = w / w.sum().clamp(min=1e-300)

@@ -27,8 +27,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 def _scored(name: str, outputs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     if outputs.dim() != 3 or len(outputs) == 0 or not outputs.is_floating_point():
-        found = f"{outputs.dtype} {list(outputs.shape)}"
-        raise ValueError(f"Argument `{name}` must be floating [B, T, D] with B >= 1, but got {found}.")
+        kind = f"{outputs.dtype} {list(outputs.shape)}"
+        raise ValueError(f"Argument `{name}` must be floating [B, T, D] with B >= 1, but got {kind}.")
     if mask is None:
         counts = torch.full((outputs.size(0),), outputs.size(1), device=outputs.device)
         return outputs, counts
@@ -84,8 +84,8 @@ def sum_of_singular_values(matrices: Tensor) -> Tensor:
     x = m / torch.linalg.matrix_norm(m, keepdim=True).clamp(min=torch.finfo(m.dtype).tiny)
     low = 1e-5
     while low < 1 - 1e-6:
-        near = max(low, 0.1)
-        r = (3 / (1 + near + near**2)) ** 0.5
+        bound = max(low, 0.1)
+        r = (3 / (1 + bound + bound**2)) ** 0.5
         x = torch.baddbmm(x, x @ x.mT, x, beta=1.5 * r, alpha=-0.5 * r**3)
         low = min(0.5 * r * v * (3 - (r * v) ** 2) for v in (low, 1.0))
     return (x * m).sum((1, 2)) * scale[:, 0, 0]
@@ -138,7 +138,12 @@ def nuclear_norm(logits: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def norm_of_logits(rows: Tensor, counts: Tensor) -> Tensor:
-    """Of logits ``[B, n, V]`` whose first ``counts`` ``[B]`` rows are scored and whose others are 0: ``[B]``."""
+    """Nuclear norms ``[B]`` of logits whose scored rows come first, as from :func:`~curation.scoring.losses.compact`.
+
+    Args:
+        rows: Floating ``[B, n, V]``; rows that are not scored are 0.
+        counts: int64 ``[B]``, numbers of scored rows.
+    """
     dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
     if rows.device.type != "cpu":
         return _norms_by_products(rows, None, dtype)
@@ -184,7 +189,14 @@ def nuclear_norm_from_hidden(hidden: Tensor, head_gram: Tensor, mask: Tensor | N
 
 
 def norm_of_hidden(rows: Tensor, counts: Tensor, head_gram: Tensor, root: Tensor | None = None) -> Tensor:
-    """The same of the head's inputs ``[B, n, d]``; on a GPU by the :func:`root_of` ``head_gram``."""
+    """Nuclear norms ``[B]`` of the logits of hidden states whose scored rows come first.
+
+    Args:
+        rows: Floating ``[B, n, d]``, the head's input; rows that are not scored are 0.
+        counts: int64 ``[B]``, numbers of scored rows.
+        head_gram: fp32 or fp64 ``[d, d]`` from :func:`gram_of_head`.
+        root: fp32 ``[d, d]``, the :func:`root_of` ``head_gram``, which is used on GPUs; None to compute it.
+    """
     if rows.device.type != "cpu":
         root = root_of(head_gram) if root is None else root
         return _norms_by_products(rows, root, torch.float32).to(head_gram.dtype)
@@ -202,8 +214,8 @@ def norm_of_hidden(rows: Tensor, counts: Tensor, head_gram: Tensor, root: Tensor
 def root_of(gram: Tensor) -> Tensor:
     """fp32 ``L`` with ``L L^T`` the Gram matrix, less eigenvalues below 0 by rounding; NaN if it is not finite."""
     finite = gram.isfinite().all()
-    there = gram if gram.device.type != "mps" else gram.cpu()  # which has neither fp64 nor eigenvalues
-    values, vectors = torch.linalg.eigh(torch.nan_to_num(there.double(), nan=0.0, posinf=0.0, neginf=0.0))
+    local = gram if gram.device.type != "mps" else gram.cpu()  # MPS has neither fp64 nor eigenvalues
+    values, vectors = torch.linalg.eigh(torch.nan_to_num(local.double(), nan=0.0, posinf=0.0, neginf=0.0))
     root = (vectors * values.clamp(min=0).sqrt()).float().to(gram.device)
     return torch.where(finite, root, torch.nan)
 
@@ -220,7 +232,7 @@ def gram_of_head(weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype 
     Args:
         weight: ``[V, d]``.
         bias: ``[V]``; the result is then ``[d + 1, d + 1]``, for hidden states with a 1 appended.
-        dtype: Of the products and the result.
+        dtype: Dtype of the products and the result.
 
     Returns:
         ``[d, d]`` or ``[d + 1, d + 1]``.

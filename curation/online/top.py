@@ -3,19 +3,25 @@
 import torch
 from torch import Tensor
 
+from curation.checks import check_integer, check_number
+
 
 def keep_count(keep: float, size: int) -> int:
-    """Rows kept of ``size`` candidates: ``keep * size`` rounded half up, at least one.
+    """Number of rows to keep of a candidate batch: ``keep * size`` rounded half up, at least one.
+
+    Args:
+        keep: Keep ratio, in (0, 1].
+        size: Number of candidates, >= 0.
 
     Raises:
-        ValueError: If ``keep`` is outside (0, 1].
+        ValueError: If an argument has the wrong type or is out of its range.
 
     Example:
         >>> keep_count(0.25, 8), keep_count(0.01, 8), keep_count(1.0, 8)
         (2, 1, 8)
     """
-    if not 0 < keep <= 1:
-        raise ValueError(f"Argument `keep` must be in (0, 1], but got {keep!r}.")
+    check_number("keep", keep, "(0, 1]")
+    check_integer("size", size, 0)
     return max(1, int(keep * size + 0.5))
 
 
@@ -27,13 +33,13 @@ def top_rows(scores: Tensor, k: int) -> Tensor:
 
     Args:
         scores: ``[B]``, any floating dtype.
-        k: Rows to keep; all rows where ``B < k``.
+        k: Number of rows to keep, >= 0; all rows where ``B < k``.
 
     Returns:
         int64 ``[min(k, B)]``, ascending, without a host synchronisation.
 
     Raises:
-        ValueError: If ``k`` is negative.
+        ValueError: If ``k`` is not an integer >= 0.
 
     Example:
         >>> top_rows(torch.tensor([0.1, float("nan"), 3.0, 2.0]), 2)
@@ -43,9 +49,15 @@ def top_rows(scores: Tensor, k: int) -> Tensor:
 
 
 def largest(keys: Tensor, k: int) -> Tensor:
-    """As :func:`top_rows`, but an infinite key ranks by its sign; NaN ranks with minus infinity."""
-    if k < 0:
-        raise ValueError(f"Argument `k` must be >= 0, but got {k!r}.")
+    """Indices of the ``k`` largest keys, in batch order.
+
+    As :func:`top_rows`, but an infinite key ranks by its sign; NaN ranks with minus infinity.
+
+    Example:
+        >>> largest(torch.tensor([0.0, torch.nan, torch.inf]), 1)
+        tensor([2])
+    """
+    check_integer("k", k, 0)
     ranked = keys.masked_fill(keys.isnan(), -torch.inf)
     return ranked.argsort(descending=True, stable=True)[:k].sort().values
 

@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from curation.checks import check_choice, check_number, check_seed
 from curation.online.nuclear_norm import (
     full_precision,
     gram_of_head,
@@ -18,6 +19,7 @@ from curation.online.top import standardize
 from curation.scoring import compact
 
 Normalization = Literal["length", "none", "paper"]
+NORMALIZATIONS = ("length", "none", "paper")
 TOKEN_ROWS, VOCAB_ROWS, CAPACITY = 8, 128, 1024
 
 
@@ -27,8 +29,14 @@ class LengthTrend:
     A sum of singular values lies between ``sqrt(n)`` and ``n`` times a typical row norm. The raw norm ranks samples
     by length, longest first, and the norm per token ranks them by length too, shortest first; ``u / n^g`` does
     neither. ``g`` depends on the model and the data, so it is the least-squares slope of ``log u`` on ``log n`` over
-    the candidate sets seen so far, with a half-life of 69 of them. Each set is centred on its own mean, so that a
-    level that moves during training does not enter.
+    the candidate sets seen so far, with a half-life of 69 sets. Each set is centred on its mean, so that a level
+    that moves during training has no effect.
+
+    Example:
+        >>> trend, counts = LengthTrend(), torch.tensor([1, 4, 9])
+        >>> trend.update(trend.moments_of(counts.float() ** (2 / 3), counts))
+        >>> trend.remove(counts.float() ** (2 / 3), counts).round(decimals=3)
+        tensor([1., 1., 1.])
     """
 
     PRIOR, DECAY = 2 / 3, 0.99
@@ -38,10 +46,10 @@ class LengthTrend:
 
     @staticmethod
     def moments_of(utility: Tensor, counts: Tensor) -> Tensor:
-        """What a candidate set adds: the sums of ``x^2`` and ``x y``, for ``log n`` and ``log u`` less their means.
+        """Sums of ``x^2`` and ``x y`` over a candidate set, with ``x = log n`` and ``y = log u`` less their means.
 
         Args:
-            utility: ``[B]``, nuclear norms; those that are zero or not finite are left out.
+            utility: Floating ``[B]``, nuclear norms; norms that are zero or not finite are left out.
             counts: int64 ``[B]``, scored tokens.
 
         Returns:
@@ -54,7 +62,7 @@ class LengthTrend:
         return torch.stack([x @ x, x @ y])
 
     def update(self, moments: Tensor) -> None:
-        """Add the sum over all ranks of what :meth:`moments_of` gave."""
+        """Add the moments fp32 ``[2]`` of a candidate set from :meth:`moments_of`, summed over all ranks."""
         self.moments = self.DECAY * self.moments.to(moments.device) + moments
 
     def remove(self, utility: Tensor, counts: Tensor) -> Tensor:
@@ -70,15 +78,24 @@ def utility_diversity(
     """Scores ``u + alpha d`` of a candidate set (arXiv 2510.16882).
 
     Args:
-        utility: ``[B]``, nuclear norms, without their trend (:class:`LengthTrend`) for ``"length"``.
-        diversity: ``[B]``, mean distances to the memory.
-        alpha: Weight of the diversity.
+        utility: Floating ``[B]``, nuclear norms, without their trend (:class:`LengthTrend`) for ``"length"``.
+        diversity: Floating ``[B]``, mean distances to the memory.
+        alpha: Weight of the diversity, in [0, inf).
         normalization: ``"paper"`` adds the raw terms; otherwise both are standardised over the candidate set, so
             that one ``alpha`` means the same for every vocabulary and length.
 
     Returns:
         ``[B]`` in the dtype of ``utility``.
+
+    Raises:
+        ValueError: If ``alpha`` or ``normalization`` is something else.
+
+    Example:
+        >>> utility_diversity(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0]), alpha=1.0)
+        tensor([-1.,  1.])
     """
+    check_number("alpha", alpha, "[0, inf)")
+    check_choice("normalization", normalization, NORMALIZATIONS)
     diversity = diversity.to(utility.dtype)
     if normalization == "paper":
         return utility + alpha * diversity
@@ -86,14 +103,17 @@ def utility_diversity(
 
 
 class UtilityDiversityScorer:
-    """Scores of candidate sets, and what they depend on: the head's products, the memory, the trend of lengths.
+    """Scores of candidate sets, with their state: the head's products, the memory, the trend of lengths.
 
     Works in any training loop: :meth:`score` a candidate set, train on the best rows, :meth:`remember` them.
 
     Args:
-        alpha: Weight of the diversity.
+        alpha: Weight of the diversity, in [0, inf).
         normalization: As in :func:`utility_diversity`; ``"paper"`` scores every position.
-        seed: Of the random projections.
+        seed: Seed of the random projections, in [0, 2^63); equal on all ranks.
+
+    Raises:
+        ValueError: If an argument has the wrong type or is out of its range.
 
     Example:
         >>> scorer = UtilityDiversityScorer()
@@ -104,9 +124,10 @@ class UtilityDiversityScorer:
     """
 
     def __init__(self, alpha: float = 1.0, normalization: Normalization = "length", seed: int = 0) -> None:
-        self.alpha = alpha
+        self.alpha: float = check_number("alpha", alpha, "[0, inf)")
+        check_choice("normalization", normalization, NORMALIZATIONS)
         self.normalization = normalization
-        self.seed = seed
+        self.seed: int = check_seed(seed)
         self.memory: SketchMemory | None = None
         self.trend = LengthTrend()
         self.sketches = torch.zeros(0)
@@ -207,16 +228,16 @@ class UtilityDiversityScorer:
             return sketch(rows, tokens, vocabulary)
 
     def _projection_of(self, vocabulary: int) -> Tensor:
-        known = self._vocab_projection
-        if known is None or known.size(1) != vocabulary:
+        projection = self._vocab_projection
+        if projection is None or projection.size(1) != vocabulary:
             if self.normalization == "paper":
-                known = cosine_projection(VOCAB_ROWS, vocabulary, self.seed)
+                projection = cosine_projection(VOCAB_ROWS, vocabulary, self.seed)
             elif vocabulary <= VOCAB_ROWS:
-                known = torch.eye(vocabulary, dtype=torch.float32)
+                projection = torch.eye(vocabulary, dtype=torch.float32)
             else:
-                known = sign_projection(VOCAB_ROWS, vocabulary, self.seed)
-            self._vocab_projection = known
-        return known
+                projection = sign_projection(VOCAB_ROWS, vocabulary, self.seed)
+            self._vocab_projection = projection
+        return projection
 
     def state_dict(self) -> dict[str, Any]:
         """The memory, the trend, and the products of a head that is trained; all else follows from the arguments."""

@@ -2,11 +2,10 @@
 
 A ledger is a folder with one folder per rank, ``rank=0``, ``rank=1``, ..., of files ``00000000.parquet`` and so on.
 Columns: ``step`` (int64, batches trained on before), ``sample_id`` (int64), ``score`` (float32), ``kept`` (int32, how
-often the row was trained on in that step) and ``weight`` (float32, 0 where it was not kept).
+often the row was trained on in that step) and ``weight`` (float32, 0 where the row was not kept).
 ``datasets.load_dataset("parquet", data_files="LEDGER/*/*.parquet")`` reads it too, and so does any Parquet reader.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,27 +17,45 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from curation.checks import check_integer
+from curation.files import replacing
+
 ROWS_PER_FILE = 1 << 18
 COLUMNS = ("step", "sample_id", "score", "kept", "weight")
-_FILES = "*.parquet"
+_FILES = "[!.]*.parquet"  # a name that begins with a dot is a file that a killed process did not finish
 _CLOSED = "closed"
 
 
 class LedgerWriter:
-    """Appends the candidates of one rank.
+    """Appends the candidates of one rank to a ledger.
 
-    Rows are gathered in memory, where they lie, and written a file at a time, each under its name only when it is
-    whole: a killed process loses the rows since the last :meth:`flush` or full file, never a file.
+    Rows are gathered on their device and written a file at a time; a file gets its name only when it is whole
+    (:func:`~curation.files.replacing`). A killed process loses the rows since the last :meth:`flush` or full file,
+    never a file.
 
     Args:
-        path: Of the ledger.
-        rank: Of this process.
-        rows_per_file: Rows that are gathered, 28 bytes each.
+        path: Folder of the ledger.
+        rank: Rank of this process.
+        rows_per_file: Rows in a file, 28 bytes each.
+
+    Raises:
+        ValueError: If ``rank`` or ``rows_per_file`` is out of its range.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> writer = LedgerWriter(folder)
+        >>> ids, kept = torch.tensor([7, 9]), torch.tensor([1, 0])
+        >>> writer.append(0, ids, torch.tensor([2.0, 1.0]), kept, kept.float())
+        >>> writer.close()
+        >>> Ledger(folder).most_kept(1)
+        [(7, 1)]
     """
 
     def __init__(self, path: str | Path, rank: int = 0, rows_per_file: int = ROWS_PER_FILE) -> None:
+        check_integer("rank", rank, 0)
         self.folder = Path(path) / f"rank={rank}"
-        self.rows_per_file = rows_per_file
+        self.rows_per_file: int = check_integer("rows_per_file", rows_per_file, 1)
         self._open: list[tuple[Tensor, ...]] = []
         self._rows = 0
         self._written = 0
@@ -49,30 +66,31 @@ class LedgerWriter:
         return sorted(self.folder.glob(_FILES))
 
     def begin(self) -> None:
-        """From here until :meth:`close` rows may be missing from the files."""
+        """Mark the ledger as open: until :meth:`close`, rows may be missing from the files."""
         self._begun = True
         (self.folder / _CLOSED).unlink(missing_ok=True)
 
     def append(self, step: int, sample_ids: Tensor, scores: Tensor, kept: Tensor, weights: Tensor) -> None:
-        """Enter a candidate batch, without a host synchronisation until a file is full.
+        """Add a candidate batch, without a host synchronisation until a file is full.
 
         Args:
-            step: Batches trained on before.
+            step: Number of batches trained on before.
             sample_ids: int64 ``[B]``.
-            scores: floating ``[B]``.
-            kept: integers ``[B]``.
-            weights: floating ``[B]``.
+            scores: Floating ``[B]``.
+            kept: Integers ``[B]``, how often each row was trained on.
+            weights: Floating ``[B]``.
 
         Raises:
             TypeError: If the ids are not int64.
-            ValueError: If the columns are not of one length.
+            ValueError: If the columns differ in length, or ``step`` is not an integer >= 0.
         """
+        check_integer("step", step, 0)
         if sample_ids.dtype != torch.int64:
             raise TypeError(f"Argument `sample_ids` must be int64, but got {sample_ids.dtype}.")
         columns = {"sample_ids": sample_ids, "scores": scores, "kept": kept, "weights": weights}
         if len({tuple(column.shape) for column in columns.values()}) > 1 or sample_ids.dim() != 1:
-            found = ", ".join(f"`{name}` is {list(column.shape)}" for name, column in columns.items())
-            raise ValueError(f"The columns of a candidate batch must all be [B], but {found}.")
+            shapes = ", ".join(f"`{name}` is {list(column.shape)}" for name, column in columns.items())
+            raise ValueError(f"The columns of a candidate batch must all be [B], but {shapes}.")
         if not self._begun:
             self.begin()
         steps = torch.full_like(sample_ids, step)
@@ -84,7 +102,7 @@ class LedgerWriter:
             self._number += 1
 
     def flush(self) -> None:
-        """Write the rows that are gathered; the file is written again as more come."""
+        """Write the gathered rows; the file is written again when more rows are added."""
         if self._rows == self._written:
             return
         columns = [torch.cat([part.cpu() for part in column]).numpy() for column in zip(*self._open, strict=True)]
@@ -93,15 +111,11 @@ class LedgerWriter:
         self._written = self._rows
 
     def _write(self, file: Path, columns: dict[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        pq.write_table(pa.table(columns), part, compression="zstd")
-        with part.open("rb+") as written:
-            os.fsync(written.fileno())
-        part.replace(file)
+        with replacing(file) as new:
+            pq.write_table(pa.table(columns), new, compression="zstd")
 
     def close(self) -> None:
-        """Write what is left, and that nothing is missing, if anything was begun."""
+        """Write the gathered rows and mark the ledger as complete, if it was begun."""
         if not self._begun:
             return
         self.flush()
@@ -109,9 +123,11 @@ class LedgerWriter:
         (self.folder / _CLOSED).touch()
 
     def truncate(self, step: int) -> None:
-        """Forget the rows of ``step`` and later: they are of a run that was cut off and goes on from there."""
-        for part in self.folder.glob("*.part"):
-            part.unlink()
+        """Remove the rows of ``step`` and later, which an interrupted run wrote that is resumed there."""
+        check_integer("step", step, 0)
+        for pattern in (".*.parquet", "*.part"):  # files that a killed process did not finish; *.part before 0.1.0
+            for part in self.folder.glob(pattern):
+                part.unlink()
         for file in reversed(self._files()):
             steps = pq.read_table(file, columns=["step"])["step"].to_numpy()
             if steps[-1] < step:
@@ -128,10 +144,10 @@ class Ledger:
     """Reads a ledger, a batch of rows at a time.
 
     Args:
-        path: The folder.
+        path: Folder of the ledger.
 
     Raises:
-        FileNotFoundError: If it holds no ledger.
+        FileNotFoundError: If the folder holds no ledger.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -142,7 +158,7 @@ class Ledger:
         self._data = ds.dataset(self.files, format="parquet")
 
     def cut_off(self) -> dict[str, int]:
-        """Ranks whose fit is going on or was killed, with the last step written; later rows may be missing."""
+        """Ranks whose fit is running or was killed, with the last step written; later rows may be missing."""
         last = {}
         for folder in sorted(self.path.glob("rank=*")):
             if not (folder / _CLOSED).exists():
@@ -164,14 +180,15 @@ class Ledger:
         """How often each sample was a candidate, how often it was kept, and the step at which it was last kept.
 
         Args:
-            size: Number of samples of the data set; None for the largest id and one.
+            size: Number of samples of the data set; None for the largest id plus 1.
 
         Returns:
             int64 ``[N]`` each; the last step is -1 for a sample that was never kept.
 
         Raises:
-            ValueError: If an id is not in [0, size), or without a size too large for a table of all up to it.
+            ValueError: If an id is not in [0, size), or in [0, 2^31) without a size, or ``size`` is no integer >= 1.
         """
+        check_integer("size", size, 1, optional=True)
         most = 2**31 if size is None else size
         seen, kept, last = (np.zeros(0, np.int64) for _ in range(3))
         for batch in self.batches("step", "sample_id", "kept"):
@@ -195,13 +212,15 @@ class Ledger:
         return np.flatnonzero(self.counts(size)[1] == 0)
 
     def most_kept(self, n: int = 10) -> list[tuple[int, int]]:
-        """The ``n`` samples trained on most often, with how often."""
+        """The ``n`` samples that were trained on most often, with the number of times."""
+        check_integer("n", n, 0)
         _, kept, _ = self.counts()
         order = np.argsort(-kept, kind="stable")[:n]
         return [(int(i), int(kept[i])) for i in order]
 
     def history(self, sample_id: int) -> dict[str, np.ndarray]:
         """Every row of one sample, in the order of steps: a dictionary of columns."""
-        found = ds.field("sample_id") == sample_id
-        table = self._data.to_table(columns=list(COLUMNS), filter=found).sort_by("step")
+        check_integer("sample_id", sample_id, 0)
+        of_sample = ds.field("sample_id") == sample_id
+        table = self._data.to_table(columns=list(COLUMNS), filter=of_sample).sort_by("step")
         return {name: table[name].to_numpy() for name in COLUMNS}

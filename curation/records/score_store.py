@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curation.checks import check_integer
+
 
 class ScoreStore:
     """A preallocated record of every sample, indexed by its id; 20 bytes a sample.
@@ -14,7 +16,7 @@ class ScoreStore:
 
     Args:
         size: Number of samples; ids are in [0, size).
-        device: Where the record lies.
+        device: Device of the record.
 
     Attributes:
         scores: fp32 ``[N]``, the last score; NaN before the first.
@@ -33,9 +35,8 @@ class ScoreStore:
     """
 
     def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
-        if not (size > 0 and hasattr(size, "__index__")):
-            raise ValueError(f"Argument `size` must be > 0, but got {size!r}.")
-        # One row more than samples, for the ids that are none.
+        check_integer("size", size, 1)
+        # One row more than samples, for the rows that have no id.
         self._scores = torch.full((size + 1,), torch.nan, device=device)
         self._steps = torch.full((size + 1,), -1, device=device)
         self._seen = torch.zeros(size + 1, dtype=torch.int32, device=device)
@@ -47,23 +48,25 @@ class ScoreStore:
         return len(self.scores)
 
     def update(self, ids: Tensor, scores: Tensor, kept: Tensor, step: int) -> None:
-        """Enter a candidate batch. Of an id that occurs twice the larger score stays.
+        """Add a candidate batch. If an id occurs twice the larger score is stored.
 
         Args:
             ids: int64 ``[B]`` in [0, N); rows with the id -1 are left out.
-            scores: floating ``[B]``; NaN where none was made, the last one then stays.
-            kept: ``[B]``, how often each was trained on in this step.
-            step: At which the scores were made.
+            scores: Floating ``[B]``; NaN for a row without a new score, whose last score then stays.
+            kept: Integers ``[B]``, how often each row was trained on in this step.
+            step: The step at which the scores were made.
 
         Raises:
             TypeError: If the ids are not int64.
-            ValueError: If the arguments are not of one length; if an id is not in [-1, N), on a CPU.
+            ValueError: If the arguments differ in length, an id is not in [-1, N) (checked on a CPU only), or
+                ``step`` is not an integer >= 0.
         """
+        check_integer("step", step, 0)
         if ids.dtype != torch.int64:
             raise TypeError(f"Argument `ids` must be int64, but got {ids.dtype}.")
         if not (ids.dim() == 1 and ids.shape == scores.shape == kept.shape):
-            found = ", ".join(str(list(values.shape)) for values in (ids, scores, kept))
-            raise ValueError(f"Arguments `ids`, `scores` and `kept` must be [B], but got {found}.")
+            shapes = ", ".join(str(list(values.shape)) for values in (ids, scores, kept))
+            raise ValueError(f"Arguments `ids`, `scores` and `kept` must be [B], but got {shapes}.")
         if ids.device.type == "cpu" and len(ids):  # elsewhere it would wait for the device
             wrong = ids[(ids < -1) | (ids >= len(self))].tolist()
             if wrong:
@@ -83,7 +86,7 @@ class ScoreStore:
         """Restore :meth:`state_dict`.
 
         Raises:
-            ValueError: If it is a record of another number of samples.
+            ValueError: If the state has another number of samples.
         """
         if len(state["scores"]) != len(self):
             raise ValueError(f"The record in the checkpoint is of {len(state['scores'])} samples, not {len(self)}.")

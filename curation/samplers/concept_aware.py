@@ -183,7 +183,7 @@ class ConceptAwareSampler(GlobalBatchSampler):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict` in the next iteration, on any number of processes with the same global sizes.
+        """Continue from :meth:`state_dict` in the next iteration; only the number of processes may differ.
 
         Raises:
             ValueError: If the state belongs to other data, other global sizes, another penalty or another seed.

@@ -83,5 +83,5 @@ def test_progress_is_by_fit(digits):
 def test_what_is_no_selection_is_refused(digits, indices):
     with pytest.raises(ValueError, match="Argument `indices` must be different numbers from 0 to 1199, at least one"):
         retention(*digits, np.array(indices, np.int64), nearest)
-    with pytest.raises(ValueError, match="Argument `repeats` must be >= 1, but got 0"):
+    with pytest.raises(ValueError, match="Argument `repeats` must be an integer >= 1, but got 0"):
         retention(*digits, np.arange(3), nearest, repeats=0)

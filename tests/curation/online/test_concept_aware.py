@@ -23,7 +23,7 @@ def test_equals_brute_force(rows, targets, d):
 
 
 def test_more_rows_than_there_are_is_refused():
-    with pytest.raises(ValueError, match=r"Argument `k` must be in \[0, 2\], .* but got 3"):
+    with pytest.raises(ValueError, match=r"Argument `k` must be an integer in \[0, 3\), but got 3"):
         diverse_rows(torch.zeros(2, 1, dtype=torch.int64), 3, torch.ones(1))
 
 

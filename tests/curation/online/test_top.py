@@ -62,5 +62,5 @@ def test_what_cannot_be_kept_is_named():
     for keep in (0, -0.5, 1.5, math.nan, math.inf):
         with pytest.raises(ValueError, match=rf"Argument `keep` must be in \(0, 1\], but got {keep}"):
             keep_count(keep, 8)
-    with pytest.raises(ValueError, match="Argument `k` must be >= 0, but got -1"):
+    with pytest.raises(ValueError, match="Argument `k` must be an integer >= 0, but got -1"):
         top_rows(torch.ones(4), -1)

@@ -91,7 +91,8 @@ def test_a_killed_process_loses_the_open_file_only_and_the_reader_says_so(tmp_pa
 def test_a_resumed_run_leaves_the_rows_of_an_uninterrupted_one(tmp_path, step):
     write(tmp_path / "whole", range(10))
     write(tmp_path / "resumed", range(7), close=False).flush()
-    (tmp_path / "resumed/rank=0/00000099.part").touch()
+    for unfinished in ("00000099.part", ".00000099.1.parquet"):
+        (tmp_path / "resumed/rank=0" / unfinished).touch()
     writer = LedgerWriter(tmp_path / "resumed", 0, 10)
     writer.truncate(step)
     for s in range(step, 10):
@@ -99,6 +100,17 @@ def test_a_resumed_run_leaves_the_rows_of_an_uninterrupted_one(tmp_path, step):
     writer.close()
     whole, resumed = (Ledger(tmp_path / run).rows() for run in ("whole", "resumed"))
     assert whole.equals(resumed)
+    assert [file.name for file in (tmp_path / "resumed/rank=0").iterdir() if "00000099" in file.name] == []
+
+
+def test_a_file_that_is_being_written_is_not_read(tmp_path):
+    write(tmp_path, range(7))
+    (tmp_path / "rank=0/.00000000.1.parquet").write_text("half a file")
+    ledger = Ledger(tmp_path)
+    assert ledger.rows().num_rows == 28
+    assert ledger.cut_off() == {}
+    write(tmp_path, range(7, 9))
+    assert Ledger(tmp_path).rows()["step"].to_pylist() == [step for step in range(9) for _ in range(4)]
 
 
 def test_a_checkpoint_writes_the_open_file_and_goes_on_with_it(tmp_path):

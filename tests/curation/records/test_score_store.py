@@ -49,7 +49,7 @@ def test_state_goes_through_a_checkpoint():
 def test_a_record_of_other_data_is_refused():
     with pytest.raises(ValueError, match="record in the checkpoint is of 4 samples, not 5"):
         ScoreStore(5).load_state_dict(ScoreStore(4).state_dict())
-    with pytest.raises(ValueError, match="Argument `size` must be > 0, but got 0"):
+    with pytest.raises(ValueError, match="Argument `size` must be an integer >= 1, but got 0"):
         ScoreStore(0)
 
 

@@ -165,7 +165,7 @@ def test_other_bad_arguments_are_named():
             lambda cap: Diversity(cap=cap),
             lambda cap: choose_diverse(index([{0}], 1), 1, np.ones(1), cap=cap),
         ):
-            with pytest.raises(ValueError, match=f"Argument `cap` must be an integer >= 1, but got {cap}"):
+            with pytest.raises(ValueError, match=f"Argument `cap` must be an integer >= 1 or None, but got {cap}"):
                 refuse(cap)
     for targets in (np.ones(3), np.array([np.inf]), np.array([np.nan]), np.array([-1.0]), np.array([1e-300])):
         with pytest.raises(ValueError, match=r"Argument `targets` must be \[1\] numbers, 0 or from 1e-9 on"):
