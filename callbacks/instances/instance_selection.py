@@ -28,7 +28,7 @@ from curation.callbacks.lightning.loop import (
 )
 from curation.callbacks.lightning.seam import BatchSeam, SeamClient, check_one_loader, refuse_strategies
 from curation.checks import check_integer, check_path, check_text
-from curation.instances.selection_index import InstanceSelector, SelectionIndex
+from curation.instances.selection_index import SelectionIndex, Selector
 from curation.samplers.subset import SubsetSampler
 from curation.scoring import side_effect_free
 
@@ -75,7 +75,7 @@ class InstanceSelection(SeamClient):
     def __init__(
         self,
         index: str | Path | None = None,
-        selector: InstanceSelector | None = None,
+        selector: Selector | None = None,
         layer: str | None = None,
         warmup_epochs: int = 0,
         every_n_epochs: int | None = None,

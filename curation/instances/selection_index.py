@@ -1,11 +1,10 @@
-"""Which samples of a data set stay, in a file that any run can train on."""
+"""A selection of the samples of a data set, in a file that any run can train on."""
 
 import hashlib
 import os
 import re
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,16 +15,18 @@ from torch import Tensor
 
 from curation import rng
 from curation.batch import leaves
+from curation.checks import check_integer, check_text
+from curation.files import replacing
 from curation.sample_ids import SampleIds
 
-SAMPLES = 64  # that a fingerprint looks at
+SAMPLES = 64  # samples that a fingerprint hashes
 
 
-class InstanceSelector(Protocol):
-    """What selects instances, with the conventions of scikit-learn; a selector need not inherit from it.
+class Selector(Protocol):
+    """Interface of instance selectors, with the conventions of scikit-learn; a selector need not inherit from it.
 
     Attributes:
-        sample_indices_: int64 ``[n]``, the samples that stay, once :meth:`fit` has run.
+        sample_indices_: int64 ``[n]``, the samples that stay, after :meth:`fit`.
     """
 
     sample_indices_: Any
@@ -40,14 +41,14 @@ class SelectionIndex:
 
     Attributes:
         indices: int64 ``[n]``, rising.
-        scores: fp32 ``[n]``, of each.
-        ranks: int64 ``[n]``, the place of each in the order in which a smaller selection keeps them, 0 the first.
-        size: Samples of the data set.
+        scores: fp32 ``[n]``, scores of these samples.
+        ranks: int64 ``[n]``, positions of these samples in the order in which a smaller selection keeps them, from 0.
+        size: Number of samples of the data set.
         fingerprint: :func:`fingerprint` of the data set; empty if it is not known.
-        config: How the selection was made, as JSON.
+        config: Settings with which the selection was made, as JSON.
 
     Raises:
-        ValueError: If the parts do not fit together.
+        ValueError: If the parts do not fit together, or one has the wrong type.
     """
 
     indices: np.ndarray
@@ -58,6 +59,9 @@ class SelectionIndex:
     config: str = "{}"
 
     def __post_init__(self) -> None:
+        check_integer("size", self.size, 1)
+        check_text("fingerprint", self.fingerprint)
+        check_text("config", self.config)
         for name, kinds, dtype in (
             ("indices", "iu", np.int64),
             ("scores", "iuf", np.float32),
@@ -87,55 +91,53 @@ class SelectionIndex:
         """The best ``m`` of the indices: int64 ``[m]``, rising.
 
         Raises:
-            ValueError: If there are not so many.
+            ValueError: If ``m`` is not an integer in [1, n].
 
         Example:
             >>> SelectionIndex([2, 5, 7], [0.1, 0.3, 0.2], [2, 0, 1], size=9).first(2).tolist()
             [5, 7]
         """
-        if not 1 <= m <= len(self):
-            raise ValueError(f"Argument `m` must be in [1, {len(self)}], the size of the selection, but got {m!r}.")
+        check_integer("m", m, 1, len(self) + 1)
         return self.indices[self.ranks < m]
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write a Parquet file with a row for each index; it appears under its name only when it is whole."""
+        """Write a Parquet file with a row for each index; the file is replaced as a whole.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
         columns = {"index": self.indices, "score": self.scores, "rank": self.ranks}
         metadata = {"size": str(self.size), "fingerprint": self.fingerprint, "config": self.config}
-        part = f"{os.fspath(path)}.{os.getpid()}.part"
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            pq.write_table(pa.table(columns).replace_schema_metadata(metadata), part)
-            os.replace(part, path)
-        finally:
-            Path(part).unlink(missing_ok=True)
+        with replacing(path) as new:
+            pq.write_table(pa.table(columns).replace_schema_metadata(metadata), new)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "SelectionIndex":
-        """Read what :meth:`save` wrote.
+        """Read a file of :meth:`save`.
 
         Raises:
-            ValueError: If there is no such file, or it is another.
+            ValueError: If there is no such file, or it was not written by :meth:`save`.
         """
         try:
             table = pq.ParquetFile(path).read()
-            made = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+            metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
             indices, scores, ranks = (table[name].to_numpy() for name in ("index", "score", "rank"))
-            return cls(indices, scores, ranks, int(made["size"]), made["fingerprint"], made["config"])
+            return cls(indices, scores, ranks, int(metadata["size"]), metadata["fingerprint"], metadata["config"])
         except (OSError, pa.ArrowInvalid, KeyError) as error:
-            what = "there is no such file" if not os.path.isfile(path) else "that is another"
+            reason = "there is no such file" if not os.path.isfile(path) else "that is another"
             raise ValueError(
-                f"A file of `SelectionIndex.save` is needed, but {what}: {os.fspath(path)!r}."
+                f"A file of `SelectionIndex.save` is needed, but {reason}: {os.fspath(path)!r}."
             ) from error
 
 
 def fingerprint(dataset: Any) -> str:
-    """What tells a data set from others: a hash of its length and of at most 64 samples, evenly spaced.
+    """Hash of a data set: of its length and of at most 64 samples, evenly spaced.
 
-    Sample ids do not count. What a data set draws from the global random streams is the same every time, and the
-    streams stay as they were.
+    Sample ids are left out. Random draws of the data set from the global streams are the same every time, and the
+    streams are restored.
 
     Args:
-        dataset: Map-style.
+        dataset: Map-style data set.
 
     Example:
         >>> fingerprint([(1, "a")]) == fingerprint([(1, "a")]) != fingerprint([(1, "b")])
@@ -160,7 +162,7 @@ def _digest(digest: Any, node: Any) -> None:
                 _digest(digest, item)
         elif isinstance(leaf, Tensor):
             _update(digest, leaf, leaf.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-        elif hasattr(leaf, "__array_interface__") and not np.asarray(leaf).dtype.hasobject:  # a picture is one, too
+        elif hasattr(leaf, "__array_interface__") and not np.asarray(leaf).dtype.hasobject:  # such as a picture
             array = np.asarray(leaf)
             _update(digest, array, np.ascontiguousarray(array))
         else:

@@ -1,4 +1,4 @@
-"""What selectors share: the manners of scikit-learn, and the budgets of the classes."""
+"""Base class of the instance selectors, with the conventions of scikit-learn, and the budgets of the classes."""
 
 from collections.abc import Mapping
 from time import perf_counter
@@ -15,20 +15,35 @@ try:
 except ImportError as error:
     raise ImportError("Selectors need scikit-learn: `pip install 'lightning-curation[select]'`.") from error
 
+from curation.checks import check_flag, check_number
+
 Strategy = Literal["proportional", "equal"] | dict[Any, int]
 
 
 class InstanceSelector(BaseEstimator):
-    """What selectors share: validation, budgets of the classes, and what is known after :meth:`fit`.
+    """Base class of instance selectors: validation, standardisation and the results of :meth:`fit`.
+
+    A subclass defines ``_select``, which gets standardised features and class codes.
 
     Attributes:
-        sample_indices_: int64, ascending: the samples that stay.
-        ranking_: int64: the same, best first. Its first ``m`` are a selection of ``m`` samples without another fit,
-            if not the one of a smaller budget, by which coverage looks at more neighbours.
+        sample_indices_: int64 ``[n]``, the samples that stay, ascending.
+        ranking_: int64 ``[n]``, the samples that stay, best first. Its first ``m`` are a selection of ``m`` samples
+            without another fit. A fit with a smaller budget may choose others, since coverage then considers more
+            neighbours.
         scores_: fp32 ``[N]``, larger is better.
-        report_: Samples, what was kept of them and of every class, seconds.
-        classes_: The classes.
+        report_: Number of samples, samples kept in all and by class, reduction, seconds.
+        classes_: The classes ``[C]``.
         n_features_in_: Number of features.
+
+    Example:
+        >>> class FirstOfClass(InstanceSelector):
+        ...     def __init__(self):
+        ...         self.budget, self.sampling_strategy, self.random_state = 0.1, "proportional", None
+        ...
+        ...     def _select(self, x, y):
+        ...         return np.unique(y, return_index=True)[1], np.zeros(len(x), np.float32)
+        >>> FirstOfClass().fit([[0.0], [1.0], [2.0]], ["cat", "cat", "dog"]).sample_indices_.tolist()
+        [0, 2]
     """
 
     budget: float
@@ -79,13 +94,14 @@ class InstanceSelector(BaseEstimator):
         return self
 
     def fit_resample(self, X: Any, y: Any) -> tuple[Any, Any]:
-        """Select, and give the features and classes that stay, of the types that came."""
+        """Select, and return the features and classes that stay, with the types of ``X`` and ``y``."""
         rows = self.fit(X, y).sample_indices_
-        one, other = (v[rows] if isinstance(v, Tensor) else _safe_indexing(v, rows) for v in (X, y))
-        return one, other
+        features, classes = (v[rows] if isinstance(v, Tensor) else _safe_indexing(v, rows) for v in (X, y))
+        return features, classes
 
     def get_support(self, indices: bool = False) -> np.ndarray:
-        """A mask bool ``[N]`` of the samples that stay, or their indices."""
+        """The samples that stay, as a mask bool ``[N]``, or as indices int64 ``[n]``."""
+        check_flag("indices", indices)
         if indices:
             return self.sample_indices_
         mask = np.zeros(len(self.scores_), dtype=bool)
@@ -93,15 +109,18 @@ class InstanceSelector(BaseEstimator):
         return mask
 
     def _check(self) -> None:
-        budget = self.budget
-        if isinstance(budget, bool) or not isinstance(budget, (int, float, np.number)) or not 0 < budget <= 1:
-            raise ValueError(f"Argument `budget` must be in (0, 1], but got {budget!r}.")
+        check_number("budget", self.budget, "(0, 1]")
 
     def _seed(self) -> int:
         return int(check_random_state(self.random_state).randint(2**31 - 1))
 
     def _select(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The samples that stay, best first, and the scores of all, given classes ``[N]`` in ``[0, C)``."""
+        """The samples that stay, best first, and the scores of all.
+
+        Args:
+            x: fp32 ``[N, D]``, standardised.
+            y: int64 ``[N]``, class codes in ``[0, C)``.
+        """
         raise NotImplementedError
 
 
@@ -110,13 +129,14 @@ def class_budgets(y: np.ndarray, budget: float, strategy: Strategy, classes: np.
 
     Args:
         y: int64 ``[N]`` in ``[0, C)``.
-        budget: Share of all samples.
-        strategy: ``"proportional"`` to the classes; ``"equal"`` as far as a class has as many; or counts by class,
-            without which a class keeps all, in the place of the budget.
-        classes: Their names ``[C]``.
+        budget: Fraction of all samples, in (0, 1].
+        strategy: ``"proportional"`` to the classes; ``"equal"`` numbers as far as the classes have them; or numbers
+            by class, which replace the budget; a class without a number keeps all its samples.
+        classes: Names of the classes ``[C]``.
 
     Raises:
-        ValueError: If the strategy is unknown, names an unknown class, or asks for more than there is.
+        ValueError: If the strategy is unknown, names an unknown class, or asks for more samples than there are, or
+            ``budget`` is outside (0, 1].
 
     Example:
         >>> class_budgets(np.array([0] * 90 + [1] * 10), 0.1, "proportional", np.arange(2)).tolist()
@@ -124,6 +144,7 @@ def class_budgets(y: np.ndarray, budget: float, strategy: Strategy, classes: np.
         >>> class_budgets(np.array([0] * 90 + [1] * 10), 0.3, "equal", np.arange(2)).tolist()
         [20, 10]
     """
+    check_number("budget", budget, "(0, 1]")
     counts = np.bincount(y, minlength=len(classes))
     total = max(round(budget * len(y)), len(counts))
     if isinstance(strategy, Mapping):
@@ -131,9 +152,9 @@ def class_budgets(y: np.ndarray, budget: float, strategy: Strategy, classes: np.
         if unknown:
             raise ValueError(f"Argument `sampling_strategy` must name classes of `y`, but got {unknown[0]!r}.")
         names = classes.tolist()
-        wanted: list[Any] = [strategy.get(name, count) for name, count in zip(names, counts, strict=True)]
-        for name, value, count in zip(names, wanted, counts, strict=True):
-            if not (
+        sizes: list[Any] = [strategy.get(name, count) for name, count in zip(names, counts, strict=True)]
+        for name, value, count in zip(names, sizes, counts, strict=True):
+            if isinstance(value, bool) or not (
                 isinstance(value, (int, float, np.number))
                 and 1 <= float(value) <= count
                 and float(value).is_integer()
@@ -141,12 +162,12 @@ def class_budgets(y: np.ndarray, budget: float, strategy: Strategy, classes: np.
                 raise ValueError(
                     f"Argument `sampling_strategy` must ask for 1 to {count} of class {name!r}, but got {value!r}."
                 )
-        return np.array(wanted).astype(np.int64)
+        return np.array(sizes).astype(np.int64)
     if strategy == "proportional":
         ideal = counts * (total / len(y))
     elif strategy == "equal":
         level = total / len(counts)
-        for _ in counts:  # what small classes lack goes to the others
+        for _ in counts:  # samples that small classes lack go to the larger ones
             short = counts <= level
             if short.all():
                 break

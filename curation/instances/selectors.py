@@ -1,4 +1,4 @@
-"""Which samples of a data set stay: selectors with the manners of scikit-learn."""
+"""Instance selectors with the conventions of scikit-learn: random, coverage, graph attention, edited neighbours."""
 
 from typing import Any, Literal
 
@@ -6,27 +6,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from curation.checks import check_choice, check_integer, check_number, check_text
 from curation.instances import graph as graphs
 from curation.instances import hashing
 from curation.instances.attention import Training, train
 from curation.instances.coverage import cover
 from curation.instances.graph import Graph
 from curation.instances.selector import InstanceSelector, Strategy, class_budgets
-from curation.samplers.concept_choice import check_integer
 
 CAPACITY = 256  # samples of a hash bucket at most
+GRAPHS = ("multiview", "multilevel", "lsh", "minibatch", "hnsw", "exact")
 
 
 def _by_class(order_of: list[np.ndarray], budgets: np.ndarray) -> np.ndarray:
-    """The selections of the classes as one, in which every beginning has the classes in the same proportions."""
-    share = np.concatenate([(np.arange(m) + 0.5) / m for m in budgets])
-    return np.concatenate(order_of)[share.argsort(kind="stable")]
+    """The selections of the classes merged, so that every prefix has the classes in the same proportions."""
+    place = np.concatenate([(np.arange(m) + 0.5) / m for m in budgets])
+    return np.concatenate(order_of)[place.argsort(kind="stable")]
 
 
 def _cover_classes(
     x: Tensor, y: np.ndarray, weights: Tensor, budgets: np.ndarray, seed: int, n_neighbors: int, n_views: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """:func:`cover` of each class by its own samples: those that stay, best first, and gains fp32 ``[N]``."""
+    """:func:`cover` of each class by its samples: the samples that stay, best first, and gains fp32 ``[N]``."""
     gains, order_of = np.zeros(len(x), np.float32), []
     for c, m in enumerate(budgets):
         rows = np.flatnonzero(y == c)
@@ -39,12 +40,20 @@ def _cover_classes(
 
 
 class StratifiedRandomSelector(InstanceSelector):
-    """Samples of each class by chance: what every other selector has to beat.
+    """Random samples of each class: the baseline of every other selector.
 
     Args:
-        budget: Share of the samples that stay, in (0, 1]; at least one of each class.
-        sampling_strategy: See :func:`class_budgets`.
-        random_state: Of the choice.
+        budget: Fraction of the samples that stay, in (0, 1]; at least one sample of each class stays.
+        sampling_strategy: Budgets of the classes, see :func:`~curation.instances.selector.class_budgets`.
+        random_state: Seed or generator of the choice, as in scikit-learn.
+
+    Raises:
+        ValueError: In :meth:`fit`, if an argument has the wrong type or is out of its range.
+
+    Example:
+        >>> x, y = np.random.rand(20, 3), np.repeat(["cat", "dog"], 10)
+        >>> StratifiedRandomSelector(budget=0.2, random_state=0).fit(x, y).report_["kept_per_class"]
+        {'cat': 2, 'dog': 2}
     """
 
     def __init__(
@@ -61,22 +70,28 @@ class StratifiedRandomSelector(InstanceSelector):
 
 
 class CoverageInstanceSelector(InstanceSelector):
-    """The samples of each class that stand best for the others of their class.
+    """The samples of each class that cover the other samples of their class best.
 
-    Greedy facility location (:func:`~curation.instances.coverage.cover`) on the nearest neighbours by hashing
-    (:func:`~curation.instances.hashing.multi_view`), about as many as there are samples to one that stays. The scores
-    are the gains, 0 for what does not stay. About linear in time and memory.
+    Greedy facility location (:func:`~curation.instances.coverage.cover`) on a graph of nearest neighbours by hashing
+    (:func:`~curation.instances.hashing.multi_view`). The scores are the gains, 0 for samples that do not stay. Time
+    and memory are about linear in the number of samples.
 
     Args:
-        budget: Share of the samples that stay, in (0, 1]; at least one of each class.
-        sampling_strategy: See :func:`class_budgets`.
-        n_neighbors: None for ``1 / budget``, in [10, 25].
-        n_views: Of the hashing.
-        random_state: Of the hashing.
-        device: Of the graph; the covering is on the CPU.
+        budget: Fraction of the samples that stay, in (0, 1]; at least one sample of each class stays.
+        sampling_strategy: Budgets of the classes, see :func:`~curation.instances.selector.class_budgets`.
+        n_neighbors: Number of neighbours in the graph; None for ``1 / budget``, clipped to [10, 25].
+        n_views: Number of independent hashes.
+        random_state: Seed or generator of the hashing, as in scikit-learn.
+        device: Device of the graph; the covering runs on the CPU.
 
     Raises:
         ImportError: If numba is missing.
+        ValueError: In :meth:`fit`, if an argument has the wrong type or is out of its range.
+
+    Example:
+        >>> x, y = np.array([[0.0], [1.0], [2.0]]), np.zeros(3, int)
+        >>> CoverageInstanceSelector(budget=0.34, random_state=0).fit(x, y).sample_indices_.tolist()
+        [1]
     """
 
     def __init__(
@@ -98,9 +113,9 @@ class CoverageInstanceSelector(InstanceSelector):
 
     def _check(self) -> None:
         super()._check()
-        if self.n_neighbors is not None:
-            check_integer("n_neighbors", self.n_neighbors, 1)
+        check_integer("n_neighbors", self.n_neighbors, 1, optional=True)
         check_integer("n_views", self.n_views, 1)
+        check_text("device", self.device)
 
     def _select(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         points = torch.from_numpy(x).to(self.device)
@@ -113,36 +128,46 @@ class CoverageInstanceSelector(InstanceSelector):
 class GraphAttentionInstanceSelector(InstanceSelector):
     """Samples ranked by a graph attention network (arXiv 2502.20293).
 
-    On each of ``n_graphs`` random graphs a network learns to tell the classes of all samples but a part, each graph
-    another, and scores those it has not learned. The attention that samples receive is averaged over the graphs. The
-    paper's tables and code are not public: this is a specification of our own of what its abstract names.
+    On each of ``n_graphs`` random graphs a network learns the classes of all samples but one fold, and scores the
+    samples of that fold. The attention that samples receive is averaged over the graphs. The paper's tables and code
+    are not public: this implementation is specified from its abstract.
 
     Args:
-        budget: Share of the samples that stay, in (0, 1]; at least one of each class.
+        budget: Fraction of the samples that stay, in (0, 1]; at least one sample of each class stays.
         graph: ``"multiview"``, ``"multilevel"`` or ``"lsh"`` hashing (:mod:`curation.instances.hashing`),
             ``"minibatch"`` (:func:`~curation.instances.graph.mini_batch`), or for reference faiss's ``"hnsw"`` and
             ``"exact"``.
-        criterion: ``"confidence"``, the probability ``p`` of the sample's class; ``"ambiguity"``, ``p (1 - 0.95 p)``,
-            large for what is of its class, but not surely; ``"margin"``, ``p`` less the largest of the others; or
-            ``"attention"`` received.
-        select: ``"coverage"`` takes the samples of each class that stand best for the others of it, each of which
-            counts by the criterion; ``"rank"`` the best of each class; ``"threshold"`` the best of all together.
-        sampling_strategy: See :func:`class_budgets`.
-        n_neighbors: Of the graph.
-        n_views: Of the multi-view hashing.
-        n_graphs: Random graphs. One is scored in sample.
-        distance_quantile: Longer edges than this quantile of all are left out.
-        epochs: Of training at most; more where they would be less than 200 steps.
-        edge_dropout: Share of the edges left out in a step.
+        criterion: Score of a sample: ``"confidence"``, the probability ``p`` of its class; ``"ambiguity"``,
+            ``p (1 - 0.95 p)``, large for samples that are of their class, but not surely; ``"margin"``, ``p`` less the
+            largest probability of another class; or the ``"attention"`` that the sample receives.
+        select: ``"coverage"`` takes the samples of each class that cover their class best, where each sample weighs
+            as much as its score; ``"rank"`` the best of each class; ``"threshold"`` the best of all classes together.
+        sampling_strategy: Budgets of the classes, see :func:`~curation.instances.selector.class_budgets`.
+        n_neighbors: Number of neighbours in the graph.
+        n_views: Number of independent hashes of a multi-view graph.
+        n_graphs: Number of random graphs and networks. With one, samples are scored by a network that learned them.
+        distance_quantile: Quantile of the edge lengths, in (0, 1], above which edges are left out.
+        epochs: Most epochs of training; more where they have less than 200 steps.
+        edge_dropout: Fraction of the edges that are left out in a step, in [0, 1).
         lr: Learning rate of AdamW.
-        random_state: Of everything.
-        device: Of graphs and networks; the covering is on the CPU.
+        random_state: Seed or generator of graphs, networks and folds, as in scikit-learn.
+        device: Device of graphs and networks; the covering runs on the CPU.
 
     Attributes:
         confidence_: fp32 ``[N]``, the probability of the sample's class.
-        margin_: fp32 ``[N]``.
-        attention_: fp32 ``[N]``, received: a sum over those whose neighbour the sample is.
-        homophily_: Share of the neighbours that are of the same class.
+        margin_: fp32 ``[N]``, this probability less the largest one of another class.
+        attention_: fp32 ``[N]``, attention received, a sum over the samples that have the sample as a neighbour.
+        homophily_: Fraction of the neighbours that are of the same class.
+
+    Raises:
+        ImportError: If numba is missing, or faiss for its graphs.
+        ValueError: In :meth:`fit`, if an argument has the wrong type or is out of its range.
+
+    Example:
+        >>> x, y = np.random.rand(40, 3), np.repeat([0, 1], 20)
+        >>> selector = GraphAttentionInstanceSelector(budget=0.1, n_graphs=1, epochs=1, random_state=0)
+        >>> selector.get_params()["criterion"], len(selector.fit(x, y).sample_indices_)
+        ('ambiguity', 4)
     """
 
     def __init__(
@@ -180,22 +205,15 @@ class GraphAttentionInstanceSelector(InstanceSelector):
 
     def _check(self) -> None:
         super()._check()
-        for name, choice, options in (
-            ("graph", self.graph, ("multiview", "multilevel", "lsh", "minibatch", "hnsw", "exact")),
-            ("criterion", self.criterion, ("ambiguity", "confidence", "margin", "attention")),
-            ("select", self.select, ("coverage", "rank", "threshold")),
-        ):
-            if choice not in options:
-                raise ValueError(f"Argument `{name}` must be one of {', '.join(options)}, but got {choice!r}.")
+        check_choice("graph", self.graph, GRAPHS)
+        check_choice("criterion", self.criterion, ("ambiguity", "confidence", "margin", "attention"))
+        check_choice("select", self.select, ("coverage", "rank", "threshold"))
         for name in ("n_neighbors", "n_views", "n_graphs", "epochs"):
             check_integer(name, getattr(self, name), 1)
-        for name, region, value, inside in (
-            ("distance_quantile", "(0, 1]", self.distance_quantile, 0 < self.distance_quantile <= 1),
-            ("edge_dropout", "[0, 1)", self.edge_dropout, 0 <= self.edge_dropout < 1),
-            ("lr", "(0, inf)", self.lr, 0 < self.lr < float("inf")),
-        ):
-            if not inside:
-                raise ValueError(f"Argument `{name}` must be in {region}, but got {value!r}.")
+        check_number("distance_quantile", self.distance_quantile, "(0, 1]")
+        check_number("edge_dropout", self.edge_dropout, "[0, 1)")
+        check_number("lr", self.lr, "(0, inf)")
+        check_text("device", self.device)
 
     def _select(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         seed = self._seed()
@@ -214,28 +232,28 @@ class GraphAttentionInstanceSelector(InstanceSelector):
         return _best_of_all(scores, y, budgets.sum()), scores
 
     def _score(self, x: Tensor, y: Tensor, seed: int) -> None:
-        """Set the scores by one network for each graph."""
+        """Set the scores, from one network for each graph."""
         n, generator = len(x), torch.Generator().manual_seed(seed)
-        confidence, other, attention = (torch.zeros(n, device=x.device) for _ in range(3))
+        confidence, runner_up, attention = (torch.zeros(n, device=x.device) for _ in range(3))
         homophily = 0.0
         folds = _folds(y, self.n_graphs, generator)
-        how = Training(epochs=self.epochs, edge_dropout=self.edge_dropout, lr=self.lr)
+        settings = Training(epochs=self.epochs, edge_dropout=self.edge_dropout, lr=self.lr)
         for fold in range(self.n_graphs):
             graph = self._graph(x, y, generator)
-            scored = folds == fold  # all of them where there is but one
+            scored = folds == fold  # all samples where there is one fold
             learned = ~scored if self.n_graphs > 1 else scored
             check = (_folds(y, 10, generator) == 0) & learned
             order = hashing.buckets(x, hashing.bits(n, CAPACITY), generator).flatten()
-            network = train(x, y, graph, order[order >= 0], learned & ~check, check, how, seed + fold)
+            network = train(x, y, graph, order[order >= 0], learned & ~check, check, settings, seed + fold)
             p, given = network.predict(x, graph.ids)
-            own = p.gather(1, y[:, None])
-            confidence = torch.where(scored, own[:, 0], confidence)
-            other = torch.where(scored, p.scatter(1, y[:, None], 0).amax(1), other)
+            p_class = p.gather(1, y[:, None])[:, 0]
+            confidence = torch.where(scored, p_class, confidence)
+            runner_up = torch.where(scored, p.scatter(1, y[:, None], 0).amax(1), runner_up)
             attention.index_add_(0, graph.ids.clamp(min=0).flatten(), (given * (graph.ids >= 0)).flatten())
             homophily += float(graph.homophily(y)) / self.n_graphs
         self.homophily_ = homophily
         self.confidence_ = confidence.cpu().numpy()
-        self.margin_ = (confidence - other).cpu().numpy()
+        self.margin_ = (confidence - runner_up).cpu().numpy()
         self.attention_ = (attention / self.n_graphs).cpu().numpy()
 
     def _graph(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Graph:
@@ -254,17 +272,25 @@ class GraphAttentionInstanceSelector(InstanceSelector):
 
 
 class EditedNearestNeighboursFilter(InstanceSelector):
-    """Leaves out samples whose class is not that of most of their neighbours (Wilson 1972).
+    """Leaves out samples whose class differs from the class of most of their neighbours (Wilson 1972).
 
-    Its neighbours are those by hashing, so that it is about linear. Keeps a class as it is where nothing of it would
-    be left. A filter has no budget: what stays is all that agrees; the scores are the share of the neighbours that
-    agree.
+    Neighbours are found by hashing, so that time is about linear. A class of which nothing would stay is kept as it
+    is. A filter has no budget; the scores are the fractions of the neighbours that have the sample's class.
 
     Args:
-        n_neighbors: Asked.
-        n_views: Of the hashing.
-        random_state: Of the hashing.
-        device: Of the graph.
+        n_neighbors: Number of neighbours.
+        n_views: Number of independent hashes.
+        random_state: Seed or generator of the hashing, as in scikit-learn.
+        device: Device of the graph.
+
+    Raises:
+        ValueError: In :meth:`fit`, if an argument has the wrong type or is out of its range.
+
+    Example:
+        >>> x, y = np.concatenate([np.zeros((9, 1)), np.ones((9, 1))]), np.repeat([0, 1], 9)
+        >>> y[0] = 1  # a wrong label
+        >>> EditedNearestNeighboursFilter(n_neighbors=5, random_state=0).fit(x, y).sample_indices_[0]
+        np.int64(1)
     """
 
     def __init__(
@@ -278,22 +304,23 @@ class EditedNearestNeighboursFilter(InstanceSelector):
     def _check(self) -> None:
         check_integer("n_neighbors", self.n_neighbors, 1)
         check_integer("n_views", self.n_views, 1)
+        check_text("device", self.device)
 
     def _select(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         points, codes = torch.from_numpy(x).to(self.device), torch.from_numpy(y).to(self.device)
         generator = torch.Generator().manual_seed(self._seed())
         ids = hashing.multi_view(points, self.n_neighbors, self.n_views, CAPACITY, generator).ids
-        known = ids >= 0
-        agree = ((codes[ids.clamp(min=0)] == codes[:, None]) & known).sum(1)
-        scores = (agree / known.sum(1).clamp(min=1)).float().cpu().numpy()
-        keep = (2 * agree >= known.sum(1)).cpu().numpy()
+        present = ids >= 0
+        agree = ((codes[ids.clamp(min=0)] == codes[:, None]) & present).sum(1)
+        scores = (agree / present.sum(1).clamp(min=1)).float().cpu().numpy()
+        keep = (2 * agree >= present.sum(1)).cpu().numpy()
         keep |= np.isin(y, np.setdiff1d(y, y[keep]))
         rows = np.flatnonzero(keep)
         return rows[np.argsort(-scores[rows], kind="stable")], scores
 
 
 def _reach(budget: float) -> int:
-    """Neighbours to cover by: about as many samples as there are to one that stays."""
+    """Number of neighbours of a covering graph: about the samples per sample that stays."""
     return round(min(max(1 / budget, 10), 25))
 
 
@@ -316,5 +343,5 @@ def _best_of_all(scores: np.ndarray, y: np.ndarray, m: int) -> np.ndarray:
     """The ``m`` samples with the best scores, among them the best of every class, best first."""
     ranked = np.argsort(-scores, kind="stable")
     first = np.sort(np.unique(y[ranked], return_index=True)[1])
-    others = np.delete(np.arange(len(y)), first)[: m - len(first)]
-    return ranked[np.sort(np.concatenate([first, others]))]
+    further = np.delete(np.arange(len(y)), first)[: m - len(first)]
+    return ranked[np.sort(np.concatenate([first, further]))]

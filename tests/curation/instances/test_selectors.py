@@ -185,7 +185,7 @@ def test_values_that_are_not_finite_are_refused(selector, bad, digits):
         ({"sampling_strategy": {1: float("nan")}}, "must ask for 1 to 182 of class 1, but got nan"),
         ({"sampling_strategy": {1: float("inf")}}, "must ask for 1 to 182 of class 1, but got inf"),
         ({"sampling_strategy": {1: "all"}}, "must ask for 1 to 182 of class 1, but got 'all'"),
-        ({"graph": "knn"}, "Argument `graph` must be one of multiview, .* but got 'knn'"),
+        ({"graph": "knn"}, "Argument `graph` must be 'multiview', .* or 'exact', but got 'knn'"),
         ({"criterion": "loss"}, "`criterion` .* 'loss'"),
         ({"select": "best"}, "`select` .* 'best'"),
         ({"n_neighbors": 0}, "`n_neighbors` must be an integer >= 1, but got 0"),
