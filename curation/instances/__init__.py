@@ -1,9 +1,11 @@
-"""Instance selection: which samples of a data set stay at all."""
+"""Instance selection: the samples of a data set that stay at all."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from curation.instances.selection_index import SelectionIndex, Selector, fingerprint
+    from curation.instances.selector import InstanceSelector, class_budgets
     from curation.instances.selectors import (
         CoverageInstanceSelector,
         EditedNearestNeighboursFilter,
@@ -15,12 +17,21 @@ __all__ = [
     "CoverageInstanceSelector",
     "EditedNearestNeighboursFilter",
     "GraphAttentionInstanceSelector",
+    "InstanceSelector",
+    "SelectionIndex",
+    "Selector",
     "StratifiedRandomSelector",
+    "class_budgets",
+    "fingerprint",
 ]
+_MODULES = {
+    **dict.fromkeys(("SelectionIndex", "Selector", "fingerprint"), "selection_index"),
+    **dict.fromkeys(("InstanceSelector", "class_budgets"), "selector"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Selectors need scikit-learn; what reads their files does not."""
+    """Selectors need scikit-learn; a module that reads their files does not."""
     if name in __all__:
-        return getattr(import_module("curation.instances.selectors"), name)
+        return getattr(import_module(f"curation.instances.{_MODULES.get(name, 'selectors')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

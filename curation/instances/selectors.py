@@ -138,8 +138,8 @@ class GraphAttentionInstanceSelector(InstanceSelector):
             ``"minibatch"`` (:func:`~curation.instances.graph.mini_batch`), or for reference faiss's ``"hnsw"`` and
             ``"exact"``.
         criterion: Score of a sample: ``"confidence"``, the probability ``p`` of its class; ``"ambiguity"``,
-            ``p (1 - 0.95 p)``, large for samples that are of their class, but not surely; ``"margin"``, ``p`` less the
-            largest probability of another class; or the ``"attention"`` that the sample receives.
+            ``p (1 - 0.95 p)``, large for samples that are of their class, but not surely; ``"margin"``, ``p`` less
+            the largest probability of another class; or the ``"attention"`` that the sample receives.
         select: ``"coverage"`` takes the samples of each class that cover their class best, where each sample weighs
             as much as its score; ``"rank"`` the best of each class; ``"threshold"`` the best of all classes together.
         sampling_strategy: Budgets of the classes, see :func:`~curation.instances.selector.class_budgets`.
@@ -289,8 +289,8 @@ class EditedNearestNeighboursFilter(InstanceSelector):
     Example:
         >>> x, y = np.concatenate([np.zeros((9, 1)), np.ones((9, 1))]), np.repeat([0, 1], 9)
         >>> y[0] = 1  # a wrong label
-        >>> EditedNearestNeighboursFilter(n_neighbors=5, random_state=0).fit(x, y).sample_indices_[0]
-        np.int64(1)
+        >>> EditedNearestNeighboursFilter(n_neighbors=5, random_state=0).fit(x, y).get_support()[:2].tolist()
+        [False, True]
     """
 
     def __init__(

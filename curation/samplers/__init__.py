@@ -1,7 +1,14 @@
-"""Samplers: which indices form a batch, before anything is loaded."""
+"""Samplers: the indices of each batch, chosen before anything is loaded."""
 
 from curation.samplers.concept_aware import ConceptAwareSampler
-from curation.samplers.concept_choice import ConceptObjective, Diversity, FirstCome, Frequency
+from curation.samplers.concept_choice import (
+    ConceptObjective,
+    Diversity,
+    FirstCome,
+    Frequency,
+    choose_diverse,
+    target_counts,
+)
 from curation.samplers.concept_clusters import cluster_concepts
 from curation.samplers.concept_index import ConceptIndex
 from curation.samplers.global_batch import GlobalBatchSampler
@@ -18,5 +25,7 @@ __all__ = [
     "GlobalBatchSampler",
     "HardBatchSampler",
     "SubsetSampler",
+    "choose_diverse",
     "cluster_concepts",
+    "target_counts",
 ]

@@ -1,0 +1,215 @@
+"""Every public constructor refuses each wrong type and each value out of range, and says of which argument."""
+
+import inspect
+import math
+from collections.abc import Iterator
+from types import NoneType, UnionType
+from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+import pytest
+from lightning.pytorch import LightningDataModule
+
+from curation import callbacks, evaluation, experts, instances, metrics, online, records, rollouts, samplers
+from curation.instances import CoverageInstanceSelector, InstanceSelector
+from curation.samplers import ConceptIndex
+
+PACKAGES = (callbacks, evaluation, experts, instances, metrics, online, records, rollouts, samplers)
+NOT_CONSTRUCTED = {  # by users: results and state that the package makes, base classes without arguments of their own
+    "Completions",
+    "Forecast",
+    "PromptCache",
+    "Retention",
+    "Router",
+    "Window",
+}
+CONCEPTS = ConceptIndex.from_lists([["a"], ["b"], ["a", "b"]])
+VALID: dict[str, dict[str, Any]] = {  # arguments without a default
+    "ConceptAwareSampler": {"concepts": CONCEPTS, "batch_size": 1, "super_batch_size": 2},
+    "ConceptAwareSelection": {"keep": 0.5},
+    "ConceptCoverage": {"num_concepts": 3},
+    "ExpertLoad": {"experts": 2},
+    "ExpertSpecialization": {"domains": 2, "experts": 2},
+    "GlobalBatchSampler": {"samples": range(9), "seed": 0},
+    "HardBatchSampler": {"dataset": range(9), "batch_size": 2},
+    "HardSampleSelection": {"keep": 0.5},
+    "InstanceSelection": {"selector": CoverageInstanceSelector()},
+    "LedgerWriter": {"path": "ledger"},
+    "PassAtK": {"k": 2},
+    "RunMeter": {"path": "run.json"},
+    "ScoreStore": {"size": 3},
+    "SelectedDataModule": {"datamodule": LightningDataModule(), "index": "kept.parquet"},
+    "SelectionIndex": {"indices": [0], "scores": [0.0], "ranks": [0], "size": 3},
+    "SelectionLedger": {"path": "ledger"},
+    "SketchMemory": {"capacity": 4, "size": 2},
+    "SubsetSampler": {"samples": range(9)},
+    "Uniform": {"rollouts": 2},
+    "UniformSelection": {"keep": 0.5},
+    "UtilityDiversitySelection": {"keep": 0.5},
+}
+WRONG: dict[Any, tuple[Any, ...]] = {
+    bool: (1, 0.0, "x", [True]),
+    int: (True, 1.5, math.nan, math.inf, "x", [1]),
+    float: (True, math.nan, math.inf, -math.inf, "x", [0.5]),
+    str: (3, True, 1.5, ["x"]),
+    Literal: ("no such choice", "", 3, True, ["x"]),
+}
+OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
+    "ConceptAwareSampler.batch_size": (0, 3),
+    "ConceptAwareSampler.seed": (-1,),
+    "ConceptAwareSampler.super_batch_size": (0, 4),
+    "ConceptAwareSampler.visit_penalty": (-0.1,),
+    "ConceptAwareSelection.keep": (0, 1.5),
+    "ConceptAwareSelection.seed": (-1, 2**63),
+    "ConceptCoverage.num_concepts": (0,),
+    "CoverageInstanceSelector.budget": (0, 1.5),
+    "CoverageInstanceSelector.n_neighbors": (0,),
+    "CoverageInstanceSelector.n_views": (0,),
+    "DifficultyAdaptiveRollouts.budget": (0, -1.0),
+    "DifficultyAdaptiveRollouts.forgetting": (-0.1, 1),
+    "DifficultyAdaptiveRollouts.n": (0,),
+    "DifficultyAdaptiveRollouts.preflight": (-1,),
+    "DifficultyMemory.forgetting": (-0.1, 1),
+    "Diversity.cap": (0,),
+    "EditedNearestNeighboursFilter.n_neighbors": (0,),
+    "EditedNearestNeighboursFilter.n_views": (0,),
+    "EqualTreatment.max_rollouts": (0,),
+    "ExpertLoad.experts": (0,),
+    "ExpertSpecialization.domains": (0,),
+    "ExpertSpecialization.experts": (0,),
+    "GlobalBatchLoadBalancing.accumulate": (0,),
+    "GlobalBatchLoadBalancing.bias_rate": (-0.1,),
+    "GlobalBatchLoadBalancing.coefficient": (-0.1,),
+    "GlobalBatchLoadBalancing.micro_fraction": (-0.1, 1.1),
+    "GlobalBatchLoadBalancing.top_k": (0,),
+    "GlobalBatchLoadBalancing.z_coefficient": (-0.1,),
+    "GlobalBatchSampler.seed": (-1,),
+    "GraphAttentionInstanceSelector.budget": (0, 1.5),
+    "GraphAttentionInstanceSelector.distance_quantile": (0, 1.5),
+    "GraphAttentionInstanceSelector.edge_dropout": (-0.1, 1),
+    "GraphAttentionInstanceSelector.epochs": (0,),
+    "GraphAttentionInstanceSelector.lr": (0, -1),
+    "GraphAttentionInstanceSelector.n_graphs": (0,),
+    "GraphAttentionInstanceSelector.n_neighbors": (0,),
+    "GraphAttentionInstanceSelector.n_views": (0,),
+    "HardBatchSampler.batch_size": (0, 10),
+    "HardBatchSampler.delta": (0, 1.5),
+    "HardBatchSampler.max_age": (0,),
+    "HardBatchSampler.seed": (-1, 2**63),
+    "HardSampleSelection.beta": (-0.1,),
+    "HardSampleSelection.keep": (0, 1.5),
+    "HardSampleSelection.pressure": (0.5, 1e13),
+    "HardSampleSelection.seed": (-1, 2**63),
+    "HardnessWeighted.max_rollouts": (0,),
+    "InstanceSelection.every_n_epochs": (0,),
+    "InstanceSelection.warmup_epochs": (-1,),
+    "LedgerWriter.rank": (-1,),
+    "LedgerWriter.rows_per_file": (0,),
+    "Neyman.max_rollouts": (0,),
+    "Neyman.rollouts": (0,),
+    "PassAtK.k": (0,),
+    "RunMeter.max_seconds": (0, -1),
+    "RunMeter.max_steps": (0, -1),
+    "SampleRecord.size": (0,),
+    "ScoreStore.size": (0,),
+    "SelectionIndex.size": (0,),
+    "SketchMemory.capacity": (0,),
+    "SketchMemory.size": (0,),
+    "StratifiedRandomSelector.budget": (0, 1.5),
+    "SubsetSampler.seed": (-1,),
+    "Uniform.rollouts": (0,),
+    "UniformSelection.keep": (0, 1.5),
+    "UniformSelection.seed": (-1, 2**63),
+    "UtilityDiversityScorer.alpha": (-0.1,),
+    "UtilityDiversityScorer.seed": (-1, 2**63),
+    "UtilityDiversitySelection.alpha": (-0.1, 1e7),
+    "UtilityDiversitySelection.keep": (0, 1.5),
+    "UtilityDiversitySelection.seed": (-1, 2**63),
+}
+FREE = {  # values that this table would refuse
+    "InstanceSelection.index": {None},  # a selector stands in for it
+    "RunMeter.max_seconds": {math.inf},
+}
+LATE = {"ConceptAwareSelection.targets", "ConceptCoverageMonitor.targets"}  # need the concepts of the data set
+FEATURES, CLASSES = np.arange(8.0)[:, None], np.repeat([0, 1], 4)
+
+
+def public_classes() -> dict[str, type]:
+    return {
+        name: member
+        for package in PACKAGES
+        for name in package.__all__
+        if inspect.isclass(member := getattr(package, name))
+        and Protocol not in member.__bases__
+        and not inspect.isabstract(member)
+    }
+
+
+def kind(hint: Any) -> tuple[Any, bool]:
+    """Type of a scalar argument, one of ``WRONG``, or None if it is no scalar; and whether it may be None."""
+    arms = set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
+    optional = NoneType in arms
+    scalars = [Literal if get_origin(arm) is Literal else arm for arm in arms - {NoneType}]
+    if Literal in scalars:
+        return Literal, optional
+    if str in scalars and not any(getattr(arm, "__name__", "") in ("Path", "PathLike", "device") for arm in scalars):
+        return str, optional  # beside a function or an object, too
+    return (scalars[0] if len(scalars) == 1 and scalars[0] in WRONG else None), optional
+
+
+def scalar_arguments(cls: type) -> dict[str, tuple[Any, bool]]:
+    names = inspect.signature(cls).parameters
+    hints = {name: hint for name, hint in get_type_hints(cls.__init__).items() if name in names}
+    return {name: kind(hint) for name, hint in hints.items() if kind(hint)[0] is not None}
+
+
+def cases() -> Iterator[Any]:
+    for name, cls in public_classes().items():
+        if name in NOT_CONSTRUCTED:
+            continue
+        for argument, (scalar, optional) in scalar_arguments(cls).items():
+            key = f"{name}.{argument}"
+            values = [*WRONG[scalar], *([] if optional else [None]), *OUT_OF_RANGE.get(key, ())]
+            for value in values if key not in LATE else ():
+                if not any(value is free or value == free for free in FREE.get(key, ())):
+                    yield pytest.param(cls, argument, value, id=f"{key}={value!r}")
+
+
+def make(cls: type, **changes: Any) -> Any:
+    made = cls(**{**VALID.get(cls.__name__, {}), **changes})
+    return made.fit(FEATURES, CLASSES) if issubclass(cls, InstanceSelector) else made  # as scikit-learn wants it
+
+
+@pytest.mark.parametrize(("cls", "argument", "value"), cases())
+def test_a_wrong_argument_is_named_with_its_value(cls, argument, value):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        make(cls, **{argument: value})
+    message = str(caught.value)
+    assert message.startswith("Argument")
+    assert f"`{argument}`" in message
+    assert repr(value) in message
+
+
+CONSTRUCTED = {name: cls for name, cls in public_classes().items() if name not in NOT_CONSTRUCTED}
+
+
+@pytest.mark.parametrize("name", [name for name, cls in CONSTRUCTED.items() if scalar_arguments(cls)])
+def test_the_arguments_of_the_table_are_right(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if name != "InstanceSelector":  # selects nothing itself
+        make(CONSTRUCTED[name])
+
+
+def test_the_table_is_of_arguments_that_there_are():
+    known = {f"{name}.{argument}" for name, cls in CONSTRUCTED.items() for argument in scalar_arguments(cls)}
+    assert len(known) > 80
+    assert set(OUT_OF_RANGE) | set(FREE) | LATE <= known
+    assert set(VALID) <= set(CONSTRUCTED)
+    assert set(public_classes()) >= NOT_CONSTRUCTED
+    numbers = {
+        f"{name}.{argument}"
+        for name, cls in CONSTRUCTED.items()
+        for argument, (scalar, _) in scalar_arguments(cls).items()
+        if scalar in (int, float)
+    }
+    assert numbers <= set(OUT_OF_RANGE), f"no range is tried of {sorted(numbers - set(OUT_OF_RANGE))}"
