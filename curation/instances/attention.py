@@ -1,9 +1,9 @@
-"""A graph attention network that tells the class of a sample from itself and its neighbours (arXiv 1710.10903).
+"""A graph attention network that predicts the class of a sample from the sample and its neighbours.
 
-Its confidence and the attention that samples receive rank instances (arXiv 2502.20293). Neighbour lists of fixed
-length make a layer one weighted sum of table rows (``embedding_bag``), in which ``[N, k, F]`` never exists. Training
-takes mini-batches of samples that lie side by side, with the edges among them; prediction takes the whole graph, a
-layer at a time.
+Architecture: arXiv 1710.10903. Its confidence and the attention that samples receive rank instances
+(arXiv 2502.20293). With neighbour lists of fixed length a layer is one weighted sum of table rows (``embedding_bag``),
+in which ``[N, k, F]`` never exists. Training takes mini-batches of samples that lie side by side, with the edges among
+them; prediction takes the whole graph, a layer at a time.
 """
 
 from dataclasses import dataclass
@@ -14,15 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curation import rng
+from curation.checks import check_integer
 from curation.instances.graph import Graph
 
 CHUNK = 2**14  # samples predicted at a time
-BLOCKS = 128  # places of the data set that a batch is from: fewer keep more edges, more are closer to chance
-STEPS = 200  # at least
+BLOCKS = 128  # blocks of neighbouring samples in a batch: fewer keep more edges, more are closer to a random batch
+STEPS = 200  # least number of training steps
 
 
 class Table(NamedTuple):
-    """What is looked up of samples: ``W x`` ``[N, H, F]``, its parts of the logits ``[N, H]``; the bias ``[H F]``."""
+    """Projected samples ``W x`` ``[N, H, F]``, their parts of the logits ``[N, H]``, and the bias ``[H F]``."""
 
     h: Tensor
     source: Tensor
@@ -36,13 +37,18 @@ class GraphAttentionLayer(nn.Module):
     ``a_ij = softmax_j(LeakyReLU(s . W x_j + t . W x_i))`` (arXiv 1710.10903, eq. 3 to 5). Linear in the samples.
 
     Args:
-        features: Of the input.
+        features: Features of the input.
         hidden: Features of a head.
         heads: Number of heads.
+
+    Raises:
+        ValueError: If an argument is not an integer >= 1.
     """
 
     def __init__(self, features: int, hidden: int, heads: int) -> None:
         super().__init__()
+        for name, value in (("features", features), ("hidden", hidden), ("heads", heads)):
+            check_integer(name, value, 1)
         self.heads, self.hidden = heads, hidden
         self.project = nn.Linear(features, heads * hidden, bias=False)
         self.source, self.target = (nn.Parameter(torch.empty(heads, hidden)) for _ in range(2))
@@ -51,7 +57,7 @@ class GraphAttentionLayer(nn.Module):
             nn.init.xavier_uniform_(parameter)
 
     def table(self, x: Tensor, heads: slice = slice(None)) -> Table:
-        """What some heads look up of samples ``[N, D]``."""
+        """The table of samples ``[N, D]`` for some of the heads."""
         weight = self.project.weight.view(self.heads, self.hidden, -1)[heads].flatten(0, 1)
         h = F.linear(x, weight).view(len(x), -1, self.hidden)
         source, target = (torch.einsum("nhf,hf->nh", h, a[heads]) for a in (self.source, self.target))
@@ -61,35 +67,35 @@ class GraphAttentionLayer(nn.Module):
         """The layer's output for some rows of the table.
 
         Args:
-            table: From :meth:`table`.
-            rows: The ``B`` samples.
-            ids: int64 ``[B, k]``, their neighbours in the table; -1 for none.
+            table: The table of all samples, from :meth:`table`.
+            rows: Rows of ``B`` samples in the table.
+            ids: int64 ``[B, k]``, rows of the neighbours in the table; -1 for no neighbour.
 
         Returns:
-            ``[B, H F]`` and the attention ``[B, k + 1, H]``, the sample's own last.
+            ``[B, H F]`` and the attention ``[B, k + 1, H]``; the last column is the attention to the sample itself.
         """
         h, source, target, bias = table
         heads = h.shape[1]
-        own = torch.arange(len(h), device=ids.device)[rows]
-        ids = torch.cat([ids, own[:, None]], 1)
+        itself = torch.arange(len(h), device=ids.device)[rows]
+        ids = torch.cat([ids, itself[:, None]], 1)
         missing = ids < 0
         ids = ids.clamp(min=0)
         # By index_select, whose gradient is an index_add; that of source[ids] is slow.
-        of_sources = source.index_select(0, ids.flatten()).view(*ids.shape, -1)
-        logits = F.leaky_relu(of_sources + target[rows, None], 0.2).masked_fill(missing[..., None], -torch.inf)
+        sources = source.index_select(0, ids.flatten()).view(*ids.shape, -1)
+        logits = F.leaky_relu(sources + target[rows, None], 0.2).masked_fill(missing[..., None], -torch.inf)
         attention = logits.softmax(1)
         entries = (ids[:, None] * heads + torch.arange(heads, device=ids.device)[:, None]).flatten(0, 1)
         out = F.embedding_bag(
             entries, h.flatten(0, 1), per_sample_weights=attention.mT.flatten(0, 1).contiguous(), mode="sum"
         )
-        return F.elu(out.view(len(own), -1) + bias), attention
+        return F.elu(out.view(len(itself), -1) + bias), attention
 
 
 class GraphAttentionNetwork(nn.Module):
-    """Two layers of graph attention and a linear one: logits of classes.
+    """Two layers of graph attention and a linear layer, which gives the logits of the classes.
 
     Args:
-        features: Of a sample.
+        features: Features of a sample.
         classes: Number of classes.
         hidden: Features of a head.
         heads: Number of heads.
@@ -137,8 +143,8 @@ def focal_loss(logits: Tensor, y: Tensor, weights: Tensor, gamma: float = 2.0) -
     Args:
         logits: ``[B, C]``.
         y: int64 ``[B]``.
-        weights: ``[B]``: of the sample's class, and 0 for one that does not count.
-        gamma: 0 gives cross-entropy.
+        weights: ``[B]``, the weight of the sample's class, or 0 for a sample that does not count.
+        gamma: Focusing parameter, >= 0; 0 gives cross-entropy.
 
     Example:
         >>> focal_loss(torch.zeros(1, 2), torch.tensor([0]), torch.ones(1)) * 4  # log(2) / 4
@@ -150,14 +156,14 @@ def focal_loss(logits: Tensor, y: Tensor, weights: Tensor, gamma: float = 2.0) -
 
 @dataclass(frozen=True)
 class Training:
-    """How a network is trained.
+    """Settings of the training of a network.
 
     Attributes:
-        epochs: At most; more where they would be less than 200 steps.
-        patience: Epochs without a better loss of the held-out samples, after which it ends.
+        epochs: Most epochs; more where they have less than 200 steps.
+        patience: Epochs without a better loss on the held-out samples after which training ends.
         lr: Learning rate of AdamW.
-        edge_dropout: Share of the edges that are left out at random, another in every step.
-        batch_size: Samples of a step at most; small data sets take smaller ones.
+        edge_dropout: Fraction of the edges that is left out at random in every step.
+        batch_size: Most samples in a step; small data sets have smaller batches.
     """
 
     epochs: int = 10
@@ -169,19 +175,19 @@ class Training:
 
 @torch.enable_grad()
 def train(
-    x: Tensor, y: Tensor, graph: Graph, order: Tensor, learn: Tensor, check: Tensor, how: Training, seed: int
+    x: Tensor, y: Tensor, graph: Graph, order: Tensor, learn: Tensor, check: Tensor, settings: Training, seed: int
 ) -> GraphAttentionNetwork:
-    """A network trained on some of the labels; the other samples take part as neighbours, without theirs.
+    """A network trained on some of the labels; the other samples take part as neighbours without labels.
 
     Args:
-        x: fp32 ``[N, D]``.
-        y: int64 ``[N]`` in ``[0, C)``.
-        graph: Of the samples.
-        order: int64 ``[N]``, near samples side by side.
-        learn: bool ``[N]``, whose labels are trained on.
-        check: bool ``[N]``, on whose labels training stops early.
-        how: Of the training.
-        seed: Of the weights, the batches and the edges.
+        x: Features, fp32 ``[N, D]``.
+        y: Classes, int64 ``[N]`` in ``[0, C)``.
+        graph: Graph of the samples.
+        order: int64 ``[N]``, an order in which near samples are side by side.
+        learn: bool ``[N]``, the samples whose labels are trained on.
+        check: bool ``[N]``, the held-out samples, whose loss stops training early.
+        settings: Settings of the training.
+        seed: Seed of the weights, the batches and the dropped edges.
     """
     n, classes = len(x), int(y.max()) + 1
     with rng.isolated():
@@ -195,12 +201,12 @@ def train(
     ids = torch.where(ids < 0, -1, place[ids.clamp(min=0)])  # places in the order, as the batches are
     counts = y[learn].bincount(minlength=classes)
     weights = (1 / counts.clamp(min=1))[y] * (len(y) / classes)
-    size = min(how.batch_size, max(256, n // 16))
+    size = min(settings.batch_size, max(256, n // 16))
     block = -(-size // BLOCKS)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=how.lr, fused=True)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, fused=True)
     best, bad, best_state = torch.inf, 0, network.state_dict()
     local_of = torch.full((n,), -1, device=x.device)
-    for _ in range(max(how.epochs, -(-STEPS * size // max(n, size)))):  # an epoch is a step at least
+    for _ in range(max(settings.epochs, -(-STEPS * size // max(n, size)))):  # an epoch is a step at least
         shift = int(torch.randint(block, (1,), generator=draw, device=x.device))  # so that the cuts move
         blocks = torch.nn.functional.pad(torch.arange(n, device=x.device), (shift, -(shift + n) % block), value=-1)
         blocks = blocks.view(-1, block)
@@ -211,7 +217,7 @@ def train(
             local_of[part] = torch.arange(len(part), device=x.device)
             local = torch.where(ids[part] < 0, -1, local_of[ids[part]])
             local_of[part] = -1
-            dropped = torch.rand(local.shape, generator=draw, device=x.device) < how.edge_dropout
+            dropped = torch.rand(local.shape, generator=draw, device=x.device) < settings.edge_dropout
             local = local.masked_fill(dropped, -1)
             logits = network(x[part], local)
             optimizer.zero_grad()
@@ -219,13 +225,13 @@ def train(
             optimizer.step()
             held = weights[part] * check[part]
             total += torch.stack([focal_loss(logits.detach(), y[part], held) * held.sum(), held.sum()])
-        now = float(total[0] / total[1])
-        if not now >= best:  # nor where nothing is held out
-            best, bad = now, 0
+        loss = float(total[0] / total[1])
+        if not loss >= best:  # NaN, where nothing is held out, counts as better
+            best, bad = loss, 0
             best_state = {name: value.clone() for name, value in network.state_dict().items()}
         else:
             bad += 1
-            if bad > how.patience:
+            if bad > settings.patience:
                 break
     network.load_state_dict(best_state)
     return network

@@ -1,4 +1,4 @@
-"""Samples that stand for the others: greedy maximisation of a facility-location function on a graph."""
+"""Coverage of a data set by a subset: greedy maximisation of a facility-location function on a graph."""
 
 import functools
 import heapq
@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from curation.checks import check_integer
 from curation.compiled import compiled
 from curation.instances.graph import Graph
 
 
 def cover(graph: Graph, weights: Tensor, m: int) -> tuple[np.ndarray, np.ndarray]:
-    """The ``m`` samples that cover the others best, in the order of their choice.
+    """The ``m`` samples that cover all samples best, in the order of their choice.
 
     Maximises ``sum_i w_i max_j s_ij`` over the chosen ``j``, where a sample covers itself and its neighbours in the
     graph as far as they are similar, ``s_ij`` of :meth:`~curation.instances.graph.Graph.similarities`. The greedy
@@ -22,15 +23,16 @@ def cover(graph: Graph, weights: Tensor, m: int) -> tuple[np.ndarray, np.ndarray
     is a bound (Minoux 1978). ``O(N k)`` memory and about as much time.
 
     Args:
-        graph: Of ``N`` samples.
-        weights: ``[N]``, >= 0: how much it matters that a sample is covered.
-        m: Samples chosen, in [0, N].
+        graph: Graph of ``N`` samples.
+        weights: Floating ``[N]``, >= 0, the weight of covering each sample.
+        m: Number of samples to choose, in [0, N].
 
     Returns:
-        int64 ``[m]`` and their gains, fp64 ``[m]``, which fall.
+        The samples, int64 ``[m]``, and their gains, fp64 ``[m]``, which fall.
 
     Raises:
         ImportError: If numba is missing.
+        ValueError: If ``m`` is not an integer in [0, N].
 
     Example:
         >>> far = torch.inf
@@ -38,6 +40,7 @@ def cover(graph: Graph, weights: Tensor, m: int) -> tuple[np.ndarray, np.ndarray
         >>> cover(line, torch.ones(3), 1)[0].tolist()
         [1]
     """
+    check_integer("m", m, 0, len(graph.ids) + 1)
     chosen, gains = np.empty(m, np.int64), np.empty(m)
     _greedy()(
         graph.ids.cpu().numpy(),

@@ -1,8 +1,10 @@
-"""Neighbour lists of a data set: the graphs on which instances are selected.
+"""Graphs of nearest neighbours, on which instances are selected.
 
 Every approximate graph is made of groups: an ordering cuts the samples into groups of equal size, and the neighbours
-of a sample are the nearest of its group, exactly. What differs is the ordering (:mod:`curation.instances.hashing`, or
-chance). It costs ``O(N S D)`` with groups of ``S``, in batched matrix products, on whatever device ``x`` is.
+of a sample are the nearest of its group, exactly. Graphs differ in the ordering: by hashing
+(:mod:`curation.instances.hashing`) or random.
+
+Cost: ``O(N S D)`` with groups of ``S``, in batched matrix products on the device of ``x``.
 """
 
 from dataclasses import dataclass
@@ -12,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 2**22  # distances held at a time
+from curation.checks import check_integer, check_number
+
+BLOCK = 2**22  # distances in memory at a time
 
 
 @dataclass(frozen=True)
@@ -28,38 +32,40 @@ class Graph:
     distances: Tensor
 
     def to(self, device: torch.device | str) -> "Graph":
-        """The same on another device."""
+        """The graph on another device."""
         return Graph(self.ids.to(device), self.distances.to(device))
 
     def similarities(self) -> Tensor:
         """``exp(-d / mean d)`` of the squared distances ``d``: fp32 ``[N, k]``, 0 for no neighbour."""
-        known = self.ids >= 0
-        total = torch.where(known, self.distances, 0).sum()
-        return torch.exp(-self.distances / (total / known.sum().clamp(min=1)).clamp(min=1e-12)) * known
+        present = self.ids >= 0
+        total = torch.where(present, self.distances, 0).sum()
+        return torch.exp(-self.distances / (total / present.sum().clamp(min=1)).clamp(min=1e-12)) * present
 
     def closest(self, quantile: float) -> "Graph":
-        """Without the edges that are longer than this quantile of all."""
+        """The graph without the edges that are longer than a quantile, in (0, 1], of all edges."""
+        check_number("quantile", quantile, "(0, 1]")
         lengths = self.distances[self.ids >= 0].sort().values
         if not len(lengths):
             return self
-        far = self.distances > lengths[round(quantile * (len(lengths) - 1))]
-        return Graph(self.ids.masked_fill(far, -1), self.distances.masked_fill(far, torch.inf))
+        long = self.distances > lengths[round(quantile * (len(lengths) - 1))]
+        return Graph(self.ids.masked_fill(long, -1), self.distances.masked_fill(long, torch.inf))
 
     def homophily(self, y: Tensor) -> Tensor:
-        """The share of the neighbours that are of the sample's class ``y``, int64 ``[N]``."""
-        known = self.ids >= 0
-        same = (y[self.ids.clamp(min=0)] == y[:, None]) & known
-        return same.sum() / known.sum().clamp(min=1)
+        """Fraction of the edges between samples of one class, a scalar, for classes ``y`` int64 ``[N]``."""
+        present = self.ids >= 0
+        of_class = (y[self.ids.clamp(min=0)] == y[:, None]) & present
+        return of_class.sum() / present.sum().clamp(min=1)
 
 
 def group_neighbours(x: Tensor, groups: Tensor, k: int) -> Graph:
-    """The nearest ``k`` of the same group, by exact distances.
+    """The nearest ``k`` samples of the same group, by exact distances.
 
     Args:
         x: Floating ``[N, D]``.
         groups: int64 ``[G, S]``, every sample once; -1 for an empty place.
-        k: Neighbours at most; a sample is none of its own.
+        k: Most neighbours of a sample, >= 0; a sample is no neighbour of itself.
     """
+    check_integer("k", k, 0)
     n, size = len(x), groups.shape[1]
     kept = min(k, size - 1)
     ids = torch.full((n + 1, k), -1, device=x.device)  # one row more, for the empty places
@@ -69,26 +75,26 @@ def group_neighbours(x: Tensor, groups: Tensor, k: int) -> Graph:
         empty = part < 0
         rows = x[part.clamp(min=0)]
         squares = rows.square().sum(-1)
-        near = torch.baddbmm(squares[:, None], rows, rows.mT, alpha=-2)  # less the square of the row's own sample
-        near.masked_fill_(itself, torch.inf)
-        near.masked_fill_(empty[:, None], torch.inf)
-        found, places = near.topk(kept, largest=False)
+        partial = torch.baddbmm(squares[:, None], rows, rows.mT, alpha=-2)  # without the square of the row's sample
+        partial.masked_fill_(itself, torch.inf)
+        partial.masked_fill_(empty[:, None], torch.inf)
+        nearest, places = partial.topk(kept, largest=False)
         neighbours = part.gather(1, places.flatten(1)).view_as(places)
-        neighbours.masked_fill_(found.isinf(), -1)
-        to = part.where(~empty, n)
-        ids[to, :kept] = neighbours
-        distances[to, :kept] = (found + squares[..., None]).clamp_(min=0)
+        neighbours.masked_fill_(nearest.isinf(), -1)
+        samples = part.where(~empty, n)
+        ids[samples, :kept] = neighbours
+        distances[samples, :kept] = (nearest + squares[..., None]).clamp_(min=0)
     return Graph(ids[:n], distances[:n])
 
 
-def nearest_of(one: Graph, other: Graph) -> Graph:
+def nearest_of(a: Graph, b: Graph) -> Graph:
     """The nearest ``k`` of the neighbours in either graph, each once."""
-    k = one.ids.shape[1]
-    twice = (other.ids[:, :, None] == one.ids[:, None]).any(2)
-    distances, places = torch.cat([one.distances, other.distances.masked_fill(twice, torch.inf)], 1).topk(
+    k = a.ids.shape[1]
+    repeated = (b.ids[:, :, None] == a.ids[:, None]).any(2)
+    distances, places = torch.cat([a.distances, b.distances.masked_fill(repeated, torch.inf)], 1).topk(
         k, largest=False
     )
-    return Graph(torch.cat([one.ids, other.ids.masked_fill(twice, -1)], 1).gather(1, places), distances)
+    return Graph(torch.cat([a.ids, b.ids.masked_fill(repeated, -1)], 1).gather(1, places), distances)
 
 
 def cut(order: Tensor, size: int) -> Tensor:
@@ -107,7 +113,7 @@ def cut(order: Tensor, size: int) -> Tensor:
 def by_class(y: Tensor, generator: torch.Generator) -> Tensor:
     """All samples, one class ``y`` int64 ``[N]`` after the other and shuffled in each: int64 ``[N]``.
 
-    Dealt out like cards, every hand has the classes in the same proportions. The generator is on the CPU.
+    Every ``n``-th sample of it, from any start, has the classes in the same proportions. The generator is on the CPU.
     """
     shuffled = torch.randperm(len(y), generator=generator).to(y.device)
     return shuffled[y[shuffled].argsort(stable=True)]
@@ -125,14 +131,14 @@ def mini_batch(
     Args:
         x: Floating ``[N, D]``.
         y: int64 classes ``[N]``.
-        k: Neighbours at most.
-        size: Of a batch.
-        generator: Of the order, on the CPU.
+        k: Most neighbours of a sample.
+        size: Most samples in a batch.
+        generator: Generator of the order, on the CPU.
     """
-    of_class = by_class(y, generator)
+    ordered = by_class(y, generator)
     batches = -(-len(x) // size)
     width = -(-len(x) // batches)
-    order = torch.nn.functional.pad(of_class, (0, batches * width - len(x)), value=-1)
+    order = torch.nn.functional.pad(ordered, (0, batches * width - len(x)), value=-1)
     return group_neighbours(x, order.view(width, batches).T, k)
 
 
@@ -148,11 +154,11 @@ def faiss_graph(x: Tensor, k: int, index: Any) -> Graph:
     index.add(points)
     distances, ids = index.search(points, k + 1)
     itself = ids == np.arange(len(points))[:, None]
-    itself[~itself.any(1), -1] = True  # among duplicates it may be missing; then the last goes
-    rest = np.where(itself, np.inf, distances).argsort(1, kind="stable")[:, :k]
-    found = np.take_along_axis(ids, rest, 1)
-    near = np.where(found < 0, np.inf, np.take_along_axis(distances, rest, 1)).astype(np.float32)
-    return Graph(torch.from_numpy(found).to(x.device), torch.from_numpy(near).clamp_(min=0).to(x.device))
+    itself[~itself.any(1), -1] = True  # among duplicates it may be missing; then the last one is left out
+    order = np.where(itself, np.inf, distances).argsort(1, kind="stable")[:, :k]
+    neighbours = np.take_along_axis(ids, order, 1)
+    lengths = np.where(neighbours < 0, np.inf, np.take_along_axis(distances, order, 1)).astype(np.float32)
+    return Graph(torch.from_numpy(neighbours).to(x.device), torch.from_numpy(lengths).clamp_(min=0).to(x.device))
 
 
 def exact(x: Tensor, k: int) -> Graph:

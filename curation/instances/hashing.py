@@ -31,7 +31,7 @@ def buckets(x: Tensor, length: int, generator: torch.Generator) -> Tensor:
     Args:
         x: Floating ``[N, D]``.
         length: Bits, with ``2^length <= N``.
-        generator: Of the projections, on the CPU, so that every device has the same.
+        generator: Generator of the projections, on the CPU, so that all devices have the same projections.
     """
     n, width = len(x), -(-len(x) // 2**length)
     directions = torch.randn(x.shape[1], max(length, 1), generator=generator).to(x)
@@ -77,10 +77,10 @@ def multi_level(x: Tensor, k: int, capacity: int, generator: torch.Generator, le
         numbers = torch.arange(len(groups), device=x.device)[:, None].expand_as(groups)
         bucket[groups[groups >= 0]] = numbers[groups >= 0]
         hashes.append(bucket)
-    candidates, near = torch.cat(ids, 1), torch.cat(distances, 1)
+    candidates, near_distances = torch.cat(ids, 1), torch.cat(distances, 1)
     alike = sum(2**level * (h[candidates.clamp(min=0)] == h[:, None]) for level, h in enumerate(hashes))
-    by_distance = near.argsort(dim=1, stable=True)
+    by_distance = near_distances.argsort(dim=1, stable=True)
     alike = torch.where(candidates < 0, -1, alike).gather(1, by_distance)
     best = by_distance.gather(1, alike.argsort(dim=1, descending=True, stable=True)[:, :k])
-    distances_of_best, order = near.gather(1, best).sort(dim=1, stable=True)
+    distances_of_best, order = near_distances.gather(1, best).sort(dim=1, stable=True)
     return Graph(candidates.gather(1, best.gather(1, order)), distances_of_best)

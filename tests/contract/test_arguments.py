@@ -11,7 +11,7 @@ import pytest
 from lightning.pytorch import LightningDataModule
 
 from curation import callbacks, evaluation, experts, instances, metrics, online, records, rollouts, samplers
-from curation.instances import CoverageInstanceSelector, InstanceSelector
+from curation.instances import CoverageInstanceSelector, InstanceSelector, SelectionIndex
 from curation.samplers import ConceptIndex
 
 PACKAGES = (callbacks, evaluation, experts, instances, metrics, online, records, rollouts, samplers)
@@ -180,7 +180,7 @@ def make(cls: type, **changes: Any) -> Any:
     return made.fit(FEATURES, CLASSES) if issubclass(cls, InstanceSelector) else made  # as scikit-learn wants it
 
 
-@pytest.mark.parametrize(("cls", "argument", "value"), cases())
+@pytest.mark.parametrize(("cls", "argument", "value"), list(cases()))
 def test_a_wrong_argument_is_named_with_its_value(cls, argument, value):
     with pytest.raises((ValueError, TypeError)) as caught:
         make(cls, **{argument: value})
@@ -197,6 +197,7 @@ CONSTRUCTED = {name: cls for name, cls in public_classes().items() if name not i
 def test_the_arguments_of_the_table_are_right(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if name != "InstanceSelector":  # selects nothing itself
+        SelectionIndex([0], [0.0], [0], size=3).save("kept.parquet")
         make(CONSTRUCTED[name])
 
 
