@@ -24,7 +24,8 @@ def candidate_entries(callback: Callback, choice: Choice) -> tuple[Tensor, Tenso
     """
     if choice.sample_ids is None:
         raise TypeError(
-            f"{type(callback).__name__} needs sample ids: wrap the training data set in `curation.sample_ids.SampleIds`."
+            f"{type(callback).__name__} needs sample ids: wrap the training data set in "
+            "`curation.sample_ids.SampleIds`."
         )
     ids = choice.sample_ids
     unscored = torch.full(ids.shape, torch.nan, device=ids.device)

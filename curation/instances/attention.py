@@ -1,8 +1,8 @@
 """A graph attention network that predicts the class of a sample from the sample and its neighbours.
 
-Architecture: arXiv 1710.10903. Its confidence and the attention that samples receive rank instances
-(arXiv 2502.20293). With neighbour lists of fixed length a layer is one weighted sum of table rows (``embedding_bag``),
-in which ``[N, k, F]`` never exists. Training takes mini-batches of samples that lie side by side, with the edges among
+Architecture: arXiv 1710.10903. Its confidence and the attention that samples receive rank instances (arXiv
+2502.20293). With neighbour lists of fixed length a layer is one weighted sum of table rows (``embedding_bag``), in
+which ``[N, k, F]`` never exists. Training takes mini-batches of samples that lie side by side, with the edges among
 them; prediction takes the whole graph, a layer at a time.
 """
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from curation.checks import check_integer
+from curation.checks import check_integer, check_path
 from curation.files import replacing
 
 ROWS_PER_FILE = 1 << 18
@@ -54,7 +54,7 @@ class LedgerWriter:
 
     def __init__(self, path: str | Path, rank: int = 0, rows_per_file: int = ROWS_PER_FILE) -> None:
         check_integer("rank", rank, 0)
-        self.folder = Path(path) / f"rank={rank}"
+        self.folder = Path(check_path("path", path)) / f"rank={rank}"
         self.rows_per_file: int = check_integer("rows_per_file", rows_per_file, 1)
         self._open: list[tuple[Tensor, ...]] = []
         self._rows = 0
@@ -151,7 +151,7 @@ class Ledger:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(check_path("path", path))
         self.files = sorted(self.path.glob(f"rank=*/{_FILES}"))
         if not self.files:
             raise FileNotFoundError(f"Argument `path` must be the folder of a ledger, but got {str(path)!r}.")

@@ -8,14 +8,17 @@ from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type
 
 import numpy as np
 import pytest
+import torch
 from lightning.pytorch import LightningDataModule
 
 from curation import callbacks, evaluation, experts, instances, metrics, online, records, rollouts, samplers
 from curation.instances import CoverageInstanceSelector, InstanceSelector, SelectionIndex
+from curation.records import LedgerWriter
 from curation.samplers import ConceptIndex
 
 PACKAGES = (callbacks, evaluation, experts, instances, metrics, online, records, rollouts, samplers)
-NOT_CONSTRUCTED = {  # by users: results and state that the package makes, base classes without arguments of their own
+NOT_CONSTRUCTED = {  # by users: results and state that the package makes
+    "Choice",
     "Completions",
     "Forecast",
     "PromptCache",
@@ -34,6 +37,7 @@ VALID: dict[str, dict[str, Any]] = {  # arguments without a default
     "HardBatchSampler": {"dataset": range(9), "batch_size": 2},
     "HardSampleSelection": {"keep": 0.5},
     "InstanceSelection": {"selector": CoverageInstanceSelector()},
+    "Ledger": {"path": "ledger"},
     "LedgerWriter": {"path": "ledger"},
     "PassAtK": {"k": 2},
     "RunMeter": {"path": "run.json"},
@@ -152,7 +156,7 @@ def kind(hint: Any) -> tuple[Any, bool]:
     scalars = [Literal if get_origin(arm) is Literal else arm for arm in arms - {NoneType}]
     if Literal in scalars:
         return Literal, optional
-    if str in scalars and not any(getattr(arm, "__name__", "") in ("Path", "PathLike", "device") for arm in scalars):
+    if str in scalars and torch.device not in scalars:
         return str, optional  # beside a function or an object, too
     return (scalars[0] if len(scalars) == 1 and scalars[0] in WRONG else None), optional
 
@@ -197,6 +201,9 @@ CONSTRUCTED = {name: cls for name, cls in public_classes().items() if name not i
 def test_the_arguments_of_the_table_are_right(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if name != "InstanceSelector":  # selects nothing itself
+        writer = LedgerWriter("ledger")
+        writer.append(0, torch.tensor([1]), *torch.ones(3, 1))
+        writer.close()
         SelectionIndex([0], [0.0], [0], size=3).save("kept.parquet")
         make(CONSTRUCTED[name])
 
