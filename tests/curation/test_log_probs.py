@@ -186,9 +186,9 @@ def test_entropy_of_tokens_that_a_bias_rules_out():
         ({"bias": torch.zeros(5)}, r"`bias` must be \[11\], but got \[5\]"),
         ({"targets": torch.zeros(3, dtype=torch.int64)}, r"`targets` must be int64 \[4\], but got torch.int64 \[3\]"),
         ({"targets": torch.zeros(4, dtype=torch.int32)}, r"`targets` must be int64 \[4\], but got torch.int32 \[4\]"),
-        ({"temperature": 0.0}, "`temperature` must be > 0, but got 0.0"),
-        ({"temperature": float("nan")}, "`temperature` must be > 0, but got nan"),
-        ({"chunk": 0}, "`chunk` must be >= 1, but got 0"),
+        ({"temperature": 0.0}, r"`temperature` must be in \(0, inf\), but got 0.0"),
+        ({"temperature": float("nan")}, r"`temperature` must be in \(0, inf\), but got nan"),
+        ({"chunk": 0}, "`chunk` must be an integer >= 1, but got 0"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):

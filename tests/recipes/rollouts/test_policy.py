@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,10 +56,10 @@ def fit(module, *callbacks, data=None, **options):
 
 class Ratios(Callback):
     def __init__(self):
-        self.of = []
+        self.values = []
 
     def on_train_batch_end(self, trainer, *_):
-        self.of.append(float(trainer.callback_metrics["policy/ratio"]))
+        self.values.append(float(trainer.callback_metrics["policy/ratio"]))
 
 
 @pytest.mark.parametrize("callbacks", [(), (DifficultyAdaptiveRollouts(n=4, preflight=4),)])
@@ -67,10 +68,10 @@ def test_rollouts_are_always_of_the_weights_that_learn_from_them(callbacks):
     ratios, module = Ratios(), policy(lr=2e-2)
     run = fit(module, *callbacks, ratios, max_epochs=4)
     assert run.global_step >= 4
-    assert ratios.of == pytest.approx([1.0] * len(ratios.of), abs=1e-4)
-    other = Ratios()
-    fit(policy(lr=2e-2, epochs=3), other)
-    assert max(abs(ratio - 1) for ratio in other.of) > 1e-2
+    assert ratios.values == pytest.approx([1.0] * len(ratios.values), abs=1e-4)
+    several_passes = Ratios()
+    fit(policy(lr=2e-2, epochs=3), several_passes)
+    assert max(abs(ratio - 1) for ratio in several_passes.values) > 1e-2
 
 
 def made(ids, counts, text, of_id=7):
@@ -109,8 +110,8 @@ class Canned(PolicyModule):
 
 def naive(module, batch, rollouts, baseline, normalizer, kl):
     """One rollout after the other, with whole softmaxes."""
-    advantage = advantages(rollouts.rewards, rollouts.prompts, len(batch["ids"]), baseline)
-    completions, of = rollouts.completions, rollouts.prompts.tolist()
+    advantage = advantages(rollouts.rewards, rollouts.prompt_index, len(batch["ids"]), baseline)
+    completions, of = rollouts.completions, rollouts.prompt_index.tolist()
     taught = {p for p, a in zip(of, advantage.tolist(), strict=True) if a}
     counts = {p: of.count(p) for p in taught}
     tokens = sum(int(completions.lengths[r]) for r, p in enumerate(of) if p in taught)
@@ -239,6 +240,18 @@ def test_answers_that_cannot_be_scored_are_wrong_and_counted():
     assert float(run.callback_metrics["rollouts/not_scored"]) >= 36  # of half of 12 prompts with 6 answers
 
 
+class Slow(Letters):
+    def score(self, i, answer):
+        time.sleep(30 if i == 0 else 0)
+        return 1.0
+
+
+def test_the_time_limit_of_a_reward_is_an_argument():
+    with pytest.warns(UserWarning, match=r"counts as wrong: TimeoutError\('no score after 0.05 s'\)"):
+        run = fit(policy(reward_seconds=0.05, rollouts=2), data=Prompts(Slow(), batch_size=12), max_epochs=1)
+    assert float(run.callback_metrics["rollouts/not_scored"]) == 2  # both answers to the first prompt
+
+
 def test_solutions_warm_up():
     cold, warm = policy(lr=1e-6), policy(lr=1e-6, warmup_steps=200, warmup_lr=1e-2)
     prompts = Prompts(Puzzles("sort", 20, 1, 1), batch_size=4, seen=8)
@@ -268,10 +281,13 @@ def test_a_real_model_answers_in_its_own_words():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rollouts": 0}, "Argument `rollouts` must be >= 1, but got 0"),
-        ({"temperature": 0.0}, "Argument `temperature` must be > 0, but got 0.0"),
-        ({"kl": -1.0}, "Argument `kl` must be >= 0, but got -1.0"),
-        ({"lr": float("nan")}, "Argument `lr` must be > 0, but got nan"),
+        ({"rollouts": True}, "Argument `rollouts` must be an integer >= 1, but got True"),
+        ({"reward_seconds": 0}, r"Argument `reward_seconds` must be in \(0, inf\), but got 0"),
+        ({"baseline": "mean"}, "Argument `baseline` must be 'centred', .* but got 'mean'"),
+        ({"rollouts": 0}, "Argument `rollouts` must be an integer >= 1, but got 0"),
+        ({"temperature": 0.0}, r"Argument `temperature` must be in \(0, inf\), but got 0.0"),
+        ({"kl": -1.0}, r"Argument `kl` must be in \[0, inf\), but got -1.0"),
+        ({"lr": float("nan")}, r"Argument `lr` must be in \(0, inf\), but got nan"),
     ],
 )
 def test_a_bad_argument_is_named_with_its_value(arguments, message):
@@ -295,8 +311,8 @@ def test_what_cannot_be_answered_is_named_before_anything_is_trained():
         fit(policy(max_new_tokens=20))
     for arguments, message in (
         ({"holdout": 1.0}, r"Argument `holdout` must be in \(0, 1\), but got 1.0"),
-        ({"batch_size": 13}, r"Argument `batch_size` must be in \[1, 12\], but got 13"),
-        ({"seen": 13}, r"Argument `seen` must be in \[0, 12\], but got 13"),
+        ({"batch_size": 13}, r"Argument `batch_size` must be an integer in \[1, 13\), but got 13"),
+        ({"seen": 13}, r"Argument `seen` must be an integer in \[0, 13\), but got 13"),
     ):
         with pytest.raises(ValueError, match=message):
             Prompts(Letters(), **arguments)
