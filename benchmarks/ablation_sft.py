@@ -91,7 +91,7 @@ _data: Any = None
 
 def run(job: tuple[str, float, float, int]) -> dict[str, Any]:
     """One fit; the validation loss per answer token at its end."""
-    from curation.recipes.chat.sft import Conversations, SupervisedFineTuning
+    from curation.recipes.chat import Conversations, SupervisedFineTuning
 
     global _model, _data
     arm, keep, lr, seed = job
