@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from curation.callbacks.lightning.fit_callback import FitCallback
 from curation.callbacks.lightning.loggers import log_image
-from curation.checks import check_text
+from curation.checks import check_path
 from curation.files import replacing
 from curation.recipes.compare.pictures import picture
 
@@ -28,7 +28,7 @@ class SolvePicture(FitCallback):
         path: Path of the PNG file; in W&B the picture is ``rollouts/solved``.
 
     Raises:
-        ValueError: If ``path`` is not a string.
+        ValueError: If ``path`` is not a path.
 
     Example:
         >>> SolvePicture("runs/solved.png").path
@@ -36,7 +36,7 @@ class SolvePicture(FitCallback):
     """
 
     def __init__(self, path: str) -> None:
-        self.path: str = check_text("path", path)
+        self.path: str = check_path("path", path)
         self.points: list[dict[str, float]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -1,4 +1,4 @@
-"""Plans of rollouts, against tables of the paper's rule, exact fractions and slow twins."""
+"""Plans of rollouts, against tables of the paper's rule, exact fractions and slow references."""
 
 import math
 from fractions import Fraction
@@ -72,7 +72,7 @@ def test_weights_are_those_of_the_objective(schedule, weight):
     np.testing.assert_allclose(ratio, ratio.mean(), rtol=1e-2)
 
 
-def fill_twin(weights, least, most, total):
+def fill_reference(weights, least, most, total):
     """One after the other, to whoever is furthest below its share of a common level, found by bisection."""
     weights, least = np.asarray(weights, float), np.asarray(least)
     most = np.where(weights > 0, np.maximum(most, least), least)
@@ -97,7 +97,7 @@ def test_filling_keeps_to_the_sum_the_bounds_and_the_proportion(rows, total):
     weights, least, room = (np.array(column) for column in zip(*rows, strict=True))
     most = least + room
     found = fill(weights, least, most, total)
-    ideal, reachable = fill_twin(weights, least, most, total)
+    ideal, reachable = fill_reference(weights, least, most, total)
     assert found.sum() == reachable
     assert (found >= least).all()
     assert (found <= np.where(weights > 0, most, least)).all()

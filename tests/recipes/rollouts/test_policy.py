@@ -74,21 +74,21 @@ def test_rollouts_are_always_of_the_weights_that_learn_from_them(callbacks):
     assert max(abs(ratio - 1) for ratio in several_passes.values) > 1e-2
 
 
-def made(ids, counts, text, of_id=7):
+def made(ids, counts, text, seed=7):
     """Rollouts that depend on the prompt's number and nothing else: tokens, log-probabilities and rewards."""
     rows = []
     for p, (i, n) in enumerate(zip(ids, counts, strict=True)):
-        g = torch.Generator().manual_seed(of_id + i)
+        g = torch.Generator().manual_seed(seed + i)
         tokens, lengths = torch.randint(2, 6, (n, 3), generator=g), torch.randint(1, 4, (n,), generator=g)
         rewards, old = torch.randint(0, 2, (n,), generator=g).float(), -torch.rand(n, 3, generator=g) - 1
         rows += [(p, t, m, o, r) for t, m, o, r in zip(tokens, lengths, old, rewards, strict=True)]
-    of, tokens, lengths, old, rewards = zip(*rows, strict=True)
+    index, tokens, lengths, old, rewards = zip(*rows, strict=True)
     lengths = torch.stack(lengths)
     there = torch.arange(3) < lengths[:, None]
     completions = Completions(
-        torch.tensor(of), torch.stack(tokens) * there, lengths, torch.stack(old) * there, lengths < 3, text.pad_id
+        torch.tensor(index), torch.stack(tokens) * there, lengths, torch.stack(old) * there, lengths < 3, text.pad_id
     )
-    return Rollouts(completions, torch.stack(rewards), [""] * len(of))
+    return Rollouts(completions, torch.stack(rewards), [""] * len(index))
 
 
 class Canned(PolicyModule):
@@ -111,13 +111,13 @@ class Canned(PolicyModule):
 def naive(module, batch, rollouts, baseline, normalizer, kl):
     """One rollout after the other, with whole softmaxes."""
     advantage = advantages(rollouts.rewards, rollouts.prompt_index, len(batch["ids"]), baseline)
-    completions, of = rollouts.completions, rollouts.prompt_index.tolist()
-    taught = {p for p, a in zip(of, advantage.tolist(), strict=True) if a}
-    counts = {p: of.count(p) for p in taught}
-    tokens = sum(int(completions.lengths[r]) for r, p in enumerate(of) if p in taught)
+    completions, index = rollouts.completions, rollouts.prompt_index.tolist()
+    taught = {p for p, a in zip(index, advantage.tolist(), strict=True) if a}
+    counts = {p: index.count(p) for p in taught}
+    tokens = sum(int(completions.lengths[r]) for r, p in enumerate(index) if p in taught)
     whole = {"token": tokens, "rollout": 3 * sum(counts.values()), "prompt": 3 * len(taught)}[normalizer]
     loss = 0.0
-    for r, p in enumerate(of):
+    for r, p in enumerate(index):
         if p not in taught:
             continue
         question, length = module.text.prompt(batch["questions"][p]), int(completions.lengths[r])
@@ -393,11 +393,11 @@ def main(folder):
 
 def test_two_processes_with_unequal_numbers_of_rollouts_have_the_gradient_of_one(tmp_path):
     on_two_ranks(__file__, tmp_path)
-    (one, made_by_one), (other, made_by_other) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    (first, made_by_first), (second, made_by_second) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     whole, made_by_all = gradient_of(1, 12)  # the twelve prompts of both
-    assert made_by_one == made_by_other == made_by_all
-    assert_close(one, whole)
-    assert_close(other, whole)
+    assert made_by_first == made_by_second == made_by_all
+    assert_close(first, whole)
+    assert_close(second, whole)
 
 
 if __name__ == "__main__":
