@@ -1,4 +1,4 @@
-"""The reward of an answer: its final part, the number in it, and a score that cannot end a run."""
+"""The reward of an answer: its final part, the number in it, and its score under a time limit."""
 
 import re
 import signal
