@@ -90,8 +90,8 @@ _data: Any = None
 
 
 def run(job: tuple[str, float, float, int]) -> dict[str, Any]:
-    """One fit; the validation loss per answer token at its end."""
-    from curation.recipes.chat.sft import Conversations, SupervisedFineTuning
+    """Fit once; return the validation loss per answer token at its end."""
+    from curation.recipes.chat import Conversations, SupervisedFineTuning
 
     global _model, _data
     arm, keep, lr, seed = job
@@ -136,7 +136,7 @@ def run(job: tuple[str, float, float, int]) -> dict[str, Any]:
 
 
 def fits(jobs: list[tuple[str, float, float, int]], results: list[dict[str, Any]]) -> None:
-    """Run what is not in the results yet."""
+    """Run the jobs that are not in the results yet."""
     done = {(r["arm"], r["keep"], r["lr"], r["seed"]) for r in results}
     jobs = [job for job in jobs if job not in done]
     if not jobs:
@@ -167,7 +167,7 @@ def report(results: list[dict[str, Any]]) -> None:
             if len(pairs) < 3:
                 continue
             tokens, loss = (statistics.mean(r[key] for r, _ in pairs) for key in ("tokens_trained", "val_loss"))
-            differences = [ours["val_loss"] - base["val_loss"] for ours, base in pairs]
+            differences = [selected["val_loss"] - uniform["val_loss"] for selected, uniform in pairs]
             mean, low, _ = paired_interval(differences)
             gap = "" if arm == "uniform" else f"{mean:+.3f} ± {mean - low:.3f}"
             print(f"| {keep} | {lr:g} | {arm} | {len(pairs)} | {tokens:.0f} | {loss:.3f} | {gap} |")
@@ -176,7 +176,7 @@ def report(results: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Tune, run, report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--report", action="store_true", help="only print the table of the results there are")
+    parser.add_argument("--report", action="store_true", help="only print the table of the finished runs")
     only_report = parser.parse_args().report
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     results = json.loads(OUT.read_text()) if OUT.exists() else []

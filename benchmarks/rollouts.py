@@ -1,4 +1,4 @@
-"""Rollouts: what a plan costs, and what it saves to run every prompt once.
+"""Rollouts: the time of a plan, and the time saved by running every prompt through the model once.
 
     python benchmarks/rollouts.py [PART ...]      # on an idle machine; one line of JSON a measurement
 
@@ -24,7 +24,7 @@ from curation.rollouts.generation import generate, prefill
 
 
 def seconds(work: Callable[[], Any], repeats: int) -> float:
-    """The median of some runs, after one that does not count."""
+    """The median seconds of some runs, after one that does not count."""
     work()
     times = []
     for _ in range(repeats):
@@ -35,19 +35,19 @@ def seconds(work: Callable[[], Any], repeats: int) -> float:
 
 
 def planning() -> None:
-    """A plan for 3,072 prompts, and the advantages of their 60,000 rollouts."""
-    draw = np.random.default_rng(0)
-    successes = draw.binomial(8, draw.random(3072))
+    """Time a plan for 3,072 prompts, and the advantages of their 60,000 rollouts."""
+    generator = np.random.default_rng(0)
+    successes = generator.binomial(8, generator.random(3072))
     extra = plan(HardnessWeighted(), successes, 8, 60_000)
     groups = torch.from_numpy(np.repeat(np.arange(3072), 8 + extra))
     rewards = torch.randint(0, 2, groups.shape).float()
-    took = {
+    times = {
         "plan": seconds(lambda: plan(HardnessWeighted(), successes, 8, 60_000), 100),
         "advantages": seconds(lambda: advantages(rewards, groups, 3072), 100),
     }
     print(
         json.dumps(
-            {"prompts": 3072, "rollouts": len(groups), **{f"{k}_ms": round(1e3 * v, 2) for k, v in took.items()}}
+            {"prompts": 3072, "rollouts": len(groups), **{f"{k}_ms": round(1e3 * v, 2) for k, v in times.items()}}
         )
     )
 
@@ -64,12 +64,12 @@ def decoder(layers: int, vocabulary: int) -> Any:
 
 
 def answering() -> None:
-    """8 greedy answers of 32 tokens to each of 4 prompts of 128, in two stages, against ``model.generate``."""
+    """Time 8 greedy answers of 32 tokens to each of 4 prompts of 128, in two stages, against ``model.generate``."""
     prompts = torch.randint(3, 1000, (4, 128), generator=torch.Generator().manual_seed(0))
     for layers, vocabulary in ((6, 8192), (6, 49152), (30, 49152)):
         model = decoder(layers, vocabulary)
 
-        def ours(model: Any = model) -> Any:
+        def shared_prefill(model: Any = model) -> Any:
             cache = prefill(model, list(prompts), 0, 16384)
             options: dict[str, Any] = {
                 "max_new_tokens": 32,
@@ -79,7 +79,7 @@ def answering() -> None:
             }
             return [generate(model, cache, [4] * 4, generator=torch.Generator(), **options) for _ in range(2)]
 
-        def theirs(model: Any = model) -> Any:
+        def own_generate(model: Any = model) -> Any:
             return [
                 model.generate(
                     prompts.repeat_interleave(4, 0), max_new_tokens=32, min_new_tokens=32, do_sample=False,
@@ -88,16 +88,16 @@ def answering() -> None:
                 for _ in range(2)
             ]  # fmt: skip
 
-        same = all(torch.equal(o.tokens, t[:, 128:]) for o, t in zip(ours(), theirs(), strict=True))
-        pairs = [(seconds(ours, 1), seconds(theirs, 1)) for _ in range(3)]
-        ratio = statistics.median(t / o for o, t in pairs)
+        same = all(torch.equal(a.tokens, b[:, 128:]) for a, b in zip(shared_prefill(), own_generate(), strict=True))
+        pairs = [(seconds(shared_prefill, 1), seconds(own_generate, 1)) for _ in range(3)]
+        ratio = statistics.median(generated / shared for shared, generated in pairs)
         print(
             json.dumps({"layers": layers, "vocabulary": vocabulary, "times_as_fast": round(ratio, 2), "same": same})
         )
 
 
 def log_probs() -> None:
-    """Log-probabilities of 4,096 tokens with their gradient, in chunks and whole."""
+    """Time the log-probabilities of 4,096 tokens with their gradient, in chunks and from whole logits."""
     hidden = torch.randn(4096, 576, requires_grad=True)
     weight, targets = torch.randn(49152, 576, requires_grad=True), torch.randint(0, 49152, (4096,))
     chunks = seconds(lambda: token_log_probs(hidden, weight, targets).sum().backward(), 3)
@@ -113,6 +113,6 @@ def log_probs() -> None:
 if __name__ == "__main__":
     parts = {"planning": planning, "answering": answering, "log_probs": log_probs}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}; all of them by default")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"one of {', '.join(parts)}; all of them by default")
     for part in parser.parse_args().parts or parts:
         parts[part]()

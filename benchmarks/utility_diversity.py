@@ -146,7 +146,7 @@ def fit_seconds(module: LightningModule, loader: DataLoader, steps: int, *callba
 
 def step() -> None:
     """Candidates per second against the ideal, on 6 layers of SmolLM2-135M, 32 candidates of 128 tokens."""
-    from curation.recipes.chat.sft import SupervisedFineTuning
+    from curation.recipes.chat import SupervisedFineTuning
 
     original = SupervisedFineTuning(num_layers=6)
     original.configure_model()
@@ -186,7 +186,7 @@ def step() -> None:
 
 def real_model() -> tuple[LightningModule, list[dict[str, Tensor]]]:
     """SmolLM2-135M and twelve batches of 32 conversations."""
-    from curation.recipes.chat.sft import Conversations, SupervisedFineTuning
+    from curation.recipes.chat import Conversations, SupervisedFineTuning
 
     module = SupervisedFineTuning()
     module.configure_model()

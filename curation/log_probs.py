@@ -1,7 +1,7 @@
 """Log-probabilities of tokens from hidden states, with the logits of a few tokens in memory at a time.
 
 The logits ``[N, V]`` of all tokens, their softmax and its gradient would be the largest tensors of a training step.
-Here the backward pass makes those of each chunk again, at the cost of one more product with the head.
+Here the backward pass computes the logits of each chunk again, at the cost of one more product with the head.
 """
 
 from collections.abc import Iterator
@@ -23,27 +23,27 @@ def token_log_probs(
     temperature: float = 1.0,
     chunk: int = 1024,
 ) -> Tensor:
-    r"""Log-probability of each target under a linear head, ``O(chunk V)`` in memory whatever the number of tokens.
+    r"""Log-probability of each target token under a linear head, in ``O(chunk V)`` memory for any number of tokens.
 
     .. math:: \log \operatorname{softmax}((W h + b) / \tau)_t
 
     Logits are accumulated in fp32 and not rounded to the dtype of the model. Differentiable once, with respect to
-    ``hidden``, ``weight`` and ``bias``; under autocast products take factors of its dtype, as a linear layer does,
-    where the device can accumulate them in fp32 (CUDA), and of fp32 elsewhere.
+    ``hidden``, ``weight`` and ``bias``. Under autocast, the factors of a product have the dtype of autocast, as in a
+    linear layer, where the device can accumulate them in fp32 (CUDA), and fp32 elsewhere.
 
     Args:
-        hidden: Floating ``[..., d]``, the head's input.
-        weight: Floating ``[V, d]``.
-        targets: int64 ``[...]`` in ``[0, V)``; -100 is not scored.
-        bias: Floating ``[V]``.
-        temperature: Divisor of the logits, > 0.
-        chunk: Tokens whose logits are in memory at a time.
+        hidden: Floating ``[..., d]``, the input ``h`` of the head.
+        weight: Floating ``[V, d]``, the weight ``W`` of the head.
+        targets: int64 ``[...]`` in ``[0, V)``, the tokens ``t``; -100 is not scored.
+        bias: Floating ``[V]``, the bias ``b`` of the head; None for a head without bias.
+        temperature: Divisor ``tau`` of the logits.
+        chunk: Number of tokens whose logits are in memory at a time.
 
     Returns:
-        fp32 ``[...]``, fp64 for fp64 input; 0 where a token is not scored, which has no gradient.
+        fp32 ``[...]``, fp64 for fp64 input; 0, without gradient, where a token is not scored.
 
     Raises:
-        ValueError: If shapes or dtypes do not fit, or ``temperature`` or ``chunk`` is not positive.
+        ValueError: If shapes or dtypes do not fit, or ``temperature`` or ``chunk`` is out of its range.
 
     Example:
         >>> token_log_probs(torch.zeros(2, 3), torch.ones(8, 3), torch.tensor([5, -100]))
@@ -64,13 +64,20 @@ def token_log_probs(
 def token_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None = None, temperature: float = 1.0, chunk: int = 1024
 ) -> Tensor:
-    """Entropy in nats of the distribution at each token, without gradient; arguments as in :func:`token_log_probs`.
+    """Entropy in nats of the next-token distribution at each position, without gradient.
+
+    Args:
+        hidden: Floating ``[..., d]``, the input of the head.
+        weight: Floating ``[V, d]``, the weight of the head.
+        bias: Floating ``[V]``, the bias of the head; None for a head without bias.
+        temperature: Divisor of the logits.
+        chunk: Number of positions whose logits are in memory at a time.
 
     Returns:
         fp32 ``[...]``, fp64 for fp64 input.
 
     Raises:
-        ValueError: As :func:`token_log_probs`.
+        ValueError: If shapes or dtypes do not fit, or ``temperature`` or ``chunk`` is out of its range.
 
     Example:
         >>> token_entropy(torch.zeros(1, 3), torch.ones(8, 3))
@@ -97,13 +104,14 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: flo
 
 
 def _dtypes(hidden: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """The dtype of the factors of products, and the dtype in which they are accumulated and returned."""
+    """The dtype of the factors of products, and the dtype that they are accumulated and returned in."""
     device = hidden.device.type
     factor = torch.promote_types(hidden.dtype, weight.dtype)
     if torch.is_autocast_enabled(device):
         factor = torch.get_autocast_dtype(device)
     dtype = torch.promote_types(factor, torch.float32)
-    return (factor if device == "cuda" else dtype), dtype  # only CUDA accumulates in another dtype than it is given
+    # Only CUDA accumulates in another dtype than that of the factors.
+    return (factor if device == "cuda" else dtype), dtype
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -114,7 +122,7 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 def _logits(
     rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, chunk: int, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the rows with their logits over the temperature ``[n, V]``, a chunk at a time."""
+    """The rows of each chunk, and their logits divided by the temperature, ``[n, V]``."""
     for start in range(0, len(rows), chunk):
         part = slice(start, start + chunk)
         logits = _product(rows[part].to(weight.dtype), weight.T, dtype)
@@ -154,7 +162,7 @@ class _TokenLogProbs(torch.autograd.Function):
         grad_bias = weight.new_zeros(len(weight), dtype=dtype) if for_bias else None
         head = weight.to(factor)
         for part, logits in _logits(rows, head, bias, ctx.temperature, ctx.chunk, dtype):
-            # onehot - softmax, times the gradient, in the place of the logits
+            # (onehot - softmax) times the gradient, in the memory of the logits
             slope = logits.sub_(total[part, None]).exp_().mul_(-grad[part]).scatter_add_(1, index[part], grad[part])
             if grad_bias is not None:
                 grad_bias += slope.sum(0)

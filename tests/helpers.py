@@ -96,11 +96,12 @@ class ManualRouted(ManualClassifier, Routed):
 class Answers:
     """Rollouts of a classifier: its answer is always that of the highest logit."""
 
-    prompts: Tensor
+    prompt_index: Tensor
     rewards: Tensor
 
     def pool(self, other: "Answers") -> "Answers":
-        return Answers(torch.cat([self.prompts, other.prompts]), torch.cat([self.rewards, other.rewards]))
+        index = torch.cat([self.prompt_index, other.prompt_index])
+        return Answers(index, torch.cat([self.rewards, other.rewards]))
 
 
 class Answering(Classifier):
@@ -109,13 +110,14 @@ class Answering(Classifier):
     def rollout(self, batch, counts):
         with side_effect_free(self):
             right = (self(batch[0]).argmax(1) == batch[1]).float()
-        prompts = torch.arange(len(right)).repeat_interleave(torch.as_tensor(counts))
-        return Answers(prompts, right.cpu()[prompts])
+        prompt_index = torch.arange(len(right)).repeat_interleave(torch.as_tensor(counts))
+        return Answers(prompt_index, right.cpu()[prompt_index])
 
     def training_step(self, batch, batch_idx):
         x, y = batch
         self.seen.append(len(x))
-        counts = torch.bincount(self.rollout(batch, [2] * len(x)).prompts, minlength=len(x)).to(x.device)
+        index = self.rollout(batch, [2] * len(x)).prompt_index
+        counts = torch.bincount(index, minlength=len(x)).to(x.device)
         loss = (counts * F.cross_entropy(self(x), y, reduction="none")).mean()
         self.log("train_loss", loss)
         return loss

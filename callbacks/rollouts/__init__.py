@@ -1,1 +1,1 @@
-"""Adaptive rollouts."""
+"""Callbacks for modules that learn from rollouts."""

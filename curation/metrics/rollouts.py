@@ -1,4 +1,4 @@
-"""How often prompts are solved, over many rollouts."""
+"""Metrics of how often prompts are solved."""
 
 from typing import Any
 
@@ -6,19 +6,20 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from curation.checks import check_integer
 from curation.rollouts.pass_at_k import pass_at_k
 
 
 class PassAtK(Metric):
-    """Mean over prompts of the chance that one of ``k`` rollouts is right.
+    """pass@k: the probability that one of ``k`` rollouts succeeds, mean over prompts (arXiv 2107.03374).
 
     Args:
-        k: Rollouts.
-        **kwargs: Of :class:`torchmetrics.Metric`.
+        k: Number of rollouts of which one is to succeed.
+        **kwargs: Options of :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: If ``k`` is not a positive integer, or groups are of different sizes: of adaptive ones it would be
-            too low.
+        ValueError: If ``k`` is not a positive integer. In ``update``, if the number of rollouts is below ``k`` or
+            differs between prompts: with adaptive rollouts the estimate would be too low.
 
     Example:
         >>> metric = PassAtK(k=2)
@@ -34,9 +35,7 @@ class PassAtK(Metric):
 
     def __init__(self, k: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not (hasattr(k, "__index__") and k >= 1):
-            raise ValueError(f"Argument `k` must be an integer >= 1, but got {k!r}.")
-        self.k = int(k)
+        self.k: int = check_integer("k", k, 1)
         self._n: int | None = None
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("prompts", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
@@ -45,7 +44,7 @@ class PassAtK(Metric):
         """Enter prompts.
 
         Args:
-            rewards: ``[P, n]``, above 0.5 where a rollout is right; the same ``n`` in every call.
+            rewards: ``[P, n]``, above 0.5 where a rollout succeeds; the same ``n`` in every call.
         """
         n = rewards.size(1)
         if self._n not in (None, n):
@@ -56,20 +55,20 @@ class PassAtK(Metric):
         self.prompts = self.prompts + len(rewards)
 
     def compute(self) -> Tensor:
-        """fp32 scalar."""
+        """The mean over prompts, an fp32 scalar."""
         return (self.total / self.prompts).float()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Remove all prompts."""
         super().reset()
         self._n = None
 
 
 class SolveRate(Metric):
-    """Shares of the prompts of which no rollout, some and all are right.
+    """Fractions of prompts of which no rollout, some rollouts and all rollouts succeed.
 
     Args:
-        **kwargs: Of :class:`torchmetrics.Metric`.
+        **kwargs: Options of :class:`torchmetrics.Metric`.
 
     Example:
         >>> metric = SolveRate()
@@ -89,13 +88,13 @@ class SolveRate(Metric):
         """Enter prompts.
 
         Args:
-            successes: ``[P]``, sum of the rewards of its rollouts.
-            n: ``[P]``, number of these.
+            successes: ``[P]``, the sum of the rewards of each prompt's rollouts.
+            n: ``[P]``, the number of rollouts of each prompt.
         """
-        none, every = successes <= 0, successes >= n
-        self.counts = self.counts + torch.stack([none.sum(), (~none & ~every).sum(), every.sum()])
+        unsolved, solved = successes <= 0, successes >= n
+        self.counts = self.counts + torch.stack([unsolved.sum(), (~unsolved & ~solved).sum(), solved.sum()])
 
     def compute(self) -> dict[str, Tensor]:
-        """fp32 scalars ``solve_none``, ``solve_partial`` and ``solve_all``."""
+        """The fractions ``solve_none``, ``solve_partial`` and ``solve_all``, fp32 scalars."""
         names = ("solve_none", "solve_partial", "solve_all")
         return dict(zip(names, (self.counts / self.counts.sum().clamp(min=1)).unbind(), strict=True))

@@ -1,9 +1,11 @@
-"""Advantages of rollouts in groups of any sizes, and what each token of them weighs in the loss."""
+"""Advantages of rollouts in groups of any sizes, and the weight of each token in the loss."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from curation.checks import check_choice, check_integer
 
 Baseline = Literal["centred", "std", "rloo", "maxrl", "none"]
 Normalizer = Literal["token", "rollout", "prompt"]
@@ -14,26 +16,28 @@ def advantages(rewards: Tensor, groups: Tensor, size: int, baseline: Baseline = 
 
     Args:
         rewards: Floating ``[R]``, finite.
-        groups: int64 ``[R]`` in ``[0, G)``: the prompt of each.
-        size: ``G``.
-        baseline: ``"centred"``, ``r - mean`` (Dr. GRPO, arXiv 2503.20783); ``"std"``, that over the group's standard
-            deviation (GRPO, 2402.03300); ``"rloo"``, ``r`` less the mean of the others (2402.14740); ``"maxrl"``,
-            ``(r - mean) / mean``, the gradient of log-accuracy (2602.02710); ``"none"``, ``r`` itself.
+        groups: int64 ``[R]`` in ``[0, G)``: the prompt of each rollout.
+        size: ``G``, the number of groups.
+        baseline: ``"centred"``, ``r - mean`` (Dr. GRPO, arXiv 2503.20783); ``"std"``, ``(r - mean) / std`` of the
+            group (GRPO, 2402.03300); ``"rloo"``, ``r`` minus the mean of the other rollouts (2402.14740);
+            ``"maxrl"``, ``(r - mean) / mean``, the gradient of log-accuracy (2602.02710); ``"none"``, ``r`` itself.
 
     Raises:
-        ValueError: If ``baseline`` is unknown, or ``rewards`` and ``groups`` are not of one length; on a CPU also if
-            a reward is not finite, or negative with ``"maxrl"``, or a group is not in its range.
+        ValueError: If ``baseline`` is unknown, ``size`` is not an integer >= 0, or ``rewards`` and ``groups`` differ
+            in length; on a CPU also if a reward is not finite, or negative with ``"maxrl"``, or a group is out of
+            its range.
 
     Example:
         >>> advantages(torch.tensor([1.0, 0, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 0, 1, 1]), 2)
         tensor([ 0.7500, -0.2500, -0.2500, -0.2500,  0.0000,  0.0000])
     """
+    check_choice("baseline", baseline, get_args(Baseline))
     _check_groups(groups, size, rewards=rewards)
     if rewards.device.type == "cpu" and len(rewards):  # elsewhere it would wait for the device
-        wrong = rewards[~rewards.isfinite() | ((rewards < 0) & (baseline == "maxrl"))].tolist()
-        if wrong:
+        invalid = rewards[~rewards.isfinite() | ((rewards < 0) & (baseline == "maxrl"))].tolist()
+        if invalid:
             raise ValueError(
-                f"Argument `rewards` must be finite, and >= 0 with the baseline 'maxrl', but has {wrong[0]} with "
+                f"Argument `rewards` must be finite, and >= 0 with the baseline 'maxrl', but has {invalid[0]} with "
                 f"{baseline!r}."
             )
     r = rewards.to(torch.float32 if rewards.device.type == "mps" else torch.float64)
@@ -41,7 +45,7 @@ def advantages(rewards: Tensor, groups: Tensor, size: int, baseline: Baseline = 
     mean = _sums(r, groups, size) / n
     centred = r - mean.index_select(0, groups)
     variance = _sums(centred.square(), groups, size) / n
-    teaches = variance > 1e-12 * (mean.square() + variance)  # equal rewards need not have their mean
+    informative = variance > 1e-12 * (mean.square() + variance)  # equal rewards need not have their mean
     if baseline == "centred":
         scale = torch.ones_like(n)
     elif baseline == "std":
@@ -50,15 +54,14 @@ def advantages(rewards: Tensor, groups: Tensor, size: int, baseline: Baseline = 
         scale = n / (n - 1)
     elif baseline == "maxrl":
         scale = mean.reciprocal()
-    elif baseline == "none":
-        centred, scale = r, torch.ones_like(n)
     else:
-        raise ValueError(f"Argument `baseline` must be centred, std, rloo, maxrl or none, but got {baseline!r}.")
-    return (centred * torch.where(teaches, scale, 0).index_select(0, groups)).float()
+        centred, scale = r, torch.ones_like(n)
+    return (centred * torch.where(informative, scale, 0).index_select(0, groups)).float()
 
 
-def _check_groups(groups: Tensor, size: int, **others: Tensor) -> None:
-    for name, values in others.items():
+def _check_groups(groups: Tensor, size: int, **columns: Tensor) -> None:
+    check_integer("size", size, 0)
+    for name, values in columns.items():
         if values.shape != groups.shape or groups.dim() != 1:
             raise ValueError(
                 f"Argument `groups` must be [R] as the {name}, {list(values.shape)}, but got {list(groups.shape)}."
@@ -78,36 +81,40 @@ def _sums(values: Tensor, groups: Tensor, size: int) -> Tensor:
 def loss_weights(
     advantage: Tensor, groups: Tensor, size: int, lengths: Tensor, normalizer: Normalizer, max_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """What every token of a rollout weighs, and what the sum of weighted token losses is divided by.
+    """The weight of every token of a rollout, and the denominator of the sum of weighted token losses.
 
-    Groups that teach nothing, with advantages all 0, do not count in the denominator. Of several processes, the
-    denominators are added.
+    Groups whose advantages are all 0 do not count in the denominator. The denominators of several processes add up.
 
     Args:
         advantage: fp32 ``[R]``.
-        groups: int64 ``[R]`` in ``[0, G)``.
-        size: ``G``.
-        lengths: int64 ``[R]``, tokens.
-        normalizer: The denominator: ``"token"``, the tokens; ``"rollout"``, ``max_tokens`` for each rollout, so that
-            a long one weighs no less per token (Dr. GRPO); ``"prompt"``, ``max_tokens`` for each prompt and rollouts
-            averaged, so that a prompt weighs the same however many rollouts it has.
-        max_tokens: A rollout may have.
+        groups: int64 ``[R]`` in ``[0, G)``: the prompt of each rollout.
+        size: ``G``, the number of groups.
+        lengths: int64 ``[R]``, the number of tokens of each rollout.
+        normalizer: The denominator. ``"token"``: the number of tokens. ``"rollout"``: ``max_tokens`` per rollout, so
+            that the tokens of a long rollout weigh no less (Dr. GRPO). ``"prompt"``: ``max_tokens`` per prompt, with
+            the mean over its rollouts, so that a prompt weighs the same whatever their number.
+        max_tokens: The largest number of tokens of a rollout.
 
     Returns:
-        fp32 ``[R]`` and a scalar, 0 if nothing teaches.
+        The weights, fp32 ``[R]``, and the denominator, a scalar; 0 if all advantages are 0.
 
     Raises:
-        ValueError: If ``normalizer`` is unknown, or the arguments are not of one length; on a CPU also if a group is
-            not in its range.
+        ValueError: If ``normalizer`` is unknown, ``size`` or ``max_tokens`` is out of its range, or the tensors
+            differ in length; on a CPU also if a group is out of its range.
+
+    Example:
+        >>> groups, lengths = torch.tensor([0, 0, 1, 1]), torch.tensor([3, 5, 2, 2])
+        >>> loss_weights(torch.tensor([0.5, -0.5, 0, 0]), groups, 2, lengths, "token", 8)
+        (tensor([ 0.5000, -0.5000,  0.0000,  0.0000]), tensor(8.))
     """
+    check_choice("normalizer", normalizer, get_args(Normalizer))
+    check_integer("max_tokens", max_tokens, 1)
     _check_groups(groups, size, advantage=advantage, lengths=lengths)
-    teaches = (_sums(advantage.abs(), groups, size) > 0).float()
-    counts = teaches.index_select(0, groups)
+    informative = (_sums(advantage.abs(), groups, size) > 0).float()
+    counts = informative.index_select(0, groups)
     if normalizer == "token":
         return advantage, (counts * lengths).sum()
     if normalizer == "rollout":
         return advantage, counts.sum() * max_tokens
-    if normalizer == "prompt":
-        n = _sums(torch.ones_like(counts), groups, size).index_select(0, groups)
-        return advantage / n, teaches.sum() * max_tokens
-    raise ValueError(f"Argument `normalizer` must be token, rollout or prompt, but got {normalizer!r}.")
+    n = _sums(torch.ones_like(counts), groups, size).index_select(0, groups)
+    return advantage / n, informative.sum() * max_tokens

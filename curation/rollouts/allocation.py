@@ -1,68 +1,80 @@
-"""How many rollouts each prompt gets, from how many of its first ones succeeded (DARS, arXiv 2508.13755).
+"""How many rollouts each prompt gets, from the successes of its first ones (DARS, arXiv 2508.13755).
 
 With ``u`` the accuracy of a prompt and ``n`` rollouts, the advantages of a group sum to ``2 n u (1 - u)`` in absolute
 value (``2 n sqrt(u (1 - u))`` where they are divided by their standard deviation), so hard prompts hardly count.
-Schedules give them more rollouts. Everything here is NumPy on the CPU and deterministic, so that processes which have
-the same counts make the same plan.
+Schedules give them more rollouts. Everything here is NumPy on the CPU and deterministic: processes with the same
+counts make the same plan.
 """
 
 from collections.abc import Iterable
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 
+from curation.checks import check_choice, check_flag, check_integer, check_number
+
+Objective = Literal["accuracy", "logit", "log"]
+MAX_ROLLOUTS = 2**31  # exclusive; sums over prompts stay within int64
+
 
 class Schedule(Protocol):
-    """Which rollouts to add to the first ones."""
+    """A rule for the number of rollouts to add to the first ones."""
 
     def extra(self, successes: np.ndarray, n: int) -> np.ndarray:
         """Rollouts to add to each prompt: int64 ``[P]``.
 
         Args:
-            successes: fp64 ``[P]``, sum of the rewards of the first rollouts, in [0, n].
-            n: Rollouts that every prompt has had.
+            successes: fp64 ``[P]``, the sum of the rewards of each prompt's first rollouts, in [0, n].
+            n: Number of first rollouts of every prompt.
         """
         ...
 
     def cap(self, n: int) -> int:
-        """The most that may be added to a prompt."""
+        """The largest number of rollouts that may be added to a prompt."""
         ...
 
 
 class Uniform:
-    """As many rollouts for every prompt.
+    """The same number of rollouts for every prompt.
 
     Args:
-        rollouts: Of each prompt, the first ones among them.
+        rollouts: Number of rollouts of a prompt, the first ones included; below 2^31.
 
     Raises:
-        ValueError: If ``rollouts`` is not a positive integer.
+        ValueError: If ``rollouts`` is out of its range.
+
+    Example:
+        >>> Uniform(16).extra(np.arange(4), 8).tolist()
+        [8, 8, 8, 8]
     """
 
     def __init__(self, rollouts: int) -> None:
-        self.rollouts = _positive("rollouts", rollouts)
+        self.rollouts = check_integer("rollouts", rollouts, 1, MAX_ROLLOUTS)
 
     def extra(self, successes: np.ndarray, n: int) -> np.ndarray:
-        """``rollouts - n`` for each."""
+        """``rollouts - n`` for each prompt, at least 0."""
         return np.full(len(successes), self.cap(n), np.int64)
 
     def cap(self, n: int) -> int:
-        """``rollouts - n``."""
+        """``rollouts - n``, at least 0."""
         return max(self.rollouts - n, 0)
 
 
 class EqualTreatment:
-    """As many as make the sum of absolute advantages of every prompt below 1/2 that of one at 1/2 (ET).
+    r"""Equal treatment (ET): every prompt below accuracy 1/2 has the sum of absolute advantages of one at 1/2.
 
-    ``n / (4 u (1 - u))`` in all, or ``n / (2 sqrt(u (1 - u)))`` with ``std``, rounded up. With ``u`` known, the
-    gradient is that of ``logit u``.
+    The number of rollouts in all, rounded up, is
+
+    .. math:: \frac{n}{4 u (1 - u)} \quad \text{or, with } \texttt{std}, \quad \frac{n}{2 \sqrt{u (1 - u)}}.
+
+    With ``u`` known, the gradient is that of ``logit u``.
 
     Args:
-        max_rollouts: Of a prompt, the first ones among them.
-        std: For advantages that are divided by their standard deviation.
+        max_rollouts: Largest number of rollouts of a prompt, the first ones included; below 2^31.
+        std: The formula for advantages that are divided by their standard deviation.
 
     Raises:
-        ValueError: If ``max_rollouts`` is not a positive integer.
+        ValueError: If an argument is out of its range.
 
     Example:
         >>> EqualTreatment().extra(np.arange(9), 8).tolist()
@@ -70,11 +82,11 @@ class EqualTreatment:
     """
 
     def __init__(self, max_rollouts: int = 32, std: bool = False) -> None:
-        self.max_rollouts = _positive("max_rollouts", max_rollouts)
-        self.std = std
+        self.max_rollouts = check_integer("max_rollouts", max_rollouts, 1, MAX_ROLLOUTS)
+        self.std = check_flag("std", std)
 
     def extra(self, successes: np.ndarray, n: int) -> np.ndarray:
-        """0 from half of ``n`` on; no success counts as half a one."""
+        """0 for prompts with ``n / 2`` successes or more; no success counts as half a success."""
         k = np.maximum(np.asarray(successes, np.float64), 0.5)
         k = np.minimum(k, n / 2)
         # One division and at most one root: whole numbers stay whole, so that they are not rounded up.
@@ -82,22 +94,25 @@ class EqualTreatment:
         return np.clip(np.ceil(total).astype(np.int64) - n, 0, self.cap(n))
 
     def cap(self, n: int) -> int:
-        """``max_rollouts - n``."""
+        """``max_rollouts - n``, at least 0."""
         return max(self.max_rollouts - n, 0)
 
 
 class HardnessWeighted(EqualTreatment):
-    """As many as make the sum of absolute advantages ``2 (1 - u)`` times that of a prompt at 1/2 (HW).
+    r"""Hardness weighted (HW): the sum of absolute advantages is ``2 (1 - u)`` times that of a prompt at 1/2.
 
-    ``n / (2 u)`` in all, or ``n sqrt((1 - u) / u)`` with ``std``, rounded up. With ``u`` known, the gradient is that
-    of ``log u``.
+    The number of rollouts in all, rounded up, is
+
+    .. math:: \frac{n}{2 u} \quad \text{or, with } \texttt{std}, \quad n \sqrt{(1 - u) / u}.
+
+    With ``u`` known, the gradient is that of ``log u``.
 
     Args:
-        max_rollouts: Of a prompt, the first ones among them.
-        std: For advantages that are divided by their standard deviation.
+        max_rollouts: Largest number of rollouts of a prompt, the first ones included; below 2^31.
+        std: The formula for advantages that are divided by their standard deviation.
 
     Raises:
-        ValueError: If ``max_rollouts`` is not a positive integer.
+        ValueError: If an argument is out of its range.
 
     Example:
         >>> HardnessWeighted(std=True).extra(np.arange(9), 8).tolist()
@@ -108,7 +123,7 @@ class HardnessWeighted(EqualTreatment):
         super().__init__(max_rollouts, std)
 
     def extra(self, successes: np.ndarray, n: int) -> np.ndarray:
-        """0 from half of ``n`` on; no success counts as half a one."""
+        """0 for prompts with ``n / 2`` successes or more; no success counts as half a success."""
         k = np.maximum(np.asarray(successes, np.float64), 0.5)
         k = np.minimum(k, n / 2)
         total = np.sqrt(n**2 * (n - k) / k) if self.std else n**2 / (2 * k)
@@ -116,32 +131,38 @@ class HardnessWeighted(EqualTreatment):
 
 
 class Neyman:
-    """As many as give an objective's gradient the least variance: in proportion to ``w sqrt(u (1 - u))``.
+    r"""Neyman allocation: the gradient of an objective has the least variance, at a given number of rollouts.
+
+    The number of rollouts of a prompt is in proportion to
+
+    .. math:: w(u) \sqrt{u (1 - u)}.
 
     Args:
-        objective: The sum over prompts of ``"accuracy"``, whose weight ``w`` is 1, of its ``"logit"``,
-            ``1 / (u (1 - u))``, or its ``"log"``, ``1 / u``.
-        rollouts: Of a prompt on average, the first ones among them.
-        max_rollouts: Of a prompt.
+        objective: The sum over prompts of ``"accuracy"``, with the weight ``w = 1``; of its ``"logit"``, with
+            ``w = 1 / (u (1 - u))``; or of its ``"log"``, with ``w = 1 / u``.
+        rollouts: Mean number of rollouts of a prompt, the first ones included; below 2^31.
+        max_rollouts: Largest number of rollouts of a prompt; below 2^31.
 
     Raises:
         ValueError: If an argument is out of its range.
+
+    Example:
+        >>> Neyman("log", rollouts=16).extra(np.arange(0.0, 9, 2), 8).tolist()
+        [29, 9, 2, 0, 0]
     """
 
     def __init__(
         self,
-        objective: Literal["accuracy", "logit", "log"] = "log",
+        objective: Objective = "log",
         rollouts: int = 16,
         max_rollouts: int = 64,
     ) -> None:
-        if objective not in ("accuracy", "logit", "log"):
-            raise ValueError(f"Argument `objective` must be 'accuracy', 'logit' or 'log', but got {objective!r}.")
-        self.objective = objective
-        self.rollouts = _positive("rollouts", rollouts)
-        self.max_rollouts = _positive("max_rollouts", max_rollouts)
+        self.objective = check_choice("objective", objective, get_args(Objective))
+        self.rollouts = check_integer("rollouts", rollouts, 1, MAX_ROLLOUTS)
+        self.max_rollouts = check_integer("max_rollouts", max_rollouts, 1, MAX_ROLLOUTS)
 
     def extra(self, successes: np.ndarray, n: int) -> np.ndarray:
-        """What is missing to the proportion, of prompts that have too few; sure ones count as half a success off."""
+        """The rollouts that a prompt lacks for its proportion; 0 and ``n`` successes count as 1/2 and ``n - 1/2``."""
         k = np.clip(np.asarray(successes, np.float64), 0.5, n - 0.5)
         u = k / n
         power = {"accuracy": (0.5, 0.5), "logit": (-0.5, -0.5), "log": (-0.5, 0.5)}[self.objective]
@@ -149,20 +170,20 @@ class Neyman:
         return fill(weights, np.full(len(u), n), np.full(len(u), self.max_rollouts), self.rollouts * len(u)) - n
 
     def cap(self, n: int) -> int:
-        """``max_rollouts - n``."""
+        """``max_rollouts - n``, at least 0."""
         return max(self.max_rollouts - n, 0)
 
 
 def fill(weights: np.ndarray, least: np.ndarray, most: np.ndarray, total: int) -> np.ndarray:
-    """Whole numbers in proportion to weights, within bounds, of a given sum: int64 ``[P]``.
+    """Integers in proportion to weights, within bounds, with a given sum: int64 ``[P]``.
 
-    The sum is ``total`` where the bounds allow, else the nearest that they allow; where the weight is 0 it is the
-    lower bound. Rounded by largest remainder, the first of equals first.
+    The sum is ``total``, or the nearest sum that the bounds allow. Where the weight is 0, the integer is the lower
+    bound. Rounded by largest remainder; of equal remainders the first is rounded up first.
 
     Args:
         weights: ``[P]``, >= 0 and finite.
-        least: int64 ``[P]``.
-        most: int64 ``[P]``.
+        least: int64 ``[P]``, the lower bounds.
+        most: int64 ``[P]``, the upper bounds; where they are below the lower bound, the lower bound holds.
         total: The sum.
 
     Example:
@@ -183,10 +204,10 @@ def fill(weights: np.ndarray, least: np.ndarray, most: np.ndarray, total: int) -
         low, high = (
             (middle, high) if np.clip(corners[middle] * weights, least, most).sum() <= total else (low, middle)
         )
-    at = [np.clip(corners[i] * weights, least, most) for i in (low, high)]
-    sums = at[0].sum(), at[1].sum()
-    share = (total - sums[0]) / (sums[1] - sums[0]) if sums[1] > sums[0] else 0.0
-    ideal = at[0] + min(max(share, 0.0), 1.0) * (at[1] - at[0])
+    start, end = (np.clip(corners[i] * weights, least, most) for i in (low, high))
+    rise = end.sum() - start.sum()
+    fraction = (total - start.sum()) / rise if rise > 0 else 0.0
+    ideal = start + min(max(fraction, 0.0), 1.0) * (end - start)
     whole = np.clip(np.floor(ideal + 1e-9).astype(np.int64), least, most)
     missing = total - int(whole.sum())
     if missing > 0:
@@ -199,49 +220,41 @@ def plan(schedule: Schedule, successes: np.ndarray, n: int, budget: int | None =
     """The rollouts to add to each prompt: int64 ``[P]``.
 
     Args:
-        schedule: Says how many.
-        successes: ``[P]``, sum of the rewards of the first rollouts of each prompt, in [0, n].
-        n: Number of these.
-        budget: All rollouts together, the first ones among them. Then additions are in proportion to the schedule's,
-            within its cap, and their sum is what is left of the budget where any is asked for. None for the
-            schedule's own.
+        schedule: The rule for the number of added rollouts.
+        successes: ``[P]``, the sum of the rewards of each prompt's first rollouts, in [0, n].
+        n: Number of first rollouts of every prompt; below 2^31.
+        budget: Number of all rollouts of the step, at least ``n P``. Additions are in proportion to the schedule's,
+            within its cap, and sum to what the first rollouts leave of the budget, if the schedule adds any. None
+            for the numbers of the schedule.
 
     Raises:
-        ValueError: If ``n`` is no positive integer, a reward is out of range, or the budget does not cover the first
-            rollouts.
+        ValueError: If ``n`` is out of its range, a number of successes is not in [0, n], or the budget does not cover
+            the first rollouts.
+
+    Example:
+        >>> plan(HardnessWeighted(), np.array([0, 2, 8]), 8, budget=48).tolist()
+        [21, 3, 0]
     """
-    n = _positive("n", n)
+    n = check_integer("n", n, 1, MAX_ROLLOUTS)
     successes = np.asarray(successes, np.float64)
     if successes.ndim != 1:
         raise ValueError(f"Argument `successes` must be [P], but got {list(successes.shape)}.")
     if not ((successes >= 0) & (successes <= n)).all():
-        wrong = successes[~((successes >= 0) & (successes <= n))][0]
-        raise ValueError(f"Rewards of {n} rollouts must sum to [0, {n}], but sum to {wrong}.")
+        outside = successes[~((successes >= 0) & (successes <= n))][0]
+        raise ValueError(f"Rewards of {n} rollouts must sum to [0, {n}], but sum to {outside}.")
     extra = schedule.extra(successes, n)
     if budget is None:
         return extra
-    left = check_budget(budget, n, len(successes)) - n * len(successes)
-    return fill(extra, np.zeros_like(extra), np.full_like(extra, schedule.cap(n)), left)
-
-
-def check_budget(budget: int, n: int, prompts: int) -> int:
-    """A budget that covers the first rollouts.
-
-    Raises:
-        ValueError: If it does not.
-    """
-    if not budget >= n * prompts:
-        raise ValueError(
-            f"Argument `budget` must be at least n * prompts, {n} * {prompts} = {n * prompts}, but got {budget!r}."
-        )
-    return budget
+    first = n * len(successes)
+    left = check_number("budget", budget, f"[{first}, inf)") - first
+    return fill(extra, np.zeros_like(extra), np.full_like(extra, schedule.cap(n)), int(left))
 
 
 class DifficultyMemory:
-    """What is known of each prompt's accuracy: a Beta posterior that forgets.
+    """A Beta posterior of each prompt's accuracy that forgets.
 
     Args:
-        forgetting: What an observation still counts for after another update of its prompt, in [0, 1).
+        forgetting: Factor in [0, 1) by which earlier observations of a prompt count less with every update of it.
 
     Raises:
         ValueError: If ``forgetting`` is out of its range.
@@ -254,37 +267,39 @@ class DifficultyMemory:
     """
 
     def __init__(self, forgetting: float = 0.5) -> None:
-        if not 0 <= forgetting < 1:
-            raise ValueError(f"Argument `forgetting` must be in [0, 1), but got {forgetting!r}.")
-        self.forgetting = forgetting
-        self.counts: dict[int, tuple[float, float]] = {}  # of a prompt: successes and rollouts
+        self.forgetting: float = check_number("forgetting", forgetting, "[0, 1)")
+        self.counts: dict[int, tuple[float, float]] = {}  # prompt id -> successes, rollouts
 
     def update(self, ids: Iterable[int], successes: Iterable[float], n: int) -> None:
-        """Enter first rollouts, never the added ones: a prompt that began badly got more of them.
+        """Enter first rollouts. Added ones would bias the posterior: a prompt that fails at first gets more of them.
 
         Args:
-            ids: Of prompts.
-            successes: Sum of the rewards of each.
-            n: Rollouts of each.
+            ids: The ids of ``P`` prompts.
+            successes: The sum of the rewards of each prompt's first rollouts, in [0, n].
+            n: Number of first rollouts of every prompt.
 
         Raises:
-            ValueError: If a reward is out of range, upon which nothing is entered.
+            ValueError: If ``n`` is not a positive integer, or a number of successes is out of its range; then nothing
+                is entered.
         """
+        check_integer("n", n, 1)
         successes = list(successes)
-        wrong = [seen for seen in successes if not 0 <= seen <= n]
-        if wrong:
-            raise ValueError(f"Rewards of {n} rollouts must sum to [0, {n}], but sum to {wrong[0]}.")
-        for i, seen in zip(ids, successes, strict=True):
-            k, of = self.counts.get(i, (0.0, 0.0))
-            self.counts[i] = self.forgetting * (k + seen), self.forgetting * (of + n)
+        outside = [k for k in successes if not 0 <= k <= n]
+        if outside:
+            raise ValueError(f"Rewards of {n} rollouts must sum to [0, {n}], but sum to {outside[0]}.")
+        for i, k in zip(ids, successes, strict=True):
+            old_k, old_n = self.counts.get(i, (0.0, 0.0))
+            self.counts[i] = self.forgetting * (old_k + k), self.forgetting * (old_n + n)
 
     def successes(self, ids: Iterable[int], successes: Iterable[float], n: int) -> np.ndarray:
-        """The first rollouts' successes as they would be at the accuracy that memory and they tell: fp64 ``[P]``."""
-        known = [(*self.counts.get(i, (0.0, 0.0)), seen) for i, seen in zip(ids, successes, strict=True)]
-        return np.array([min(n * (k + seen) / (of + n), n) for k, of, seen in known])  # rounding may exceed n
+        """``n`` times the posterior accuracy of each prompt, given its first rollouts as well: fp64 ``[P]``.
 
-
-def _positive(name: str, value: Any) -> int:
-    if not (hasattr(value, "__index__") and 1 <= value < 2**31):
-        raise ValueError(f"Argument `{name}` must be an integer >= 1, but got {value!r}.")
-    return int(value)
+        Args:
+            ids: The ids of ``P`` prompts.
+            successes: The sum of the rewards of each prompt's first rollouts, in [0, n].
+            n: Number of first rollouts of every prompt.
+        """
+        counts = [(*self.counts.get(i, (0.0, 0.0)), k) for i, k in zip(ids, successes, strict=True)]
+        return np.array(
+            [min(n * (old_k + k) / (old_n + n), n) for old_k, old_n, k in counts]
+        )  # rounding may exceed n

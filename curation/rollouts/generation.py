@@ -1,8 +1,8 @@
-"""Completions of a ragged number per prompt, where every prompt is run through the model once for all stages.
+"""Any number of completions per prompt, where every prompt is run through the model once for all stages.
 
-:func:`prefill` runs all tokens of each prompt but the last and keeps their keys and values; :func:`generate` repeats
-these for as many completions as each prompt is to get, feeds the last token and samples. A second stage takes the
-same cache and costs its own tokens only. A cache belongs to the weights it was made with.
+:func:`prefill` runs all tokens of each prompt but the last and keeps their keys and values. :func:`generate` repeats
+these for each completion of a prompt, feeds the last token and samples. A second stage takes the same cache and costs
+its own tokens only. A cache belongs to the weights that it was made with.
 """
 
 import copy
@@ -17,24 +17,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from curation.checks import check_integer, check_number
 from curation.scoring import side_effect_free
 
 
 @dataclass(frozen=True)
 class Completions:
-    """What was sampled, in ascending order of the prompts.
+    """Sampled completions, in ascending order of their prompts.
 
     Attributes:
-        prompts: int64 ``[R]``, the row of each completion's prompt.
+        prompt_index: int64 ``[R]``, the row of the prompt that each completion follows.
         tokens: int64 ``[R, L]``, padded on the right with ``pad_id``.
-        lengths: int64 ``[R]``, tokens, the stop token included.
-        log_probs: fp32 ``[R, L]`` of each token under the whole distribution at the temperature of sampling (at 1 for
-            greedy tokens), 0 where padded; None where they are not known.
-        finished: bool ``[R]``, whether a stop token ended it.
-        pad_id: What tokens are padded with.
+        lengths: int64 ``[R]``, the number of tokens of each, the stop token included.
+        log_probs: fp32 ``[R, L]``, the log-probability of each token under the whole distribution at the temperature
+            of sampling (at 1 for greedy tokens), 0 where padded; None where they are not known.
+        finished: bool ``[R]``, whether a stop token ended the completion.
+        pad_id: The padding token.
     """
 
-    prompts: Tensor
+    prompt_index: Tensor
     tokens: Tensor
     lengths: Tensor
     log_probs: Tensor | None
@@ -45,15 +46,15 @@ class Completions:
     def cat(parts: "Sequence[Completions]") -> "Completions":
         """Pool the completions of several stages; those of a prompt stay in the order of the stages."""
         longest = max(part.tokens.size(1) for part in parts)
-        prompts = torch.cat([part.prompts for part in parts])
-        order = prompts.argsort(stable=True)
+        prompt_index = torch.cat([part.prompt_index for part in parts])
+        order = prompt_index.argsort(stable=True)
 
         def pooled(rows: list[Tensor], pad: int) -> Tensor:
             return torch.cat([F.pad(r, (0, longest - r.size(1)), value=pad) for r in rows])[order]
 
         log_probs = [part.log_probs for part in parts if part.log_probs is not None]
         return Completions(
-            prompts[order],
+            prompt_index[order],
             pooled([part.tokens for part in parts], parts[0].pad_id),
             torch.cat([part.lengths for part in parts])[order],
             pooled(log_probs, 0) if len(log_probs) == len(parts) else None,
@@ -66,9 +67,9 @@ class Completions:
 class _Batch:
     """Prompts that were run through the model together, padded on the left to ``W + 1`` tokens."""
 
-    prompts: Tensor  # int64 [b] on the CPU, their rows
-    last: Tensor  # int64 [b], the token that is left to run
-    positions: Tensor  # int64 [b], where it stands
+    prompt_index: Tensor  # int64 [b] on the CPU, the rows of the prompts
+    last: Tensor  # int64 [b], the last token, which is not run yet
+    positions: Tensor  # int64 [b], the position of that token
     mask: Tensor  # int64 [b, W]
     padded: bool
     cache: Any  # None where W = 0
@@ -76,7 +77,13 @@ class _Batch:
 
 @dataclass(frozen=True)
 class PromptCache:
-    """Keys and values of P prompts, from :func:`prefill`; ``lengths`` are their tokens, int64 ``[P]`` on the CPU."""
+    """Keys and values of ``P`` prompts, from :func:`prefill`.
+
+    Attributes:
+        batches: The prompts that were run together.
+        lengths: int64 ``[P]`` on the CPU, the number of tokens of each prompt.
+        pad_id: The padding token.
+    """
 
     batches: list[_Batch]
     lengths: Tensor
@@ -93,17 +100,18 @@ def prefill(model: Any, prompts: Sequence[Tensor], pad_id: int, token_budget: in
 
     Args:
         model: A causal language model of transformers; it is run in evaluation mode, without gradient.
-        prompts: P tensors int64 ``[n]``, on any device.
-        pad_id: A token, for prompts and completions.
-        token_budget: Tokens to run at a time, padding included; a longer prompt is run alone.
+        prompts: ``P`` tensors int64 ``[n]``, on any device.
+        pad_id: The padding token of prompts and completions.
+        token_budget: Largest number of tokens of a forward pass, padding included; a longer prompt is run alone.
 
     Raises:
         TypeError: If the model keeps no keys and values; see :func:`from_sequences`.
-        ValueError: If ``pad_id`` is no token, or a prompt is empty, not int64 ``[n]`` or longer than the context.
+        ValueError: If ``pad_id`` is not a token, ``token_budget`` is not a positive integer, or a prompt is empty,
+            not int64 ``[n]`` or longer than the context.
     """
+    check_integer("token_budget", token_budget, 1)
     embedding = model.get_input_embeddings().weight
-    if not isinstance(pad_id, int) or not 0 <= pad_id < len(embedding):
-        raise ValueError(f"Argument `pad_id` must be a token in [0, {len(embedding)}), but got {pad_id!r}.")
+    check_integer("pad_id", pad_id, 0, len(embedding))
     context = _context(model)
     for i, prompt in enumerate(prompts):
         if prompt.dtype != torch.int64 or prompt.dim() != 1 or not 0 < len(prompt) <= context:
@@ -139,28 +147,34 @@ def generate(
 ) -> Completions:
     """Sample completions of the prompts in a cache, which stays as it is.
 
-    Rows are decoded in batches; those that have finished are taken out once they are half of their batch. Nothing of
+    Rows are decoded in batches. Finished rows are removed once they are half of their batch. Nothing of
     ``model.generation_config`` is applied. The same arguments and generator state give the same completions; another
-    ``token_budget``, or other counts, give any prompt others.
+    ``token_budget``, or other counts, change the completions of every prompt.
 
     Args:
-        model: What the cache was made with.
-        cache: Of P prompts.
-        counts: int64 ``[P]``, completions of each prompt.
-        max_new_tokens: Of a completion, the stop token included.
-        stop_ids: Tokens that end a completion; may be none.
-        token_budget: Tokens of a batch, padding and ``max_new_tokens`` included; a longer row is decoded alone.
-        generator: Not a global one; one on another device than the model's seeds one there.
-        temperature: What logits are divided by; 0 takes the most probable token.
-        expected_lengths: ``[P]``, of completions: rows that end together are then decoded together.
+        model: The model that the cache was made with.
+        cache: The keys and values of ``P`` prompts.
+        counts: int64 ``[P]``, the number of completions of each prompt.
+        max_new_tokens: Largest number of tokens of a completion, the stop token included.
+        stop_ids: Tokens that end a completion; may be empty.
+        token_budget: Largest number of tokens of a batch, padding and ``max_new_tokens`` included; a longer row is
+            decoded alone.
+        generator: Source of the random draws, not a global one; if it is on another device than the model, it seeds a
+            generator there.
+        temperature: Divisor of the logits; 0 takes the most probable token.
+        expected_lengths: ``[P]``, the expected number of tokens of each prompt's completions: rows that end together
+            are decoded together. None decodes rows in the order of the cache.
 
     Returns:
         ``counts.sum()`` completions, on the model's device.
 
     Raises:
         TypeError: If the model keeps no keys and values.
-        ValueError: If an argument is out of its range, or not of length P.
+        ValueError: If an argument is out of its range, or not of length ``P``.
     """
+    check_integer("max_new_tokens", max_new_tokens, 1)
+    check_integer("token_budget", token_budget, 1)
+    check_number("temperature", temperature, "[0, inf)")
     size = len(cache.lengths)
     counts = torch.as_tensor(counts).cpu()
     if counts.is_floating_point() or counts.shape != (size,) or bool(counts.lt(0).any()):
@@ -169,13 +183,11 @@ def generate(
     if expected.shape != (size,):
         raise ValueError(f"Argument `expected_lengths` must be [{size}], but got {list(expected.shape)}.")
     room = _context(model) - max([0, *cache.lengths.tolist()])
-    if not 1 <= max_new_tokens <= room:
+    if max_new_tokens > room:
         raise ValueError(
             f"Argument `max_new_tokens` must be in [1, {room}], what the longest prompt leaves of the context, but "
             f"got {max_new_tokens!r}."
         )
-    if not temperature >= 0:
-        raise ValueError(f"Argument `temperature` must be >= 0, but got {temperature!r}.")
     if generator in (torch.default_generator, *torch.cuda.default_generators):  # these are put back: always the same
         raise ValueError(f"Argument `generator` must not be a global one, but got {generator!r}.")
     device = model.get_input_embeddings().weight.device
@@ -188,8 +200,8 @@ def generate(
     parts = [Completions(none, none.view(0, 0), none, none.view(0, 0).float(), none.bool(), cache.pad_id)]
     with side_effect_free(model):
         for batch in cache.batches:
-            rows = torch.arange(len(batch.prompts)).repeat_interleave(counts[batch.prompts])
-            rows = rows[expected[batch.prompts][rows].argsort(stable=True)]
+            rows = torch.arange(len(batch.prompt_index)).repeat_interleave(counts[batch.prompt_index])
+            rows = rows[expected[batch.prompt_index][rows].argsort(stable=True)]
             parts += [
                 _decode(model, batch, part, max_new_tokens, stops, cache.pad_id, sample)
                 for part in rows.split(max(1, token_budget // (batch.mask.size(1) + 1 + max_new_tokens)))
@@ -199,37 +211,48 @@ def generate(
 
 
 def from_sequences(
-    prompts: Tensor, sequences: Tensor, prompt_width: int, stop_ids: Iterable[int], pad_id: int
+    prompt_index: Tensor, sequences: Tensor, prompt_width: int, stop_ids: Iterable[int], pad_id: int
 ) -> Completions:
-    """Completions, without log-probabilities, out of what a module's own ``generate`` returns.
+    """Completions, without log-probabilities, from the output of a model's own ``generate``.
 
     Args:
-        prompts: int64 ``[R]``, the row of each sequence's prompt.
-        sequences: int64 ``[R, prompt_width + L]``; what follows a stop token, and ``pad_id`` at the end, is padding.
-        prompt_width: Tokens of the padded prompts.
+        prompt_index: int64 ``[R]``, the row of each sequence's prompt.
+        sequences: int64 ``[R, prompt_width + L]``; tokens after a stop token, and ``pad_id`` at the end, are padding.
+        prompt_width: Number of tokens of the padded prompts.
         stop_ids: Tokens that end a completion.
-        pad_id: What the completions are padded with.
+        pad_id: The padding token of the completions.
+
+    Raises:
+        ValueError: If ``prompt_width`` or ``pad_id`` is not an integer >= 0.
+
+    Example:
+        >>> sequences = torch.tensor([[9, 4, 5, 7], [9, 6, 7, 0]])
+        >>> completions = from_sequences(torch.tensor([0, 0]), sequences, 1, stop_ids=[7], pad_id=0)
+        >>> completions.tokens.tolist(), completions.lengths.tolist()
+        ([[4, 5, 7], [6, 7, 0]], [3, 2])
     """
+    check_integer("prompt_width", prompt_width, 0)
+    check_integer("pad_id", pad_id, 0)
     tokens = sequences[:, prompt_width:]
     is_stop = _any_of(tokens, torch.tensor(list(stop_ids), dtype=torch.int64, device=tokens.device))
     padding = tokens.eq(pad_id).flip(1).cumprod(1).flip(1).bool()
-    kept = (is_stop | ~padding) & (is_stop.cumsum(1) <= is_stop)  # padding may be with a stop token
+    kept = (is_stop | ~padding) & (is_stop.cumsum(1) <= is_stop)  # a stop token may be the padding token
     tokens = tokens.masked_fill(~kept, pad_id)
-    return Completions.cat([Completions(prompts, tokens, kept.sum(1), None, is_stop.any(1), pad_id)])
+    return Completions.cat([Completions(prompt_index, tokens, kept.sum(1), None, is_stop.any(1), pad_id)])
 
 
 def _context(model: Any) -> float:
-    """Tokens that fit, where the model tells."""
+    """The number of tokens that the model can attend to; infinite where its configuration has none."""
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or torch.inf
 
 
 def _groups(lengths: list[int], token_budget: int) -> Iterator[list[int]]:
-    """Rows of prompts to run together, in ascending order of length."""
+    """Rows of prompts that are run together, in ascending order of length."""
     group: list[int] = []
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
         # A prompt of one token has nothing to run: with longer ones it would be a row of padding alone.
-        alone = bool(group) and lengths[group[0]] == 1 < lengths[row]
-        if alone or (group and (len(group) + 1) * (lengths[row] - 1) > token_budget):
+        separate = bool(group) and lengths[group[0]] == 1 < lengths[row]
+        if separate or (group and (len(group) + 1) * (lengths[row] - 1) > token_budget):
             yield group
             group = []
         group.append(row)
@@ -247,7 +270,7 @@ def _run(model: Any, ids: Tensor, mask: Tensor | None, positions: Tensor, cache:
 
 
 def _repeated(cache: Any, rows: Tensor, new_tokens: int) -> Any:
-    """A copy of rows of a cache."""
+    """A copy of some rows of a cache, with room for new tokens."""
     cache = copy.deepcopy(cache)
     cache.reorder_cache(rows)  # not `batch_select_indices`, which leaves out the states of linear attention
     roomy = _roomy_layer()  # in the place of its base only: layers of other kinds hold less than all keys, or more
@@ -260,7 +283,7 @@ def _roomy_layer() -> Any:
     from transformers.cache_utils import DynamicLayer
 
     class RoomyLayer(DynamicLayer):
-        """Writes new tokens into room made in advance; a ``DynamicLayer`` copies all that it holds for each."""
+        """Writes new tokens into memory allocated before; a ``DynamicLayer`` copies its content for each token."""
 
         def __init__(self, layer: Any, new_tokens: int) -> None:
             super().__init__()
@@ -289,7 +312,7 @@ def _roomy_layer() -> Any:
 
 
 def _tokens_between_checks(device: torch.device) -> int:
-    """How often to ask which rows have finished, for which the host waits for a GPU."""
+    """Tokens between two checks of which rows have finished; on a GPU the host waits for each check."""
     return 1 if device.type == "cpu" else 8
 
 
@@ -298,7 +321,7 @@ def _any_of(tokens: Tensor, stops: Tensor) -> Tensor:
 
 
 def _sample(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Tokens ``[b]`` and their log-probabilities, fp32."""
+    """Tokens int64 ``[b]`` and their log-probabilities, fp32 ``[b]``."""
     scaled = logits.float() if temperature in (0, 1) else logits.float() / temperature
     log_p = scaled.log_softmax(-1)
     drawn = torch.multinomial(log_p.exp(), 1, generator=generator) if temperature else logits.argmax(-1, keepdim=True)
@@ -308,9 +331,9 @@ def _sample(logits: Tensor, temperature: float, generator: torch.Generator) -> t
 def _decode(
     model: Any, batch: _Batch, rows: Tensor, max_new_tokens: int, stops: Tensor, pad_id: int, sample: Callable
 ) -> Completions:
-    """One completion for each of ``rows``, int64 ``[R]``, of a batch."""
+    """One completion for each of some rows of a batch, int64 ``[R]``; a row may occur several times."""
     device = stops.device
-    prompts, rows = batch.prompts[rows].to(device), rows.to(device)
+    prompt_index, rows = batch.prompt_index[rows].to(device), rows.to(device)
     cache: Any = None if batch.cache is None else _repeated(batch.cache, rows, max_new_tokens)
     mask = F.pad(batch.mask[rows], (0, max_new_tokens), value=1)
     token, positions, live = batch.last[rows], batch.positions[rows], torch.arange(len(rows), device=device)
@@ -325,9 +348,9 @@ def _decode(
             if 2 * len(unfinished) <= len(live):
                 live, token, positions, mask = (t[unfinished] for t in (live, token, positions, mask))
                 cache.reorder_cache(unfinished)
-        # Models look at the values of a mask, for which the host waits: none where nothing is padded.
-        seen = mask[:, : batch.mask.size(1) + step + 1] if batch.padded else None
-        logits, cache = _run(model, token[:, None], seen, positions[:, None] + step, cache)
+        # Models read the values of a mask, and the host waits for them: no mask where nothing is padded.
+        visible = mask[:, : batch.mask.size(1) + step + 1] if batch.padded else None
+        logits, cache = _run(model, token[:, None], visible, positions[:, None] + step, cache)
         token, log_prob = sample(logits)
         running = ~finished[live]
         tokens[live, step] = token.where(running, pad_id)
@@ -335,4 +358,4 @@ def _decode(
         lengths[live] += running
         finished[live] |= _any_of(token, stops)
     longest = int(lengths.max())
-    return Completions(prompts, tokens[:, :longest], lengths, log_probs[:, :longest], finished, pad_id)
+    return Completions(prompt_index, tokens[:, :longest], lengths, log_probs[:, :longest], finished, pad_id)

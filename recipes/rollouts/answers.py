@@ -1,4 +1,4 @@
-"""Answers of a policy: what they are made of, in batches of tokens, and how probable a model finds them."""
+"""Answers of a policy: tokens, rewards and texts, batches of them, and log-probabilities under a model."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
@@ -14,12 +14,12 @@ from curation.rollouts.generation import Completions
 
 @dataclass
 class Rollouts:
-    """Answers of a policy, in the order of their prompts.
+    """Answers of a policy with their rewards, in ascending order of their prompts.
 
     Attributes:
-        completions: The tokens, on the device.
-        rewards: fp32 ``[R]``, on the CPU.
-        texts: The answers.
+        completions: The tokens of ``R`` answers, on the device of the policy.
+        rewards: fp32 ``[R]`` in [0, 1], on the CPU.
+        texts: The text of each answer.
     """
 
     completions: Completions
@@ -27,42 +27,48 @@ class Rollouts:
     texts: list[str]
 
     @property
-    def prompts(self) -> Tensor:
-        """int64 ``[R]``, rising: which prompt of the batch each is of; on the CPU."""
-        return self.completions.prompts.cpu()
+    def prompt_index(self) -> Tensor:
+        """int64 ``[R]`` on the CPU, ascending: the row of the batch that each answer belongs to."""
+        return self.completions.prompt_index.cpu()
 
     def pool(self, other: "Rollouts") -> "Rollouts":
-        """These and others of the same batch."""
-        order = torch.cat([self.prompts, other.prompts]).argsort(stable=True)
+        """The answers of two stages of one batch; those of a prompt stay in the order of the stages."""
+        order = torch.cat([self.prompt_index, other.prompt_index]).argsort(stable=True)
         texts = [*self.texts, *other.texts]
-        rewards = torch.cat([self.rewards, other.rewards])[order]
         return Rollouts(
-            Completions.cat([self.completions, other.completions]), rewards, [texts[i] for i in order.tolist()]
+            Completions.cat([self.completions, other.completions]),
+            torch.cat([self.rewards, other.rewards])[order],
+            [texts[i] for i in order.tolist()],
         )
 
     def cpu(self) -> "Rollouts":
-        """The same on the CPU, in one copy and not one a row."""
-        here = {f.name: getattr(self.completions, f.name) for f in fields(Completions)}
-        here = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in here.items()}
-        return Rollouts(Completions(**here), self.rewards, self.texts)
+        """The same answers with all tensors on the CPU, copied at once and not row by row."""
+        values: dict[str, Any] = {field.name: getattr(self.completions, field.name) for field in fields(Completions)}
+        moved: dict[str, Any] = {
+            name: value.cpu() if isinstance(value, Tensor) else value for name, value in values.items()
+        }
+        return Rollouts(Completions(**moved), self.rewards, self.texts)
 
 
-def packed(rows: Tensor, width: Tensor, budget: int) -> Iterator[Tensor]:
-    """Rows in batches of at most ``budget`` tokens, padding included, long ones first; one at least.
+def packed(rows: Tensor, widths: Tensor, token_budget: int) -> Iterator[Tensor]:
+    """Split rows into batches of at most ``token_budget`` tokens, padding included; the longest rows come first.
 
     Args:
-        rows: int64 ``[R]``.
-        width: int64 ``[R]``, tokens of each.
-        budget: Tokens.
+        rows: int64 ``[R]``, the rows.
+        widths: int64 ``[R]``, the number of tokens of each row.
+        token_budget: Largest number of tokens of a batch; a longer row is a batch of its own.
+
+    Yields:
+        int64 ``[r]``, the rows of a batch.
 
     Example:
         >>> [part.tolist() for part in packed(torch.arange(4), torch.tensor([2, 5, 4, 1]), 10)]
         [[1, 2], [0, 3]]
     """
-    order = width.argsort(descending=True, stable=True)
+    order = widths.argsort(descending=True, stable=True)
     start = 0
     while start < len(rows):
-        size = max(1, budget // int(width[order[start]]))
+        size = max(1, token_budget // int(widths[order[start]]))
         yield rows[order[start : start + size]]
         start += size
 
@@ -70,23 +76,27 @@ def packed(rows: Tensor, width: Tensor, budget: int) -> Iterator[Tensor]:
 def answer_log_probs(
     model: Any, questions: Iterable[Tensor], answers: Iterable[Tensor], temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Of the tokens of answers, one after the other: fp32 ``[N]``, and whose each is, int64 ``[N]``.
+    """The log-probabilities of the ``N`` tokens of all answers, one answer after the other.
 
     Args:
         model: A causal language model of transformers.
-        questions: int64 ``[T]`` each, on the CPU.
-        answers: int64 ``[T]`` each, as many.
-        temperature: Of the distribution.
+        questions: The tokens of each question, int64 ``[T]``, on the CPU.
+        answers: The tokens of each answer, int64 ``[T]``, on the CPU; as many as questions.
+        temperature: Divisor of the logits.
+
+    Returns:
+        The log-probabilities, fp32 ``[N]``, and the number of the answer that each token belongs to, int64 ``[N]``.
     """
     device = model.device
     pairs = list(zip(questions, answers, strict=True))
     ids = pad_sequence([torch.cat(pair) for pair in pairs], batch_first=True)
     mask = pad_sequence([torch.ones(len(q) + len(a), dtype=torch.int64) for q, a in pairs], batch_first=True)
     width = ids.size(1)
-    at = torch.cat([torch.arange(len(a)) + len(q) - 1 + i * width for i, (q, a) in enumerate(pairs)])
-    row = torch.cat([torch.full((len(a),), i) for i, (_, a) in enumerate(pairs)]).to(device)
+    # Position t predicts token t + 1.
+    positions = torch.cat([torch.arange(len(a)) + len(q) - 1 + i * width for i, (q, a) in enumerate(pairs)])
+    answer_index = torch.cat([torch.full((len(a),), i) for i, (_, a) in enumerate(pairs)]).to(device)
     hidden = model.base_model(ids.to(device), attention_mask=mask.to(device), use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
-    rows = hidden.flatten(0, 1).index_select(0, at.to(device))  # position t predicts token t + 1
+    rows = hidden.flatten(0, 1).index_select(0, positions.to(device))
     targets = torch.cat([a for _, a in pairs]).to(device)
-    return token_log_probs(rows, head.weight, targets, head.bias, temperature), row
+    return token_log_probs(rows, head.weight, targets, head.bias, temperature), answer_index

@@ -1,27 +1,33 @@
-"""Causal language models with the little of a tokenizer that rollouts need."""
+"""Causal language models, and the part of a tokenizer that rollouts need."""
 
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from curation.recipes.chat.sft import SMOLLM2, SMOLLM2_GGUF
+from curation.checks import check_integer, check_seed, check_text
 from curation.recipes.seeds import global_seed
+from curation.recipes.smollm2 import SMOLLM2, SMOLLM2_GGUF
 from curation.recipes.sources import require_extra, resolve
 
 
 class Text(Protocol):
-    """From text to tokens and back."""
+    """A tokenizer of questions and answers.
+
+    Attributes:
+        pad_id: The padding token.
+        stop_ids: The tokens that end an answer.
+    """
 
     pad_id: int
     stop_ids: list[int]
 
     def prompt(self, question: str) -> Tensor:
-        """int64 ``[T]``, after which an answer follows."""
+        """The tokens of a question, int64 ``[T]``, after which an answer follows."""
         ...
 
     def answer(self, text: str) -> Tensor:
-        """int64 ``[T]``, with the token that ends it."""
+        """The tokens of an answer, int64 ``[T]``, the stop token included."""
         ...
 
     def decode(self, tokens: list[int]) -> str:
@@ -30,31 +36,34 @@ class Text(Protocol):
 
 
 class LanguageModelSource(Protocol):
-    """Where a policy comes from."""
+    """A model and its tokenizer that a policy begins with."""
 
     def build(self) -> tuple[Any, Text]:
-        """A Hugging Face causal LM in fp32, and its text."""
+        """A causal language model of transformers in fp32, and its tokenizer."""
         ...
 
 
 class Pretrained:
-    """A model that understands a chat template, from a package, a folder or the hub.
+    """A pretrained model with a chat template, from a package, a folder or the hub.
 
     Args:
         model: Folder, hub name, or ``package:NAME``.
-        gguf_file: File in that folder, where the weights are in GGUF format.
-        num_layers: Keep only the first layers; None keeps all.
+        gguf_file: File in that folder, where the weights are in GGUF format; None for another format.
+        num_layers: Number of layers to keep, from the first; None keeps all.
+
+    Raises:
+        ValueError: If an argument is out of its range.
     """
 
     def __init__(
         self, model: str = SMOLLM2, gguf_file: str | None = SMOLLM2_GGUF, num_layers: int | None = None
     ) -> None:
-        self.model = model
-        self.gguf_file = gguf_file
-        self.num_layers = num_layers
+        self.model = check_text("model", model)
+        self.gguf_file = check_text("gguf_file", gguf_file, optional=True)
+        self.num_layers = check_integer("num_layers", num_layers, 1, optional=True)
 
     def build(self) -> tuple[Any, Text]:
-        """Load it.
+        """Load the model and its tokenizer.
 
         Raises:
             ValueError: If the tokenizer has no chat template or no token that ends an answer.
@@ -71,12 +80,14 @@ class Pretrained:
 
 
 class _Chat:
+    """The tokenizer of a model with a chat template."""
+
     def __init__(self, tokenizer: Any, name: str) -> None:
         if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
             raise ValueError(f"Argument `model` must have a chat template and an end token, but {name!r} lacks one.")
         self.tokenizer = tokenizer
         self.stop_ids = [tokenizer.eos_token_id]
-        # Padding is masked everywhere, so any token will do.
+        # Padding is masked everywhere, so that any token may be the padding token.
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
     def prompt(self, question: str) -> Tensor:
@@ -95,15 +106,15 @@ class FromScratch:
     """A small decoder on characters, with random weights.
 
     Args:
-        alphabet: The characters that questions and answers are made of.
-        hidden: Width; the feed-forward layers are four times as wide.
-        layers: Number.
-        heads: Of each.
-        context: Tokens of a question with its answer, at most.
-        seed: Of the weights; None for that of ``seed_everything``.
+        alphabet: The characters of questions and answers, each once.
+        hidden: Width of the hidden states, a multiple of ``heads``; the feed-forward layers are four times as wide.
+        layers: Number of layers.
+        heads: Number of attention heads of a layer.
+        context: Largest number of tokens of a question with its answer.
+        seed: Seed of the weights; None for that of ``seed_everything``.
 
     Raises:
-        ValueError: If ``alphabet`` is empty or repeats a character.
+        ValueError: If ``alphabet`` is empty or repeats a character, or an argument is out of its range.
     """
 
     def __init__(
@@ -115,17 +126,18 @@ class FromScratch:
         context: int = 64,
         seed: int | None = None,
     ) -> None:
+        check_text("alphabet", alphabet)
         if not alphabet or len(set(alphabet)) < len(alphabet):
             raise ValueError(f"Argument `alphabet` must hold different characters, but got {alphabet!r}.")
         self.alphabet = alphabet
-        self.hidden = hidden
-        self.layers = layers
-        self.heads = heads
-        self.context = context
-        self.seed = seed
+        self.hidden: int = check_integer("hidden", hidden, 1)
+        self.layers: int = check_integer("layers", layers, 1)
+        self.heads: int = check_integer("heads", heads, 1)
+        self.context: int = check_integer("context", context, 1)
+        self.seed = None if seed is None else check_seed(seed)
 
     def build(self) -> tuple[Any, Text]:
-        """Make it."""
+        """Make the model and its tokenizer."""
         require_extra()
         from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -142,6 +154,8 @@ class FromScratch:
 
 
 class _Characters:
+    """A tokenizer with one token per character."""
+
     def __init__(self, alphabet: str) -> None:
         self.alphabet = alphabet
         self.pad_id, self.stop_ids = 0, [1]

@@ -2,61 +2,66 @@
 
 import copy
 import time
-import warnings
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from curation.callbacks.online.online_selection import wait_for
-from curation.callbacks.rollouts.difficulty_adaptive_rollouts import gather
-from curation.metrics.rollouts import PassAtK
+from curation.callbacks.lightning.collectives import gather_rows
+from curation.callbacks.lightning.loggers import log_table
+from curation.callbacks.lightning.loop import wait_for
+from curation.checks import check_choice, check_integer, check_number, check_seed
 from curation.recipes.rollouts.answers import Rollouts, answer_log_probs, packed
+from curation.recipes.rollouts.evaluation import SolvedPrompts
 from curation.recipes.rollouts.language_models import LanguageModelSource, Text
-from curation.recipes.rollouts.tasks import score
+from curation.recipes.rollouts.objective import clipped_objective, importance_ratio, kl_estimate
+from curation.recipes.rollouts.rewards import score
+from curation.recipes.rollouts.tasks import Task
+from curation.recipes.rollouts.warm_up import warm_up
 from curation.recipes.seeds import global_seed
 from curation.rollouts.advantages import Baseline, Normalizer, advantages, loss_weights
-from curation.rollouts.generation import Completions, PromptCache, generate, prefill
+from curation.rollouts.generation import PromptCache, generate, prefill
 
 TABLE_ROWS = 32
 
 
 class PolicyModule(LightningModule):
-    """A causal language model that is rewarded for right answers.
+    """A causal language model that is rewarded for correct answers.
 
-    A step answers every prompt of its batch some times with the weights as they are, scores the answers with the
-    ``task`` of the data module, and updates the weights by the clipped objective of PPO on advantages over the group
-    (GRPO, arXiv 2402.03300). The batch is prompts alone, so nothing is generated ahead of its step.
+    A step answers every prompt of its batch several times with the current weights, scores the answers with the
+    ``task`` of the data module, and updates the weights by the clipped objective of PPO with advantages over the
+    group (GRPO, arXiv 2402.03300). A batch holds prompts alone, so nothing is generated ahead of its step.
 
     ``DifficultyAdaptiveRollouts`` decides how many answers a prompt gets; without it every prompt has ``rollouts``.
-    Optimizes by hand: ``accumulate_grad_batches`` and the trainer's gradient clipping do not apply. Where every
-    answer is right, or every one wrong, an update changes nothing; it counts nonetheless, but in 16-mixed precision.
+    The optimization is manual: ``accumulate_grad_batches`` and the trainer's gradient clipping do not apply. Where
+    all answers of all prompts are correct, or all are wrong, an update changes nothing; it counts as a step
+    nonetheless, except in 16-mixed precision.
 
     Args:
-        source: Of the model and its text.
-        rollouts: Answers to every prompt.
-        max_new_tokens: Of an answer.
-        temperature: Of the policy, in sampling and in training.
+        source: The model and its tokenizer.
+        rollouts: Number of answers to every prompt in training.
+        max_new_tokens: Largest number of tokens of an answer.
+        temperature: Divisor of the logits, in sampling and in training.
         lr: Learning rate of AdamW, constant.
-        baseline: Of :func:`~curation.rollouts.advantages.advantages`.
-        normalizer: Of :func:`~curation.rollouts.advantages.loss_weights`.
-        clip_low: The ratio of new to old probability is clipped at ``1 - clip_low``
-        clip_high: and at ``1 + clip_high``.
-        kl: Weight of the divergence from the policy at the start (k3), which then is kept; 0 for none.
-        epochs: Passes over the answers of a step.
-        mini_batches: Updates of a pass; 1 takes all answers at once (breadth, arXiv 2508.13755).
-        token_budget: Tokens of a batch that is generated or trained on at a time.
-        max_grad_norm: Of an update.
-        eval_rollouts: Answers to every prompt in validation.
-        warmup_steps: Steps of supervised training on solutions before everything else, batches of 64.
-        warmup_lr: Learning rate of these.
-        seed: Of sampling and of the warm-up; None for that of ``seed_everything``.
+        baseline: Baseline of the advantages, see :func:`~curation.rollouts.advantages.advantages`.
+        normalizer: Denominator of the loss, see :func:`~curation.rollouts.advantages.loss_weights`.
+        clip_low: The importance ratio is clipped at ``1 - clip_low``.
+        clip_high: The importance ratio is clipped at ``1 + clip_high``.
+        kl: Weight of the KL divergence from the initial policy (k3), of which a copy is kept; 0 for no copy.
+        epochs: Number of passes over the answers of a step.
+        mini_batches: Number of updates of a pass; 1 takes all answers at once (breadth, arXiv 2508.13755).
+        token_budget: Largest number of tokens that are generated or trained on at a time.
+        max_grad_norm: Largest norm of the gradient of an update; the gradient is scaled down to it.
+        eval_rollouts: Number of answers to every prompt in validation.
+        warmup_steps: Number of supervised steps on solutions before everything else, in batches of 64.
+        warmup_lr: Learning rate of the supervised steps.
+        seed: Seed of sampling and of the warm-up; None for that of ``seed_everything``.
+        reward_seconds: Time limit in seconds for scoring an answer; an answer that exceeds it has reward 0.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -83,27 +88,22 @@ class PolicyModule(LightningModule):
         warmup_steps: int = 0,
         warmup_lr: float = 1e-3,
         seed: int | None = None,
+        reward_seconds: float = 5.0,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("rollouts", rollouts), ("max_new_tokens", max_new_tokens), ("epochs", epochs),
-            ("mini_batches", mini_batches), ("token_budget", token_budget), ("eval_rollouts", eval_rollouts),
+        for name, least in (
+            ("rollouts", 1), ("max_new_tokens", 1), ("epochs", 1), ("mini_batches", 1), ("token_budget", 1),
+            ("eval_rollouts", 1), ("warmup_steps", 0),
         ):  # fmt: skip
-            if value < 1:
-                raise ValueError(f"Argument `{name}` must be >= 1, but got {value!r}.")
-        for name, number in (
-            ("temperature", temperature), ("lr", lr), ("max_grad_norm", max_grad_norm), ("warmup_lr", warmup_lr)
+            check_integer(name, locals()[name], least)
+        for name, interval in (
+            ("temperature", "(0, inf)"), ("lr", "(0, inf)"), ("warmup_lr", "(0, inf)"), ("max_grad_norm", "(0, inf]"),
+            ("clip_low", "[0, inf]"), ("clip_high", "[0, inf]"), ("kl", "[0, inf)"), ("reward_seconds", "(0, inf)"),
         ):  # fmt: skip
-            if not number > 0:
-                raise ValueError(f"Argument `{name}` must be > 0, but got {number!r}.")
-        for name, number in (
-            ("clip_low", clip_low),
-            ("clip_high", clip_high),
-            ("kl", kl),
-            ("warmup_steps", warmup_steps),
-        ):
-            if not number >= 0:
-                raise ValueError(f"Argument `{name}` must be >= 0, but got {number!r}.")
+            check_number(name, locals()[name], interval)
+        check_choice("baseline", baseline, get_args(Baseline))
+        check_choice("normalizer", normalizer, get_args(Normalizer))
+        self._seed = None if seed is None else check_seed(seed)
         self.save_hyperparameters(ignore="source")
         self.automatic_optimization = False
         self.source = source
@@ -111,62 +111,50 @@ class PolicyModule(LightningModule):
         self.reference: Any = None
         self.text: Text
         self.rollouts_made = 0  # in training, by all processes
-        self.lengths: dict[int, float] = {}  # of answers, by question: a running mean
-        self.scored_wrongly = 0  # answers whose score failed
-        self._cache: tuple[Any, PromptCache] | None = None
-        self._calls = 0
-        self._warm = False
-        self._seed: int | None = seed
-        self._steps = 0  # of training, whether or not they taught anything
-        self._norm = torch.zeros(())
-        self._hard: Tensor | None = None
-        self._last: tuple[list[str], Rollouts] | None = None
-        ks = sorted({1, eval_rollouts})
-        self.metrics = nn.ModuleDict(
-            {f"{part}_{k}": PassAtK(k) for part in ("val", "val_hard", "seen", "seen_hard") for k in ks}
-        )
+        self.lengths: dict[int, float] = {}  # question -> running mean of the lengths of its answers
+        self.not_scored = 0  # answers whose score failed
+        self.solved = SolvedPrompts(eval_rollouts)
+        self._cache: tuple[Any, PromptCache] | None = None  # a batch, and the keys and values of its prompts
+        self._calls = 0  # of `rollout` with that batch
+        self._warmed_up = False
+        self._steps = 0  # of training, whether or not they changed the weights
+        self._grad_norm = torch.zeros(())
+        self._last: tuple[list[str], Rollouts] | None = None  # the questions and answers of the last step
 
     # ------------------------------------------------------------------ the model
+
+    @property
+    def task(self) -> Task:
+        """The task of the data module."""
+        return self.trainer.datamodule.task  # type: ignore[attr-defined]
 
     def setup(self, stage: str) -> None:
         """Refuse data that cannot score answers."""
         self._seed = global_seed(self._seed)
         if not hasattr(getattr(self.trainer, "datamodule", None), "task"):
             raise TypeError(
-                "PolicyModule needs a data module with a `task`, such as `curation.recipes.rollouts.prompts.Prompts`."
+                "PolicyModule needs a data module with a `task`, such as `curation.recipes.rollouts.Prompts`."
             )
 
     def configure_model(self) -> None:
-        """Make the model, and in a fit warm it up."""
+        """Build the model, and in a fit warm it up."""
         if not isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
             raise TypeError(
                 f"PolicyModule supports one device and DDP, but not {type(self.trainer.strategy).__name__}."
             )
         if self.model is None:
             self.model, self.text = self.source.build()
-        if self.trainer.training and not self._warm:
-            self._warm = True
+        if self.trainer.training and not self._warmed_up:
+            self._warmed_up = True
             if self.hparams["warmup_steps"] and self.trainer.ckpt_path is None:
-                self._warm_up()
+                self.model.to(self.trainer.strategy.root_device)
+                loss = warm_up(
+                    self.model, self.text, self.trainer.datamodule.solved, self.hparams["warmup_steps"],  # type: ignore[attr-defined]
+                    self.hparams["warmup_lr"], self.hparams["temperature"], global_seed(self._seed),
+                )  # fmt: skip
+                rank_zero_info(f"PolicyModule: loss {loss:.3f} per token after its warm-up.")
         if self.hparams["kl"] and self.reference is None:
             self.reference = copy.deepcopy(self.model).requires_grad_(False).eval()
-
-    def _warm_up(self) -> None:
-        data, device = self.trainer.datamodule, self.trainer.strategy.root_device  # type: ignore[attr-defined]
-        self.model.train()
-        draw = np.random.default_rng(self._seed)
-        self.model.to(device)
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.hparams["warmup_lr"])
-        for _ in range(self.hparams["warmup_steps"]):
-            solved = [data.solved(int(i)) for i in draw.integers(2**31, size=64)]
-            pairs = [(self.text.prompt(question), self.text.answer(answer)) for question, answer in solved]
-            questions, answers = zip(*pairs, strict=True)
-            log_probs, _ = answer_log_probs(self.model, questions, answers, self.hparams["temperature"])
-            optimizer.zero_grad()
-            loss = -log_probs.mean()
-            loss.backward()
-            optimizer.step()
-        rank_zero_info(f"PolicyModule: loss {float(loss.detach()):.3f} per token after its warm-up.")
 
     def configure_optimizers(self) -> Any:
         """AdamW without weight decay."""
@@ -175,26 +163,20 @@ class PolicyModule(LightningModule):
     # ------------------------------------------------------------------ answers
 
     def rollout(self, batch: dict[str, Any], counts: np.ndarray) -> Rollouts:
-        """Answers of the policy as it is, with their rewards.
+        """Answers by the current weights, with their rewards.
 
         A second call with the same batch does not run the prompts through the model again.
 
         Args:
-            batch: ``ids`` int64 ``[P]`` and ``questions``.
-            counts: int64 ``[P]``, answers to each.
+            batch: ``ids``, int64 ``[P]``, and ``questions``, ``P`` texts.
+            counts: int64 ``[P]``, the number of answers to each prompt.
         """
         if self._cache is None or self._cache[0] is not batch:
             prompts = [self.text.prompt(question) for question in batch["questions"]]
             self._cache = batch, prefill(self.model, prompts, self.text.pad_id, self.hparams["token_budget"])
             self._calls = 0
         self._calls += 1
-        evaluates = not self.trainer.training
-        key: list[Any] = [self._seed, evaluates, self._steps, self.global_rank, self._calls]
-        if evaluates:
-            key.append(int(batch["ids"][0]))
-        generator = torch.Generator(self.device).manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
         ids = batch["ids"].tolist()
-        known = [self.lengths.get(i, float(self.hparams["max_new_tokens"])) for i in ids]
         completions = generate(
             self.model,
             self._cache[1],
@@ -202,36 +184,49 @@ class PolicyModule(LightningModule):
             max_new_tokens=self.hparams["max_new_tokens"],
             stop_ids=self.text.stop_ids,
             token_budget=self.hparams["token_budget"],
-            generator=generator,
+            generator=self._generator(ids),
             temperature=self.hparams["temperature"],
-            expected_lengths=np.array(known),
+            expected_lengths=np.array([self.lengths.get(i, float(self.hparams["max_new_tokens"])) for i in ids]),
         )
-        of, lengths = completions.prompts.tolist(), completions.lengths.tolist()
+        lengths = completions.lengths.tolist()
         texts = [self.text.decode(row[:n]) for row, n in zip(completions.tokens.tolist(), lengths, strict=True)]
-        task = self.trainer.datamodule.task  # type: ignore[attr-defined]
-        scored = [score(task, ids[p], text) for p, text in zip(of, texts, strict=True)]
-        wrong = [error for _, error in scored if error is not None]
-        if wrong and not self.scored_wrongly:
-            rank_zero_warn(f"An answer could not be scored and counts as wrong: {wrong[0]}. Others are counted only.")
-        self.scored_wrongly += len(wrong)
-        return Rollouts(completions, torch.tensor([reward for reward, _ in scored]), texts)
+        rewards = self._rewards([ids[row] for row in completions.prompt_index.tolist()], texts)
+        return Rollouts(completions, torch.tensor(rewards), texts)
 
-    # ------------------------------------------------------------------ learning
+    def _generator(self, ids: list[int]) -> torch.Generator:
+        """The source of the draws of a call; it depends on the step and the rank, and in evaluation on the batch."""
+        evaluates = not self.trainer.training
+        key: list[Any] = [self._seed, evaluates, self._steps, self.global_rank, self._calls, *ids[: int(evaluates)]]
+        return torch.Generator(self.device).manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+    def _rewards(self, questions: list[int], answers: list[str]) -> list[float]:
+        """The reward of each answer; those that cannot be scored are counted and have reward 0."""
+        limit = self.hparams["reward_seconds"]
+        scored = [score(self.task, i, answer, limit) for i, answer in zip(questions, answers, strict=True)]
+        errors = [error for _, error in scored if error is not None]
+        if errors and not self.not_scored:
+            rank_zero_warn(
+                f"An answer could not be scored and counts as wrong: {errors[0]}. Others are counted only."
+            )
+        self.not_scored += len(errors)
+        return [reward for reward, _ in scored]
+
+    # ------------------------------------------------------------------ training
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Answer, score, update."""
-        began = time.perf_counter()
-        self._cache = None  # it would be of other weights
+        start = time.perf_counter()
+        self._cache = None  # of the weights before the last update
         rollouts = self.rollout(batch, np.full(len(batch["ids"]), self.hparams["rollouts"]))
         self._cache = None
         self._steps += 1
-        self._remember_lengths(batch["ids"], rollouts)
-        generated = time.perf_counter()
+        self._update_lengths(batch["ids"], rollouts)
+        answered = time.perf_counter()
         self._last = batch["questions"], rollouts
-        statistics = self._learn(batch, rollouts)
+        statistics = self._learn(batch["questions"], rollouts)
         wait_for(self.device)
-        made = torch.tensor([len(rollouts.rewards), self.scored_wrongly], device=self.device)
-        made, wrong = self.trainer.strategy.reduce(made, reduce_op="sum").tolist()
+        counts = torch.tensor([len(rollouts.rewards), self.not_scored], device=self.device)
+        made, not_scored = self.trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         self.rollouts_made += int(made)
         completions = rollouts.completions
         assert completions.log_probs is not None
@@ -244,162 +239,147 @@ class PolicyModule(LightningModule):
                 "rollouts/length": tokens / len(rollouts.rewards),
                 "rollouts/finished": completions.finished.float().mean(),
                 "rollouts/entropy": -completions.log_probs.sum() / tokens,
-                "rollouts/not_scored": float(wrong),
-                "rollouts/seconds_answering": generated - began,
-                "rollouts/seconds_learning": time.perf_counter() - generated,
+                "rollouts/not_scored": float(not_scored),
+                "rollouts/seconds_answering": answered - start,
+                "rollouts/seconds_learning": time.perf_counter() - answered,
                 **statistics,
             },
             batch_size=len(batch["ids"]),
         )
 
-    def _remember_lengths(self, ids: Tensor, rollouts: Rollouts) -> None:
-        """The same on all processes, since a checkpoint has those of the first."""
-        of, lengths = rollouts.prompts.numpy(), rollouts.completions.lengths.cpu().numpy()
-        mean = np.bincount(of, lengths, len(ids)) / np.bincount(of, minlength=len(ids))
-        for i, length in zip(*gather(self.trainer, ids, mean)[:2], strict=True):
-            self.lengths[i] = 0.9 * self.lengths.get(i, float(length)) + 0.1 * float(length)
+    def _update_lengths(self, ids: Tensor, rollouts: Rollouts) -> None:
+        """Update the running means on all processes alike, since a checkpoint holds those of the first."""
+        index, lengths = rollouts.prompt_index.numpy(), rollouts.completions.lengths.cpu().numpy()
+        means = torch.from_numpy(np.bincount(index, lengths, len(ids)) / np.bincount(index, minlength=len(ids)))
+        rows = gather_rows(self.trainer, ids).tolist(), gather_rows(self.trainer, means).tolist()
+        for i, length in zip(*rows, strict=True):
+            self.lengths[i] = 0.9 * self.lengths.get(i, length) + 0.1 * length
 
-    def _learn(self, batch: dict[str, Any], rollouts: Rollouts) -> dict[str, Any]:
-        size, of = len(batch["ids"]), rollouts.prompts
-        rollouts = rollouts.cpu()
-        advantage = advantages(rollouts.rewards, of, size, self.hparams["baseline"])
+    def _learn(self, questions: list[str], rollouts: Rollouts) -> dict[str, Any]:
+        """All updates of a step; the means of their statistics."""
+        size, rollouts = len(questions), rollouts.cpu()
+        index = rollouts.prompt_index
+        prompts = [self.text.prompt(question) for question in questions]
+        advantage = advantages(rollouts.rewards, index, size, self.hparams["baseline"])
         updates = []
         for _ in range(self.hparams["epochs"]):
-            for prompts in torch.arange(size).tensor_split(min(self.hparams["mini_batches"], size)):
-                rows = ((of >= prompts[0]) & (of <= prompts[-1])).nonzero()[:, 0]
-                updates.append(self._update(batch, rollouts, advantage, rows))
-        taught = [found for found in updates if found]
-        names = taught[0] if taught else {}
-        return {f"policy/{name}": torch.stack([found[name] for found in taught]).mean() for name in names}
+            for part in torch.arange(size).tensor_split(min(self.hparams["mini_batches"], size)):
+                rows = ((index >= part[0]) & (index <= part[-1])).nonzero()[:, 0]
+                updates.append(self._update(prompts, rollouts, advantage, rows))
+        changed = [statistics for statistics in updates if statistics]
+        names = changed[0] if changed else {}
+        return {f"policy/{name}": torch.stack([statistics[name] for statistics in changed]).mean() for name in names}
 
     def _update(
-        self, batch: dict[str, Any], rollouts: Rollouts, advantage: Tensor, rows: Tensor
+        self, prompts: list[Tensor], rollouts: Rollouts, advantage: Tensor, rows: Tensor
     ) -> dict[str, Tensor]:
-        """One step of the optimizer, by the rollouts whose groups teach; as many passes on every process."""
-        completions, of = rollouts.completions, rollouts.prompts
-        lengths = completions.lengths
+        """One optimizer step on the rollouts of informative groups, in as many passes on every process."""
+        index, lengths = rollouts.prompt_index[rows], rollouts.completions.lengths[rows]
         weights, denominator = loss_weights(
-            advantage[rows], of[rows], len(batch["ids"]), lengths[rows],
-            self.hparams["normalizer"], self.hparams["max_new_tokens"],
-        )  # fmt: skip
-        taught = weights.new_zeros(len(batch["ids"])).index_add_(0, of[rows], weights.abs()) > 0
-        used = taught[of[rows]]
-        prompts = [self.text.prompt(question) for question in batch["questions"]]
-        width = torch.tensor([len(prompt) for prompt in prompts])[of[rows]] + lengths[rows]
-        parts = list(packed(rows[used], width[used], self.hparams["token_budget"]))
-        strategy: Any = self.trainer.strategy
-        whole = float(strategy.reduce(denominator.to(self.device), reduce_op="sum"))
+            advantage[rows], index, len(prompts), lengths, self.hparams["normalizer"], self.hparams["max_new_tokens"]
+        )
+        informative = (weights.new_zeros(len(prompts)).index_add_(0, index, weights.abs()) > 0)[index]
+        widths = torch.tensor([len(prompt) for prompt in prompts])[index] + lengths
+        parts = list(packed(rows[informative], widths[informative], self.hparams["token_budget"]))
+        strategy, processes = self.trainer.strategy, self.trainer.world_size
+        total = float(strategy.reduce(denominator.to(self.device), reduce_op="sum"))
         passes = int(strategy.reduce(torch.tensor(len(parts), device=self.device), reduce_op="max"))
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
-        if not whole:  # every group of every process is all right or all wrong
-            if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # which needs gradients
-                optimizer.step()  # of nothing: it counts, and changes nothing
+        if not total:  # no group of any process is informative
+            if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # a scaler needs gradients
+                optimizer.step()  # without gradients: it counts, and changes nothing
             return {}
-        weight_of = weights.new_zeros(len(of)).index_put_((rows,), weights) * self.trainer.world_size / whole
+        share = processes / total  # DDP takes the mean over processes
+        weight_of = weights.new_zeros(len(advantage)).index_put_((rows,), weights) * share
         sums: dict[str, Tensor] = {}
         for i in range(passes):
-            part = parts[i] if i < len(parts) else rows[:1]  # others are not done yet: nothing, but in step with them
-            weight = weight_of[part] if i < len(parts) else weight_of.new_zeros(1)
-            with strategy.block_backward_sync() if i < passes - 1 and self.trainer.world_size > 1 else nullcontext():
-                loss, found = self._loss(prompts, completions, of, part, weight, self.trainer.world_size / whole)
+            # A process without rows left runs one with weight 0, in step with the others.
+            part, scale = (parts[i], 1.0) if i < len(parts) else (rows[:1], 0.0)
+            accumulates = i < passes - 1 and processes > 1
+            with strategy.block_backward_sync() if accumulates else nullcontext():  # type: ignore[attr-defined]
+                loss, statistics = self._loss(prompts, rollouts, part, weight_of[part] * scale, share)
                 self.manual_backward(loss)
-            for name, value in found.items():
+            for name, value in statistics.items():
                 sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value
         optimizer.step()
-        tokens = sums.pop("tokens").clamp(min=1)
-        loss = sums.pop("loss")
-        return {"loss": loss, "grad_norm": self._norm, **{name: value / tokens for name, value in sums.items()}}
+        tokens, loss = sums.pop("tokens").clamp(min=1), sums.pop("loss")
+        means = {name: value / tokens for name, value in sums.items()}
+        return {"loss": loss, "grad_norm": self._grad_norm, **means}
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Clip the gradient, which is no longer scaled here."""
-        self._norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.hparams["max_grad_norm"])
+        """Clip the gradient, from which the loss scale has been removed here."""
+        self._grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.hparams["max_grad_norm"])
 
     def _loss(
-        self, prompts: list[Tensor], completions: Completions, of: Tensor, rows: Tensor, weight: Tensor, share: float
+        self, prompts: list[Tensor], rollouts: Rollouts, rows: Tensor, weights: Tensor, share: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The clipped objective of some rollouts, to be minimised."""
+        """The negative clipped objective of some rollouts, and sums over their tokens."""
+        completions, temperature = rollouts.completions, self.hparams["temperature"]
         assert completions.log_probs is not None
-        ends = list(zip(rows.tolist(), completions.lengths[rows].tolist(), strict=True))
-        answers = [completions.tokens[r, :n] for r, n in ends]
-        questions = [prompts[int(of[r])] for r in rows.tolist()]
-        new, row = answer_log_probs(self.model, questions, answers, self.hparams["temperature"])
-        old = torch.cat([completions.log_probs[r, :n] for r, n in ends]).to(self.device)
-        a = weight.to(self.device)[row]
-        ratio = (new - old).exp()
-        clipped = ratio.clamp(1 - self.hparams["clip_low"], 1 + self.hparams["clip_high"])
-        loss = -torch.minimum(ratio * a, clipped * a).sum()
-        counts = (a != 0).float()
+        spans = list(zip(rows.tolist(), completions.lengths[rows].tolist(), strict=True))
+        answers = [completions.tokens[row, :length] for row, length in spans]
+        questions = [prompts[i] for i in rollouts.prompt_index[rows].tolist()]
+        log_probs, answer_index = answer_log_probs(self.model, questions, answers, temperature)
+        old_log_probs = torch.cat([completions.log_probs[row, :length] for row, length in spans]).to(self.device)
+        advantage = weights.to(self.device)[answer_index]
+        ratio = importance_ratio(log_probs, old_log_probs)
+        objective = clipped_objective(ratio, advantage, self.hparams["clip_low"], self.hparams["clip_high"])
+        loss = -objective.sum()
+        counts = (advantage != 0).float()
         statistics = {
             "tokens": counts.sum(),
-            "clipped": ((clipped * a < ratio * a) * counts).sum(),
+            "clipped": ((objective < ratio * advantage) * counts).sum(),
             "ratio": (ratio.detach() * counts).sum(),
         }
         if self.reference is not None:
             with torch.no_grad():
-                theirs, _ = answer_log_probs(self.reference, questions, answers, self.hparams["temperature"])
-            k3 = ((theirs - new).exp() - (theirs - new) - 1) * counts
-            loss = loss + self.hparams["kl"] * share * k3.sum()
-            statistics["kl"] = k3.detach().sum()
+                reference_log_probs, _ = answer_log_probs(self.reference, questions, answers, temperature)
+            kl = (kl_estimate(log_probs, reference_log_probs) * counts).sum()
+            loss = loss + self.hparams["kl"] * share * kl
+            statistics["kl"] = kl.detach()
         return loss, {"loss": loss.detach(), **statistics}
 
     # ------------------------------------------------------------------ evaluation
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Answer every prompt as often, whatever its difficulty, so that pass@k can be estimated."""
-        n, task = self.hparams["eval_rollouts"], self.trainer.datamodule.task  # type: ignore[attr-defined]
+        """Answer every prompt ``eval_rollouts`` times, whatever its difficulty: pass@k needs groups of one size."""
+        n = self.hparams["eval_rollouts"]
         rewards = self.rollout(batch, np.full(len(batch["ids"]), n)).rewards.view(-1, n).to(self.device)
         self._cache = None
-        part = "seen" if dataloader_idx else "val"
-        if self._hard is None:
-            levels = np.array([task.difficulty(i) if hasattr(task, "difficulty") else 0 for i in range(len(task))])
-            self._hard = torch.from_numpy((levels >= np.quantile(levels, 0.75)) & (levels > levels.min()))
-        hard = self._hard[batch["ids"].cpu()]
-        for k in {1, n}:
-            self.metrics[f"{part}_{k}"].update(rewards)  # type: ignore[operator]
-            if hard.any():
-                self.metrics[f"{part}_hard_{k}"].update(rewards[hard.to(self.device)])  # type: ignore[operator]
+        self.solved.update("seen" if dataloader_idx else "val", batch["ids"], rewards, self.task)
 
     def on_validation_epoch_end(self) -> None:
         """Log pass@1 and pass@k of held-out prompts, of some that are trained on, and of the hardest quarter."""
-        for name, metric in self.metrics.items():
-            assert isinstance(metric, PassAtK)
-            with warnings.catch_warnings():  # of processes that had no such prompt; all must compute
-                warnings.simplefilter("ignore")
-                value = metric.compute()
-            if not value.isnan():
-                part, _, k = name.rpartition("_")
-                self.log(f"{part}_pass_at_{k}", value, prog_bar=part == "val")
-            metric.reset()
+        for name, rate in self.solved.compute().items():
+            self.log(name, rate, prog_bar=name.startswith("val_pass_at_"))
 
-    # ------------------------------------------------------------------ what is left
+    # ------------------------------------------------------------------ loggers and checkpoints
 
     def on_fit_end(self) -> None:
-        """Log some answers, hard prompts first."""
+        """Log some answers of the last step, those with the lowest rewards first."""
         if self._last is None:
             return
         questions, rollouts = self._last
-        by_reward = rollouts.rewards.argsort(stable=True)[:TABLE_ROWS].tolist()
-        of = rollouts.prompts.tolist()
-        rows = [[questions[of[i]], rollouts.texts[i], float(rollouts.rewards[i])] for i in by_reward]
-        for logger in self.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_table("rollouts/completions", columns=["question", "answer", "reward"], data=rows)
+        index = rollouts.prompt_index.tolist()
+        order = rollouts.rewards.argsort(stable=True)[:TABLE_ROWS].tolist()
+        rows = [[questions[index[i]], rollouts.texts[i], float(rollouts.rewards[i])] for i in order]
+        log_table(self.trainer, "rollouts/completions", ["question", "answer", "reward"], rows)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what sampling depends on beside the weights."""
+        """Save the state that sampling depends on, beside the weights."""
         checkpoint["rollouts"] = {
             "made": self.rollouts_made,
             "lengths": self.lengths,
             "steps": self._steps,
             "seed": self._seed,
-            "scored_wrongly": self.scored_wrongly,
+            "scored_wrongly": self.not_scored,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore that."""
-        kept = checkpoint.get("rollouts")
-        if kept is not None:  # else these are weights from elsewhere
-            self.rollouts_made, self.lengths = kept["made"], dict(kept["lengths"])
-            self._steps, self.scored_wrongly = kept["steps"], kept["scored_wrongly"]
-            self._seed = kept["seed"]
+        """Restore that state."""
+        state = checkpoint.get("rollouts")
+        if state is not None:  # else the weights are from another module
+            self.rollouts_made, self.lengths = state["made"], dict(state["lengths"])
+            self._steps, self.not_scored = state["steps"], state["scored_wrongly"]
+            self._seed = state["seed"]

@@ -1,4 +1,4 @@
-"""Prompts of a task, by number: sized, so that nothing is generated before it is trained on."""
+"""The data module of the questions of a task; it holds prompts alone, and nothing is generated ahead of its step."""
 
 from typing import Any
 
@@ -6,22 +6,23 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from curation.checks import check_integer, check_number
 from curation.recipes.rollouts.tasks import Task
 
 
 class Prompts(LightningDataModule):
-    """Batches of question numbers ``{"ids": int64 [P], "questions": [P]}``; rollouts are made from them in the step.
+    """Batches ``{"ids": int64 [P], "questions": [P]}`` of prompts, from which rollouts are made in the step.
 
-    The first questions of the task are for training, the last for validation, and so are some of the first, to tell
-    what is learnt from what carries over.
+    The first questions of the task are for training, the last ones for validation. Some of the first are evaluated,
+    too, to tell what is memorised from what generalises.
 
     Args:
         task: The questions and their scores.
-        batch_size: Prompts of a step, per process.
-        holdout: Share of the questions that are held out.
-        seen: Training questions that are evaluated too; 0 for none.
-        eval_batch_size: Prompts of a validation batch.
-        warmup: What a policy is warmed up on; None for the questions for training.
+        batch_size: Number of prompts of a step, per process.
+        holdout: Fraction of the questions that is held out, in (0, 1).
+        seen: Number of training questions that are evaluated, too; 0 for none.
+        eval_batch_size: Number of prompts of a validation batch.
+        warmup: The task that a policy is warmed up on; None for the questions for training.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -37,24 +38,22 @@ class Prompts(LightningDataModule):
         warmup: Task | None = None,
     ) -> None:
         super().__init__()
-        if not 0 < holdout < 1:
-            raise ValueError(f"Argument `holdout` must be in (0, 1), but got {holdout!r}.")
+        check_number("holdout", holdout, "(0, 1)")
         self.task = task
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
         self.train_size = len(task) - max(1, round(holdout * len(task)))
-        if not 0 <= seen <= self.train_size:
-            raise ValueError(f"Argument `seen` must be in [0, {self.train_size}], but got {seen!r}.")
-        if not 1 <= batch_size <= self.train_size:
-            raise ValueError(f"Argument `batch_size` must be in [1, {self.train_size}], but got {batch_size!r}.")
-        self.seen = seen
+        self.seen: int = check_integer("seen", seen, 0, self.train_size + 1)
+        self.batch_size: int = check_integer("batch_size", batch_size, 1, self.train_size + 1)
+        self.eval_batch_size: int = check_integer("eval_batch_size", eval_batch_size, 1)
         self.warmup = warmup
 
     def solved(self, i: int) -> tuple[str, str]:
-        """A question to warm up on, any number, and its solution.
+        """A question to warm up on, and its solution.
+
+        Args:
+            i: Any integer >= 0; questions repeat after the last.
 
         Raises:
-            ValueError: If its task has no solutions.
+            ValueError: If the task has no solutions.
         """
         task, size = (self.task, self.train_size) if self.warmup is None else (self.warmup, len(self.warmup))
         if not hasattr(task, "solution"):
@@ -68,7 +67,7 @@ class Prompts(LightningDataModule):
         return {"ids": torch.tensor(ids), "questions": [self.task.question(i) for i in ids]}
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled; a last batch with fewer prompts is left out.
+        """Training prompts, shuffled; a last batch with fewer prompts is left out.
 
         Raises:
             ValueError: If there are fewer prompts than the batches of all processes take.
@@ -82,6 +81,6 @@ class Prompts(LightningDataModule):
         return self._loader(range(self.train_size), self.batch_size, shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> list[DataLoader]:
-        """What was held out, and what was not."""
+        """Held-out prompts, and the prompts that are seen in training."""
         parts = [range(self.train_size, len(self.task)), range(self.seen)]
         return [self._loader(part, self.eval_batch_size) for part in parts if len(part)]

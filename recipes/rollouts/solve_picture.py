@@ -1,12 +1,14 @@
-"""How many prompts a policy solves, against the rollouts it has spent."""
+"""A picture of the fraction of prompts that a policy solves, by the rollouts spent."""
 
 import re
-from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch import LightningModule, Trainer
 
+from curation.callbacks.lightning.fit_callback import FitCallback
+from curation.callbacks.lightning.loggers import log_image
+from curation.checks import check_path
+from curation.files import replacing
 from curation.recipes.compare.pictures import picture
 
 PARTS = {
@@ -17,62 +19,68 @@ PARTS = {
 }
 
 
-class SolvePicture(Callback):
-    """Draws pass@1 and pass@k of a :class:`~curation.recipes.rollouts.policy.PolicyModule` at the end of a fit.
+class SolvePicture(FitCallback):
+    """Draws pass@1 and pass@k of a :class:`~curation.recipes.rollouts.PolicyModule` at the end of a fit.
 
-    With ``Trainer(num_sanity_val_steps=-1)`` curves begin before the first step.
+    With ``Trainer(num_sanity_val_steps=-1)`` the curves begin before the first step.
 
     Args:
-        path: Of the PNG; in W&B it is ``rollouts/solved``.
+        path: Path of the PNG file; in W&B the picture is ``rollouts/solved``.
+
+    Raises:
+        ValueError: If ``path`` is not a path.
+
+    Example:
+        >>> SolvePicture("runs/solved.png").path
+        'runs/solved.png'
     """
 
     def __init__(self, path: str) -> None:
-        self.path = path
+        self.path: str = check_path("path", path)
         self.points: list[dict[str, float]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin anew."""
-        if stage == "fit":
+        """Remove the points of an earlier fit."""
+        super().setup(trainer, pl_module, stage)
+        if self.fitting:
             self.points = []
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep a point for each curve."""
+        """Add a point to each curve."""
         partial = trainer.sanity_checking and trainer.num_sanity_val_steps != float("inf")
         if not partial and trainer.training is False and trainer.state.fn == "fit":
-            solved = {name: float(v) for name, v in trainer.callback_metrics.items() if "_pass_at_" in name}
-            if not solved:  # in a run that logs nothing
+            rates = {name: float(rate) for name, rate in trainer.callback_metrics.items() if "_pass_at_" in name}
+            if not rates:  # in a run that logs nothing
                 return
-            self.points.append({"rollouts": float(pl_module.rollouts_made), **solved})  # type: ignore[arg-type]
+            self.points.append({"rollouts": float(pl_module.rollouts_made), **rates})  # type: ignore[arg-type]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw, on rank 0."""
         if not self.points or not trainer.is_global_zero:
             return
         figure = draw(self.points)
-        Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-        Path(self.path).write_bytes(picture(figure, "png"))
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image("rollouts/solved", [figure])
+        with replacing(self.path) as file:
+            file.write_bytes(picture(figure, "png"))
+        log_image(trainer, "rollouts/solved", figure)
 
     def state_dict(self) -> dict[str, Any]:
-        """The points."""
+        """The points of the curves."""
         return {"points": self.points}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with them."""
-        self.points = list(state_dict["points"])
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on with the points of a checkpoint."""
+        self.points = list(state["points"])
 
 
 def draw(points: list[dict[str, float]]) -> Any:
-    """Curves of every part, a panel for each k.
+    """A figure with a panel for each k, and a curve for each part of the prompts.
 
     Args:
-        points: ``rollouts``, and ``PART_pass_at_K`` for some parts and k.
+        points: The points of the curves: ``rollouts``, and ``PART_pass_at_K`` for some parts and k.
     """
     from matplotlib.figure import Figure
 
-    ks = sorted({int(found[1]) for name in points[-1] if (found := re.search(r"_pass_at_(\d+)$", name))})
+    ks = sorted({int(match[1]) for name in points[-1] if (match := re.search(r"_pass_at_(\d+)$", name))})
     figure = Figure(figsize=(5 * len(ks), 3.8), layout="constrained")
     panels = figure.subplots(1, len(ks), sharey=True, squeeze=False)[0]
     for k, panel in zip(ks, panels, strict=True):
@@ -84,6 +92,6 @@ def draw(points: list[dict[str, float]]) -> Any:
         panel.set(xlabel="rollouts spent", ylim=(0, 1))
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", alpha=0.3)
-    panels[0].set_ylabel("share of the prompts")
+    panels[0].set_ylabel("fraction of the prompts")
     panels[-1].legend(frameon=False)
     return figure

@@ -2,22 +2,21 @@
 
 import json
 import random
-import re
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
+from curation.checks import check_choice, check_integer, check_text
+from curation.recipes.rollouts.rewards import final_answer, number
 from curation.recipes.sources import require_extra
+
+Kind = Literal["sum", "reverse", "sort"]
 
 
 class Task(Protocol):
     """Numbered questions, and a score for any answer to them.
 
-    One that also has ``difficulty(i) -> int`` is reported by it, and one with ``solution(i) -> str`` can be warmed up
-    on by supervised fine-tuning.
+    A task may also have ``difficulty(i) -> int``, by which pass@k of the hardest quarter is reported, and
+    ``solution(i) -> str``, on which a policy can be warmed up.
     """
 
     def __len__(self) -> int: ...
@@ -32,15 +31,15 @@ class Task(Protocol):
 
 
 class Puzzles:
-    """Small puzzles on characters, as hard as they are long; nothing needs to be installed or read.
+    """Puzzles on a few characters, whose difficulty is their length; made without packages or files.
 
     Args:
         kind: ``"sum"`` (``"27+5="``, ``"32"``), ``"reverse"`` (``"abc="``, ``"cba"``) or ``"sort"``
             (``"cab="``, ``"abc"``).
-        size: Number of questions, all different while there are as many.
-        shortest: Digits or letters of the easiest; the difficulty is the length.
-        longest: Of the hardest. Lengths are equally frequent.
-        seed: Of the questions.
+        size: Number of questions; they repeat only where there are not as many different ones.
+        shortest: Number of digits or letters of the easiest questions.
+        longest: Number of digits or letters of the hardest questions. All lengths are equally frequent.
+        seed: Seed of the questions.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -53,54 +52,54 @@ class Puzzles:
 
     def __init__(
         self,
-        kind: Literal["sum", "reverse", "sort"] = "sum",
+        kind: Kind = "sum",
         size: int = 300,
         shortest: int = 1,
         longest: int = 3,
         seed: int = 0,
     ) -> None:
-        if kind not in ("sum", "reverse", "sort"):
-            raise ValueError(f"Argument `kind` must be 'sum', 'reverse' or 'sort', but got {kind!r}.")
-        if size < 1:
-            raise ValueError(f"Argument `size` must be >= 1, but got {size!r}.")
-        if not 1 <= shortest <= longest:
-            raise ValueError(f"Argument `shortest` must be in [1, longest = {longest}], but got {shortest!r}.")
-        draw, seen = random.Random(f"{kind}-{seed}"), set()
+        check_choice("kind", kind, get_args(Kind))
+        check_integer("size", size, 1)
+        check_integer("shortest", shortest, 1)
+        check_integer("longest", longest, shortest)
+        check_integer("seed", seed, 0)
+        generator, questions = random.Random(f"{kind}-{seed}"), set()
         self.items: list[tuple[str, str, int]] = []
         for i in range(size):
             length = shortest + i % (longest - shortest + 1)
-            for _ in range(100):  # then twice the same
-                item = self._make(kind, length, draw)
-                if item[0] not in seen:
+            for _ in range(100):  # then a question is repeated
+                item = self._make(kind, length, generator)
+                if item[0] not in questions:
                     break
-            seen.add(item[0])
+            questions.add(item[0])
             self.items.append(item)
 
     @staticmethod
-    def _make(kind: str, length: int, draw: random.Random) -> tuple[str, str, int]:
+    def _make(kind: str, length: int, generator: random.Random) -> tuple[str, str, int]:
+        """A question, its solution and its difficulty."""
         if kind == "sum":
-            a, b = (draw.randrange(10 ** (length - 1) if length > 1 else 0, 10**length) for _ in range(2))
+            a, b = (generator.randrange(10 ** (length - 1) if length > 1 else 0, 10**length) for _ in range(2))
             return f"{a}+{b}=", str(a + b), length
-        letters = "".join(draw.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(length))
+        letters = "".join(generator.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(length))
         return f"{letters}=", letters[::-1] if kind == "reverse" else "".join(sorted(letters)), length
 
     def __len__(self) -> int:
         return len(self.items)
 
     def question(self, i: int) -> str:
-        """Such as ``"27+5="``."""
+        """The text of a puzzle, such as ``"27+5="``."""
         return self.items[i][0]
 
     def solution(self, i: int) -> str:
-        """The answer."""
+        """The correct answer."""
         return self.items[i][1]
 
     def difficulty(self, i: int) -> int:
-        """The length."""
+        """The number of digits or letters."""
         return self.items[i][2]
 
     def score(self, i: int, answer: str) -> float:
-        """1 for the answer and nothing else."""
+        """1 for the correct answer without further text, else 0."""
         return float(answer.strip() == self.items[i][1])
 
 
@@ -108,15 +107,15 @@ class ReasoningGym:
     """A task family of reasoning-gym (PyPI), with its own scorer.
 
     Args:
-        name: Such as ``"basic_arithmetic"``.
+        name: Name of the family, such as ``"basic_arithmetic"``.
         size: Number of questions.
-        seed: Of the questions.
-        options: Of the family, such as ``{"min_digits": 1}``.
-        instruction: Put before each question.
+        seed: Seed of the questions.
+        options: Options of the family, such as ``{"min_digits": 1}``.
+        instruction: Text before each question.
 
     Raises:
         ImportError: If reasoning-gym is missing.
-        ValueError: If there is no such family.
+        ValueError: If there is no such family, or an argument is out of its range.
     """
 
     def __init__(
@@ -127,6 +126,10 @@ class ReasoningGym:
         options: dict[str, Any] | None = None,
         instruction: str = "Answer with the final answer only. ",
     ) -> None:
+        check_text("name", name)
+        check_integer("size", size, 1)
+        check_integer("seed", seed, 0)
+        check_text("instruction", instruction)
         try:
             import reasoning_gym
         except ImportError as error:
@@ -141,7 +144,7 @@ class ReasoningGym:
         return len(self.data)
 
     def question(self, i: int) -> str:
-        """The text of the family."""
+        """The instruction and the question of the family."""
         return self.instruction + self.data[i]["question"]
 
     def solution(self, i: int) -> str:
@@ -158,11 +161,11 @@ class FinalNumber:
 
     Args:
         data: File of JSON lines, or a hub name, with ``question`` and ``answer``; the answer's last number counts.
-        split: Of the hub.
-        limit: Questions at most.
+        split: Split of the data set on the hub.
+        limit: Largest number of questions; None for all.
 
     Raises:
-        ValueError: If there is nothing, or a question has no number for an answer.
+        ValueError: If there are no questions, an answer has no number, or ``limit`` is not a positive integer.
     """
 
     def __init__(self, data: str, split: str = "train", limit: int | None = None) -> None:
@@ -185,21 +188,21 @@ class FinalNumber:
         return self.items[i][1]
 
     def score(self, i: int, answer: str) -> float:
-        """1 if the last number is the right one."""
+        """1 if the last number of the final answer is the correct one, else 0."""
         return float(number(final_answer(answer)) == self.numbers[i])
 
 
 class Expression:
-    """Problems whose answer is an expression, such as MATH: right is what math-verify finds equal to it.
+    """Problems whose answer is an expression, such as MATH; math-verify decides which answers are equal to it.
 
     Args:
-        data: File of JSON lines, or a hub name, with ``question`` and ``answer``, in LaTeX or plain.
-        split: Of the hub.
-        limit: Questions at most.
+        data: File of JSON lines, or a hub name, with ``question`` and ``answer``, in LaTeX or plain text.
+        split: Split of the data set on the hub.
+        limit: Largest number of questions; None for all.
 
     Raises:
         ImportError: If math-verify is missing.
-        ValueError: If there is nothing, or an answer is no expression.
+        ValueError: If there are no questions, an answer has no expression, or ``limit`` is not a positive integer.
     """
 
     def __init__(self, data: str, split: str = "train", limit: int | None = None) -> None:
@@ -217,7 +220,7 @@ class Expression:
             )
 
     def _parse(self, text: str) -> list[Any]:
-        # Without its own timeouts, which take the timer that scores run under.
+        # Without its own timeouts: they would take the timer of `rewards.score`.
         return self._library.parse(text, parsing_timeout=None)
 
     def __len__(self) -> int:
@@ -232,11 +235,15 @@ class Expression:
         return self.items[i][1]
 
     def score(self, i: int, answer: str) -> float:
-        """1 if the answer is equal, however it is written."""
+        """1 if the answer is equal to the correct one, in any notation, else 0."""
         return float(self._library.verify(self.expected[i], self._parse(answer), timeout_seconds=None))
 
 
 def _questions(data: str, split: str, limit: int | None) -> list[tuple[str, str]]:
+    """Questions with their answers, from a file or the hub."""
+    check_text("data", data)
+    check_text("split", split)
+    check_integer("limit", limit, 1, optional=True)
     if Path(data).is_file():
         rows: Any = [json.loads(line) for line in Path(data).read_text().splitlines() if line.strip()]
     else:
@@ -248,68 +255,3 @@ def _questions(data: str, split: str, limit: int | None) -> list[tuple[str, str]
     if not items:
         raise ValueError(f"Argument `data` must hold questions, but {data!r} has none.")
     return items
-
-
-def final_answer(text: str) -> str:
-    r"""What a text ends on: after ``####``, in ``\boxed{}``, after "answer is", or else the last line.
-
-    Example:
-        >>> [final_answer(t) for t in ("So\n#### 7", "It is $\\boxed{7}$.", "The answer is: 7.", "no\n7")]
-        ['7', '7', '7', '7']
-    """
-    for pattern in (r"####\s*(.+)", r"\\boxed\{([^{}]*)\}", r"(?i)answer\s*(?:is|:)\s*:?\s*(.+)"):
-        found = re.findall(pattern, text)
-        if found:
-            return found[-1].strip().rstrip(".")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else ""
-
-
-def number(text: str) -> float | None:
-    """The last number in a text; None where there is none.
-
-    Example:
-        >>> number("1,200 of 3 are $-4.50"), number("none")
-        (-4.5, None)
-    """
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text.replace("$", ""))
-    return float(found[-1].replace(",", "")) if found else None
-
-
-def score(task: Task, i: int, answer: str, seconds: float = 5.0) -> tuple[float, str | None]:
-    """The reward of an answer, and what went wrong: an exception, more than some seconds, or a reward out of range.
-
-    Then the reward is 0, since one answer must not end a run.
-
-    Args:
-        task: Scores it.
-        i: The question.
-        answer: To it.
-        seconds: After which it counts as wrong; only on the main thread, and where the system has timers.
-    """
-    try:
-        with _at_most(seconds):
-            reward = float(task.score(i, answer))
-    except Exception as error:  # whatever a task of the user's own raises
-        return 0.0, repr(error)
-    if not 0 <= reward <= 1:
-        return 0.0, f"a reward must be in [0, 1], but is {reward}"
-    return reward, None
-
-
-@contextmanager
-def _at_most(seconds: float) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def stop(*_: Any) -> None:
-        raise TimeoutError(f"no score after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

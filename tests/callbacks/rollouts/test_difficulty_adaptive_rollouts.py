@@ -4,7 +4,9 @@ import logging
 import os
 import sys
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from processes import on_two_ranks
 
 from curation.callbacks import DifficultyAdaptiveRollouts, ExactResume
+from curation.callbacks.rollouts.checked_rollouts import prompt_index
 from curation.recipes.rollouts.language_models import FromScratch
 from curation.recipes.rollouts.policy import PolicyModule
 from curation.recipes.rollouts.prompts import Prompts
@@ -32,7 +35,7 @@ class Counted(PolicyModule):
 
     def rollout(self, batch, counts):
         made = super().rollout(batch, counts)
-        successes = np.bincount(made.prompts, made.rewards, len(counts))
+        successes = np.bincount(made.prompt_index, made.rewards, len(counts))
         self.calls.append((self.trainer.training, np.array(counts), successes))
         return made
 
@@ -108,7 +111,7 @@ def test_memory_plans_by_what_was_seen_before_and_is_in_the_checkpoint():
     module, _ = fit(callback)
     state = callback.state_dict()["memory"]
     assert set(state) == set(range(12))
-    assert all(of in (2, 3) for _, of in state.values())  # 4 rollouts halved, once or twice
+    assert all(rollouts in (2, 3) for _, rollouts in state.values())  # 4 rollouts halved, once or twice
     assert all(state[i][0] == 0 for i in (0, 4, 8))
     again = DifficultyAdaptiveRollouts(HardnessWeighted(), 4, forgetting=0.5, preflight=0)
     again.setup(trainer(), module, "fit")
@@ -169,10 +172,10 @@ def test_a_forecast_is_printed_before_training_and_changes_nothing(caplog):
         runs.append((weights(module), torch.get_rng_state()))
     assert_same_weights(runs[0][0], runs[1][0])
     assert torch.equal(runs[0][1], runs[1][1])
-    (told,) = [r.message for r in caplog.records if "expected per prompt and step" in r.message]
-    assert told.startswith("DifficultyAdaptiveRollouts: accuracy 0.")
-    assert "over 12 prompts" in told
-    lines = {line[2:26].strip(): line[26:] for line in told.splitlines()[1:]}
+    (message,) = [r.message for r in caplog.records if "expected per prompt and step" in r.message]
+    assert message.startswith("DifficultyAdaptiveRollouts: accuracy 0.")
+    assert "over 12 prompts" in message
+    lines = {line[2:26].strip(): line[26:] for line in message.splitlines()[1:]}
     assert list(lines) == [
         "4 each", "8 each", "equal treatment", "equal treatment, std", "hardness weighted", "hardness weighted, std",
         "this fit",
@@ -184,8 +187,10 @@ def test_a_forecast_is_printed_before_training_and_changes_nothing(caplog):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"n": True}, "Argument `n` must be an integer >= 1, but got True"),
+        ({"budget": "16"}, "Argument `budget` must be in .* but got '16'"),
         ({"n": 0}, "Argument `n` must be an integer >= 1, but got 0"),
-        ({"n": 8, "budget": 7.5}, "Argument `budget` must be at least n = 8 rollouts per prompt, but got 7.5"),
+        ({"n": 8, "budget": 7.5}, r"Argument `budget` must be in \[8, inf\) or None, but got 7.5"),
         ({"forgetting": 1.0}, r"Argument `forgetting` must be in \[0, 1\) or None, but got 1.0"),
         ({"schedule": HardnessWeighted}, "Argument `schedule` must be a schedule, .* but got <class"),
         ({"schedule": Uniform(8)}, "Argument `n` must be .* but Uniform adds none to n = 8"),
@@ -203,33 +208,60 @@ def test_a_module_without_rollouts_is_refused():
         trainer(DifficultyAdaptiveRollouts()).fit(Classifier(), loader(ids=False))
 
 
-def test_a_module_that_does_not_ask_for_its_rollouts_is_told_once():
+def test_a_module_that_does_not_call_rollout_is_warned_about_once():
     class Silent(Answering):
         def training_step(self, batch, batch_idx):
             return Classifier.training_step(self, batch, batch_idx)
 
-    with pytest.warns(UserWarning, match=r"changes nothing: Silent.training_step did not call") as told:
+    with pytest.warns(UserWarning, match=r"changes nothing: Silent.training_step did not call") as warned:
         trainer(DifficultyAdaptiveRollouts(preflight=0), max_epochs=2).fit(Silent(), loader(ids=False))
-    assert sum("changes nothing" in str(w.message) for w in told) == 1
+    assert sum("changes nothing" in str(w.message) for w in warned) == 1
 
 
 def test_rollouts_that_are_not_what_was_asked_for_are_named():
-    class Mine(Answering):
+    class Changed(Answering):
         def rollout(self, batch, counts):
             return self.change(super().rollout(batch, counts))
 
     for change, message in (
-        (lambda r: Answers(r.prompts[1:], r.rewards[1:]), r"asked for \[8, 8, .* but gave \[63\] rewards"),
-        (lambda r: Answers(r.prompts + 1, r.rewards), "not as many of each"),
-        (lambda r: Answers(r.prompts, r.rewards - 2), r"must be in \[0, 1\], but has -"),
-        (lambda r: Answers(r.prompts, r.rewards * torch.nan), r"must be in \[0, 1\], but has nan"),
+        (lambda r: Answers(r.prompt_index[1:], r.rewards[1:]), r"asked for \[8, 8, .* but gave \[63\] rewards"),
+        (lambda r: Answers(r.prompt_index + 1, r.rewards), "not as many of each"),
+        (lambda r: Answers(r.prompt_index, r.rewards - 2), r"must be in \[0, 1\], but has -"),
+        (lambda r: Answers(r.prompt_index, r.rewards * torch.nan), r"must be in \[0, 1\], but has nan"),
         (lambda r: None, "must give an object with `rewards`, but gave NoneType"),
-        (lambda r: Answers(r.prompts.numpy(), r.rewards), "must be a tensor, but is ndarray"),
+        (lambda r: Answers(r.prompt_index.numpy(), r.rewards), "must be a tensor, but is ndarray"),
     ):
-        module = Mine()
+        module = Changed()
         module.change = change
         with pytest.raises((TypeError, ValueError), match=message):
             trainer(DifficultyAdaptiveRollouts(preflight=0)).fit(module, loader(ids=False))
+
+
+def test_the_older_name_of_prompt_index_is_accepted():
+    @dataclass
+    class OldAnswers:
+        prompts: torch.Tensor
+        rewards: torch.Tensor
+
+        def pool(self, other):
+            return OldAnswers(*(torch.cat([getattr(x, n) for x in (self, other)]) for n in ("prompts", "rewards")))
+
+    class Old(Answering):
+        def rollout(self, batch, counts):
+            answers = super().rollout(batch, counts)
+            return OldAnswers(answers.prompt_index, answers.rewards)
+
+        def training_step(self, batch, batch_idx):
+            rollouts = self.rollout(batch, [2] * len(batch[0]))
+            self.answered = torch.bincount(rollouts.prompts)
+            return Classifier.training_step(self, batch, batch_idx)
+
+    module = Old()
+    callback = DifficultyAdaptiveRollouts(Uniform(9), n=4, preflight=4)
+    trainer(callback, max_epochs=1).fit(module, loader(ids=False))
+    assert module.answered.tolist() == callback._per_prompt.tolist() == [9] * 8
+    both = SimpleNamespace(prompt_index=torch.tensor([1]), prompts=torch.tensor([0]))
+    assert prompt_index(both).tolist() == [1]
 
 
 def test_the_method_comes_back_after_an_exception():

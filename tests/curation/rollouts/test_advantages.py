@@ -15,7 +15,7 @@ from curation.rollouts.allocation import EqualTreatment, HardnessWeighted, plan
 BASELINES = ("centred", "std", "rloo", "maxrl", "none")
 
 
-def twin(group, baseline):
+def reference(group, baseline):
     """One prompt."""
     n, mean = len(group), sum(group) / len(group)
     if min(group) == max(group):
@@ -32,7 +32,7 @@ def twin(group, baseline):
     return list(group)
 
 
-def weights_twin(groups, lengths, normalizer, longest):
+def reference_weights(groups, lengths, normalizer, longest):
     """One prompt after the other; ``groups`` are lists of advantages."""
     active = [i for i, group in enumerate(groups) if any(group)]
     tokens = sum(sum(lengths[i]) for i in active)
@@ -59,13 +59,13 @@ def test_ragged_groups_equal_a_loop_over_prompts(groups, baseline, normalizer, s
     rewards = torch.tensor([r for group in groups for r in group])
     got = torch.empty(len(of))
     got[mixed] = advantages(rewards[mixed], of[mixed], len(groups), baseline)
-    expected = [twin(group, baseline) for group in groups]
+    expected = [reference(group, baseline) for group in groups]
     torch.testing.assert_close(got, torch.tensor([a for group in expected for a in group]), rtol=1e-5, atol=1e-6)
     by_group = [lengths[of == i].tolist() for i in range(len(groups))]
     weights, denominator = loss_weights(got, of, len(groups), lengths, normalizer, 8)
     weights = weights / denominator.clamp(min=1)
-    twins = weights_twin(expected, by_group, normalizer, 8)
-    torch.testing.assert_close(weights, torch.tensor(twins), rtol=1e-5, atol=1e-7)
+    expected_weights = reference_weights(expected, by_group, normalizer, 8)
+    torch.testing.assert_close(weights, torch.tensor(expected_weights), rtol=1e-5, atol=1e-7)
 
 
 def test_equal_rewards_that_floats_cannot_hold_teach_nothing():

@@ -1,4 +1,4 @@
-"""Plans of rollouts, against tables of the paper's rule, exact fractions and slow twins."""
+"""Plans of rollouts, against tables of the paper's rule, exact fractions and slow references."""
 
 import math
 from fractions import Fraction
@@ -72,7 +72,7 @@ def test_weights_are_those_of_the_objective(schedule, weight):
     np.testing.assert_allclose(ratio, ratio.mean(), rtol=1e-2)
 
 
-def fill_twin(weights, least, most, total):
+def fill_reference(weights, least, most, total):
     """One after the other, to whoever is furthest below its share of a common level, found by bisection."""
     weights, least = np.asarray(weights, float), np.asarray(least)
     most = np.where(weights > 0, np.maximum(most, least), least)
@@ -97,7 +97,7 @@ def test_filling_keeps_to_the_sum_the_bounds_and_the_proportion(rows, total):
     weights, least, room = (np.array(column) for column in zip(*rows, strict=True))
     most = least + room
     found = fill(weights, least, most, total)
-    ideal, reachable = fill_twin(weights, least, most, total)
+    ideal, reachable = fill_reference(weights, least, most, total)
     assert found.sum() == reachable
     assert (found >= least).all()
     assert (found <= np.where(weights > 0, most, least)).all()
@@ -157,13 +157,13 @@ def test_memory_of_what_is_always_solved_does_not_round_above_that(n):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Uniform(0), "Argument `rollouts` must be an integer >= 1, but got 0"),
-        (lambda: EqualTreatment(2.5), "Argument `max_rollouts` must be an integer >= 1, but got 2.5"),
+        (lambda: Uniform(0), r"Argument `rollouts` must be an integer in \[1, 2147483648\), but got 0"),
+        (lambda: EqualTreatment(2.5), r"Argument `max_rollouts` must be an integer in \[1, .*\), but got 2.5"),
         (lambda: Neyman("speed"), "Argument `objective` must be 'accuracy', 'logit' or 'log', but got 'speed'"),
         (lambda: DifficultyMemory(1.0), r"Argument `forgetting` must be in \[0, 1\), but got 1.0"),
         (lambda: plan(Uniform(9), [9], 8), r"Rewards of 8 rollouts must sum to \[0, 8\], but sum to 9.0"),
         (lambda: plan(Uniform(9), [np.nan], 8), r"Rewards of 8 rollouts must sum to \[0, 8\], but sum to nan"),
-        (lambda: plan(Uniform(9), [1, 2], 8, 15), r"Argument `budget` must be .* 8 \* 2 = 16, but got 15"),
+        (lambda: plan(Uniform(9), [1, 2], 8, 15), r"Argument `budget` must be in \[16, inf\), but got 15"),
     ],
 )
 def test_what_is_wrong_is_named(make, message):
@@ -173,13 +173,15 @@ def test_what_is_wrong_is_named(make, message):
 
 def test_a_plan_of_impossible_numbers_is_refused():
     for n in (0, 1.5, -1):
-        with pytest.raises(ValueError, match=f"`n` must be an integer >= 1, but got {n}"):
+        with pytest.raises(ValueError, match=rf"`n` must be an integer in \[1, 2147483648\), but got {n}"):
             plan(Uniform(9), np.zeros(2), n)
-    with pytest.raises(ValueError, match=r"`budget` must be at least .* but got nan"):
+    with pytest.raises(ValueError, match=r"`budget` must be in \[8, inf\), but got nan"):
         plan(Uniform(9), np.zeros(2), 4, math.nan)
     with pytest.raises(ValueError, match=r"`successes` must be \[P\], but got \[2, 1\]"):
         plan(Uniform(9), np.zeros((2, 1)), 4)
-    with pytest.raises(ValueError, match="`rollouts` must be an integer >= 1, but got 1000000000000000000000"):
+    with pytest.raises(
+        ValueError, match=r"`rollouts` must be an integer in \[1, 2147483648\), but got 1000000000000000000000"
+    ):
         Uniform(10**21)
 
 

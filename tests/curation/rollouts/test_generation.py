@@ -107,7 +107,7 @@ def rows(completions):
 
 def same(a, b):
     assert a.pad_id == b.pad_id
-    for name in ("prompts", "tokens", "lengths", "log_probs", "finished"):
+    for name in ("prompt_index", "tokens", "lengths", "log_probs", "finished"):
         torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=0, atol=1e-5, msg=name)
 
 
@@ -117,8 +117,8 @@ def test_greedy_tokens_are_those_of_the_models_own_generate(build, budget):
     model, prompts = build(), prompts_of()
     cache = prefill(model, prompts, PAD, budget)
     found = sampled(model, cache, temperature=0, token_budget=budget)
-    assert found.prompts.tolist() == torch.arange(len(prompts)).repeat_interleave(COUNTS).tolist()
-    assert rows(found) == [own_greedy(model, prompts[i]) for i in found.prompts]
+    assert found.prompt_index.tolist() == torch.arange(len(prompts)).repeat_interleave(COUNTS).tolist()
+    assert rows(found) == [own_greedy(model, prompts[i]) for i in found.prompt_index]
     assert found.lengths.eq(NEW).all()
     assert not found.finished.any()
 
@@ -151,7 +151,7 @@ def test_stop_tokens_end_a_row_and_dropping_finished_rows_changes_nothing(build,
     model, prompts = build(), prompts_of()
     cache = prefill(model, prompts, PAD, 1000)
     found = sampled(model, cache, temperature=0, stop_ids=stop_ids, max_new_tokens=20, token_budget=1000)
-    assert rows(found) == [own_greedy(model, prompts[i], 20, stop_ids) for i in found.prompts]
+    assert rows(found) == [own_greedy(model, prompts[i], 20, stop_ids) for i in found.prompt_index]
     last = found.tokens.gather(1, found.lengths[:, None] - 1)[:, 0]
     assert found.finished.tolist() == [token in stop_ids for token in last.tolist()]
     assert found.finished.any()
@@ -262,7 +262,7 @@ def test_log_probs_are_those_of_a_full_forward_pass(build, temperature):
     model, prompts = build(), prompts_of()
     stop_ids = [7, 8, 9]
     found = sampled(model, prefill(model, prompts, PAD, 60), temperature=temperature, stop_ids=stop_ids)
-    for i, (row, completion) in enumerate(zip(found.prompts.tolist(), rows(found), strict=True)):
+    for i, (row, completion) in enumerate(zip(found.prompt_index.tolist(), rows(found), strict=True)):
         ids = torch.cat([prompts[row], torch.tensor(completion)])
         with torch.no_grad():
             hidden = model.base_model(ids[None]).last_hidden_state[0, len(prompts[row]) - 1 : -1]
@@ -309,7 +309,7 @@ def test_the_same_seed_gives_the_same_completions_and_a_stream_goes_on():
     streamed = [sampled(model, cache, generator=generator) for _ in range(2)]
     same(streamed[0], one)
     assert not torch.equal(streamed[1].tokens, one.tokens)
-    row = one.tokens[one.prompts == 6]
+    row = one.tokens[one.prompt_index == 6]
     assert not torch.equal(row[0], row[1])
 
 
@@ -333,11 +333,11 @@ def test_batches_stay_within_the_token_budget():
         cache = prefill(model, prompts_of(), PAD, budget)
     assert all(b * n <= budget for b, n in passes.shapes)
     assert len(passes.shapes) == 2  # 1, 2, 4, 4, 8 and 11 tokens do not fit together
-    assert sorted(torch.cat([b.prompts for b in cache.batches]).tolist()) == list(range(len(LENGTHS)))
+    assert sorted(torch.cat([b.prompt_index for b in cache.batches]).tolist()) == list(range(len(LENGTHS)))
     for batch in cache.batches:
-        assert len(set(cache.lengths[batch.prompts].eq(1).tolist())) == 1
+        assert len(set(cache.lengths[batch.prompt_index].eq(1).tolist())) == 1
         with Passes(model) as passes:
-            chosen = torch.zeros_like(COUNTS).index_fill(0, batch.prompts, 1) * COUNTS
+            chosen = torch.zeros_like(COUNTS).index_fill(0, batch.prompt_index, 1) * COUNTS
             sampled(model, cache, chosen, token_budget=budget)
         width = batch.mask.size(1) + 1 + NEW
         most = max(1, budget // width)
@@ -367,7 +367,7 @@ def test_no_completions_at_all(lengths):
     model = llama()
     found = sampled(model, prefill(model, prompts_of(lengths), PAD, 99), torch.zeros(len(lengths), dtype=torch.int64))
     assert found.tokens.shape == found.log_probs.shape == (0, 0)
-    assert [t.dtype for t in (found.prompts, found.lengths)] == 2 * [torch.int64]
+    assert [t.dtype for t in (found.prompt_index, found.lengths)] == 2 * [torch.int64]
     assert found.finished.dtype == torch.bool
 
 
@@ -381,7 +381,7 @@ def test_half_precision_and_autocast():
     for found in (half, mixed):
         assert (found.log_probs < 0).all()
         assert found.log_probs.isfinite().all()
-    i = found.prompts.tolist().index(6)
+    i = found.prompt_index.tolist().index(6)
     ids = torch.cat([prompts[6], half.tokens[i]])
     with torch.no_grad():
         logits = model(ids[None]).logits[0, len(prompts[6]) - 1 : -1].float()
@@ -392,7 +392,7 @@ def test_half_precision_and_autocast():
 def test_completions_out_of_a_modules_own_sequences():
     sequences = torch.tensor([[9, 9, 4, 5, 6], [9, 9, 4, 7, 0], [9, 9, 7, 7, 4], [9, 9, 0, 4, 0], [9, 9, 4, 0, 0]])
     found = from_sequences(torch.tensor([2, 1, 1, 0, 0]), sequences, 2, [7], PAD)
-    assert found.prompts.tolist() == [0, 0, 1, 1, 2]
+    assert found.prompt_index.tolist() == [0, 0, 1, 1, 2]
     assert found.tokens.tolist() == [[0, 4, 0], [4, 0, 0], [4, 7, 0], [7, 0, 0], [4, 5, 6]]
     assert found.lengths.tolist() == [2, 1, 2, 1, 3]
     assert found.finished.tolist() == [False, False, True, True, False]
@@ -440,9 +440,9 @@ def test_a_model_without_a_cache_is_refused(length):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pad_id": None}, r"`pad_id` must be a token in \[0, 40\), but got None"),
-        ({"pad_id": 40}, r"`pad_id` must be a token in \[0, 40\), but got 40"),
-        ({"pad_id": -1}, r"`pad_id` must be a token in \[0, 40\), but got -1"),
+        ({"pad_id": None}, r"`pad_id` must be an integer in \[0, 40\), but got None"),
+        ({"pad_id": 40}, r"`pad_id` must be an integer in \[0, 40\), but got 40"),
+        ({"pad_id": -1}, r"`pad_id` must be an integer in \[0, 40\), but got -1"),
         ({"prompts": prompts_of([3, 0])}, r"1 to 16 tokens, but prompt 1 is torch.int64 \[0\]"),
         ({"prompts": prompts_of([17])}, r"1 to 16 tokens, but prompt 0 is torch.int64 \[17\]"),
         ({"prompts": [torch.zeros(1, 2, dtype=torch.int64)]}, r"must be int64 \[n\] each, .* torch.int64 \[1, 2\]"),
@@ -462,9 +462,9 @@ def test_prompts_that_do_not_fit_are_refused(change, message):
         ({"counts": np.array([1, -1])}, r"`counts` must be 2 integers >= 0, but got \[1, -1\]"),
         ({"counts": torch.ones(2)}, r"`counts` must be 2 integers >= 0, but got \[1.0, 1.0\]"),
         ({"max_new_tokens": 12}, r"`max_new_tokens` must be in \[1, 11\], .* but got 12"),
-        ({"max_new_tokens": 0}, r"`max_new_tokens` must be in \[1, 11\], .* but got 0"),
-        ({"temperature": -0.5}, "`temperature` must be >= 0, but got -0.5"),
-        ({"temperature": float("nan")}, "`temperature` must be >= 0, but got nan"),
+        ({"max_new_tokens": 0}, "`max_new_tokens` must be an integer >= 1, but got 0"),
+        ({"temperature": -0.5}, r"`temperature` must be in \[0, inf\), but got -0.5"),
+        ({"temperature": float("nan")}, r"`temperature` must be in \[0, inf\), but got nan"),
         ({"expected_lengths": torch.ones(3)}, r"`expected_lengths` must be \[2\], but got \[3\]"),
         ({"generator": torch.default_generator}, "`generator` must not be a global one"),
     ],

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,10 +56,10 @@ def fit(module, *callbacks, data=None, **options):
 
 class Ratios(Callback):
     def __init__(self):
-        self.of = []
+        self.values = []
 
     def on_train_batch_end(self, trainer, *_):
-        self.of.append(float(trainer.callback_metrics["policy/ratio"]))
+        self.values.append(float(trainer.callback_metrics["policy/ratio"]))
 
 
 @pytest.mark.parametrize("callbacks", [(), (DifficultyAdaptiveRollouts(n=4, preflight=4),)])
@@ -67,27 +68,27 @@ def test_rollouts_are_always_of_the_weights_that_learn_from_them(callbacks):
     ratios, module = Ratios(), policy(lr=2e-2)
     run = fit(module, *callbacks, ratios, max_epochs=4)
     assert run.global_step >= 4
-    assert ratios.of == pytest.approx([1.0] * len(ratios.of), abs=1e-4)
-    other = Ratios()
-    fit(policy(lr=2e-2, epochs=3), other)
-    assert max(abs(ratio - 1) for ratio in other.of) > 1e-2
+    assert ratios.values == pytest.approx([1.0] * len(ratios.values), abs=1e-4)
+    several_passes = Ratios()
+    fit(policy(lr=2e-2, epochs=3), several_passes)
+    assert max(abs(ratio - 1) for ratio in several_passes.values) > 1e-2
 
 
-def made(ids, counts, text, of_id=7):
+def made(ids, counts, text, seed=7):
     """Rollouts that depend on the prompt's number and nothing else: tokens, log-probabilities and rewards."""
     rows = []
     for p, (i, n) in enumerate(zip(ids, counts, strict=True)):
-        g = torch.Generator().manual_seed(of_id + i)
+        g = torch.Generator().manual_seed(seed + i)
         tokens, lengths = torch.randint(2, 6, (n, 3), generator=g), torch.randint(1, 4, (n,), generator=g)
         rewards, old = torch.randint(0, 2, (n,), generator=g).float(), -torch.rand(n, 3, generator=g) - 1
         rows += [(p, t, m, o, r) for t, m, o, r in zip(tokens, lengths, old, rewards, strict=True)]
-    of, tokens, lengths, old, rewards = zip(*rows, strict=True)
+    index, tokens, lengths, old, rewards = zip(*rows, strict=True)
     lengths = torch.stack(lengths)
     there = torch.arange(3) < lengths[:, None]
     completions = Completions(
-        torch.tensor(of), torch.stack(tokens) * there, lengths, torch.stack(old) * there, lengths < 3, text.pad_id
+        torch.tensor(index), torch.stack(tokens) * there, lengths, torch.stack(old) * there, lengths < 3, text.pad_id
     )
-    return Rollouts(completions, torch.stack(rewards), [""] * len(of))
+    return Rollouts(completions, torch.stack(rewards), [""] * len(index))
 
 
 class Canned(PolicyModule):
@@ -109,14 +110,14 @@ class Canned(PolicyModule):
 
 def naive(module, batch, rollouts, baseline, normalizer, kl):
     """One rollout after the other, with whole softmaxes."""
-    advantage = advantages(rollouts.rewards, rollouts.prompts, len(batch["ids"]), baseline)
-    completions, of = rollouts.completions, rollouts.prompts.tolist()
-    taught = {p for p, a in zip(of, advantage.tolist(), strict=True) if a}
-    counts = {p: of.count(p) for p in taught}
-    tokens = sum(int(completions.lengths[r]) for r, p in enumerate(of) if p in taught)
+    advantage = advantages(rollouts.rewards, rollouts.prompt_index, len(batch["ids"]), baseline)
+    completions, index = rollouts.completions, rollouts.prompt_index.tolist()
+    taught = {p for p, a in zip(index, advantage.tolist(), strict=True) if a}
+    counts = {p: index.count(p) for p in taught}
+    tokens = sum(int(completions.lengths[r]) for r, p in enumerate(index) if p in taught)
     whole = {"token": tokens, "rollout": 3 * sum(counts.values()), "prompt": 3 * len(taught)}[normalizer]
     loss = 0.0
-    for r, p in enumerate(of):
+    for r, p in enumerate(index):
         if p not in taught:
             continue
         question, length = module.text.prompt(batch["questions"][p]), int(completions.lengths[r])
@@ -239,6 +240,18 @@ def test_answers_that_cannot_be_scored_are_wrong_and_counted():
     assert float(run.callback_metrics["rollouts/not_scored"]) >= 36  # of half of 12 prompts with 6 answers
 
 
+class Slow(Letters):
+    def score(self, i, answer):
+        time.sleep(30 if i == 0 else 0)
+        return 1.0
+
+
+def test_the_time_limit_of_a_reward_is_an_argument():
+    with pytest.warns(UserWarning, match=r"counts as wrong: TimeoutError\('no score after 0.05 s'\)"):
+        run = fit(policy(reward_seconds=0.05, rollouts=2), data=Prompts(Slow(), batch_size=12), max_epochs=1)
+    assert float(run.callback_metrics["rollouts/not_scored"]) == 2  # both answers to the first prompt
+
+
 def test_solutions_warm_up():
     cold, warm = policy(lr=1e-6), policy(lr=1e-6, warmup_steps=200, warmup_lr=1e-2)
     prompts = Prompts(Puzzles("sort", 20, 1, 1), batch_size=4, seen=8)
@@ -268,10 +281,13 @@ def test_a_real_model_answers_in_its_own_words():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rollouts": 0}, "Argument `rollouts` must be >= 1, but got 0"),
-        ({"temperature": 0.0}, "Argument `temperature` must be > 0, but got 0.0"),
-        ({"kl": -1.0}, "Argument `kl` must be >= 0, but got -1.0"),
-        ({"lr": float("nan")}, "Argument `lr` must be > 0, but got nan"),
+        ({"rollouts": True}, "Argument `rollouts` must be an integer >= 1, but got True"),
+        ({"reward_seconds": 0}, r"Argument `reward_seconds` must be in \(0, inf\), but got 0"),
+        ({"baseline": "mean"}, "Argument `baseline` must be 'centred', .* but got 'mean'"),
+        ({"rollouts": 0}, "Argument `rollouts` must be an integer >= 1, but got 0"),
+        ({"temperature": 0.0}, r"Argument `temperature` must be in \(0, inf\), but got 0.0"),
+        ({"kl": -1.0}, r"Argument `kl` must be in \[0, inf\), but got -1.0"),
+        ({"lr": float("nan")}, r"Argument `lr` must be in \(0, inf\), but got nan"),
     ],
 )
 def test_a_bad_argument_is_named_with_its_value(arguments, message):
@@ -295,8 +311,8 @@ def test_what_cannot_be_answered_is_named_before_anything_is_trained():
         fit(policy(max_new_tokens=20))
     for arguments, message in (
         ({"holdout": 1.0}, r"Argument `holdout` must be in \(0, 1\), but got 1.0"),
-        ({"batch_size": 13}, r"Argument `batch_size` must be in \[1, 12\], but got 13"),
-        ({"seen": 13}, r"Argument `seen` must be in \[0, 12\], but got 13"),
+        ({"batch_size": 13}, r"Argument `batch_size` must be an integer in \[1, 13\), but got 13"),
+        ({"seen": 13}, r"Argument `seen` must be an integer in \[0, 13\), but got 13"),
     ):
         with pytest.raises(ValueError, match=message):
             Prompts(Letters(), **arguments)
@@ -377,11 +393,11 @@ def main(folder):
 
 def test_two_processes_with_unequal_numbers_of_rollouts_have_the_gradient_of_one(tmp_path):
     on_two_ranks(__file__, tmp_path)
-    (one, made_by_one), (other, made_by_other) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    (first, made_by_first), (second, made_by_second) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     whole, made_by_all = gradient_of(1, 12)  # the twelve prompts of both
-    assert made_by_one == made_by_other == made_by_all
-    assert_close(one, whole)
-    assert_close(other, whole)
+    assert made_by_first == made_by_second == made_by_all
+    assert_close(first, whole)
+    assert_close(second, whole)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,8 @@ import time
 
 import pytest
 
-from curation.recipes.rollouts.tasks import (
-    Expression,
-    FinalNumber,
-    Puzzles,
-    ReasoningGym,
-    final_answer,
-    number,
-    score,
-)
+from curation.recipes.rollouts.rewards import final_answer, number, score
+from curation.recipes.rollouts.tasks import Expression, FinalNumber, Puzzles, ReasoningGym
 
 
 @pytest.mark.parametrize("kind", ["sum", "reverse", "sort"])
@@ -124,8 +117,8 @@ def test_no_answer_ends_a_run():
     ("arguments", "message"),
     [
         ({"kind": "product"}, "Argument `kind` must be 'sum', 'reverse' or 'sort', but got 'product'"),
-        ({"size": 0}, "Argument `size` must be >= 1, but got 0"),
-        ({"shortest": 4}, r"Argument `shortest` must be in \[1, longest = 3\], but got 4"),
+        ({"size": 0}, "Argument `size` must be an integer >= 1, but got 0"),
+        ({"shortest": 4}, "Argument `longest` must be an integer >= 4, but got 3"),
     ],
 )
 def test_a_bad_argument_is_named_with_its_value(arguments, message):

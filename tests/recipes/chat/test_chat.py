@@ -7,8 +7,11 @@ import re
 import pytest
 import torch
 
-from curation.recipes.chat import sft
+from curation.recipes.chat import Conversations, SupervisedFineTuning, conversations
+from curation.recipes.chat.conversations import _alternate, encode, load
 from curation.recipes.cli import main as cli
+from curation.recipes.smollm2 import SMOLLM2, SMOLLM2_GGUF
+from curation.recipes.sources import resolve
 
 transformers = pytest.importorskip("transformers", reason="needs transformers, from the [recipes] extra")
 
@@ -56,7 +59,7 @@ def write_rows(tmp_path, monkeypatch):
 
 
 def module(folder, **kwargs):
-    made = sft.SupervisedFineTuning(model=folder, gguf_file=None, **kwargs)
+    made = SupervisedFineTuning(model=folder, gguf_file=None, **kwargs)
     made.configure_model()
     return made
 
@@ -73,14 +76,14 @@ def batch(labelled=(3, 1), length=7, seed=1):
 
 
 def test_the_loss_and_its_gradient_are_those_of_the_whole_model(tiny):
-    one, other = module(tiny), module(tiny)
-    loss, tokens = one.loss(batch())
-    expected = other.model(**batch()).loss
+    trained, whole = module(tiny), module(tiny)
+    loss, tokens = trained.loss(batch())
+    expected = whole.model(**batch()).loss
     torch.testing.assert_close(loss, expected)
     assert tokens == 4
     loss.backward()
     expected.backward()
-    for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
+    for a, b in zip(trained.model.parameters(), whole.model.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
 
 
@@ -116,15 +119,15 @@ def test_num_layers_keeps_the_first(tiny):
 @pytest.mark.parametrize(("name", "value"), [("lr", 0.0), ("lr", math.nan), ("warmup_steps", -1)])
 def test_bad_arguments_of_the_module_are_named(name, value):
     with pytest.raises(ValueError, match=f"Argument `{name}` must be .*, but got {value!r}"):
-        sft.SupervisedFineTuning(**{name: value})
+        SupervisedFineTuning(**{name: value})
 
 
 @pytest.mark.parametrize("name", ["batch_size", "max_length", "context_turns", "max_samples", "val_samples"])
 def test_bad_arguments_of_the_data_are_named(name):
-    with pytest.raises(ValueError, match=f"Argument `{name}` must be >= 1, but got 0"):
-        sft.Conversations(**{name: 0})
-    with pytest.raises(ValueError, match="Argument `seed` must be >= 0, but got -1"):
-        sft.Conversations(seed=-1)
+    with pytest.raises(ValueError, match=f"Argument `{name}` must be an integer >= 1.*, but got 0"):
+        Conversations(**{name: 0})
+    with pytest.raises(ValueError, match=r"Argument `seed` must be an integer in \[0, 2\^63\), but got -1"):
+        Conversations(seed=-1)
 
 
 def test_a_model_that_reshapes_its_logits_is_refused(tiny, monkeypatch):
@@ -146,18 +149,18 @@ def test_learning_rate_rises_and_stays(tiny):
 
 def test_labels_cover_exactly_the_last_answer_and_its_end(write_rows):
     rows = [
-        {"messages": [*sft._alternate(["hi", "yo", "well", "fine"]), {"role": "user", "content": "unanswered"}]},
-        {"messages": sft._alternate(["a", "b"])},
+        {"messages": [*_alternate(["hi", "yo", "well", "fine"]), {"role": "user", "content": "unanswered"}]},
+        {"messages": _alternate(["a", "b"])},
     ]
-    samples = sft.load(write_rows(rows))
+    samples = load(write_rows(rows))
     assert samples["conversation"][:] == [0, 1]
-    first, second = sft.encode(samples, CharacterTokenizer(), max_length=100)
+    first, second = encode(samples, CharacterTokenizer(), max_length=100)
     text = "".join(map(chr, first["input_ids"]))
     assert text == "<u>hi|\n<a>yo|\n<u>well|\n<a>fine|"
     assert first["labels"] == [-100] * (len(text) - 5) + [ord(c) for c in "fine|"]
     assert first["attention_mask"] == [1] * len(text)
     assert "".join(chr(t) for t in second["labels"] if t != -100) == "b|"
-    assert len(sft.encode(samples, CharacterTokenizer(), max_length=20)) == 1
+    assert len(encode(samples, CharacterTokenizer(), max_length=20)) == 1
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused(write_rows):
@@ -166,12 +169,12 @@ def test_a_template_that_rewrites_the_prompt_is_refused(write_rows):
             return f"{len(messages)}"
 
     with pytest.raises(ValueError, match="does not repeat the prompt"):
-        sft.encode(sft.load(write_rows([{"question": "q", "answer": "a"}])), Rewrites(), max_length=9)
+        encode(load(write_rows([{"question": "q", "answer": "a"}])), Rewrites(), max_length=9)
 
 
 @pytest.mark.parametrize("question", ["prompt", "question"])
 def test_question_and_answer_become_two_messages(write_rows, question):
-    (sample,) = sft.load(write_rows([{question: "2 + 2?", "answer": "4", "extra": 1}]))
+    (sample,) = load(write_rows([{question: "2 + 2?", "answer": "4", "extra": 1}]))
     assert sample == {
         "conversation": 0,
         "messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}],
@@ -192,16 +195,16 @@ def test_rows_that_cannot_be_read_are_named(write_rows, row, message):
     good = {key: [{"role": "assistant", "content": "y"}] if key == "messages" else "y" for key in row}
     if "question" in row:
         with pytest.raises(ValueError, match=f"Row 1 {message}"):
-            sft.load(write_rows([good, row]))
+            load(write_rows([good, row]))
     else:
         with pytest.raises(ValueError, match=f"Row 0:? {message}"):
-            sft.load(write_rows([row]))
+            load(write_rows([row]))
 
 
 def test_rows_of_several_shapes_and_numbers_are_read(write_rows):
     rows = [{"prompt": "p", "answer": "a"}, {"question": "q", "answer": "b"}]
-    assert [m[0]["content"] for m in sft.load(write_rows(rows))["messages"]] == ["p", "q"]
-    (sample,) = sft.load(write_rows([{"question": "2 + 2?", "answer": 4}]))["messages"]
+    assert [m[0]["content"] for m in load(write_rows(rows))["messages"]] == ["p", "q"]
+    (sample,) = load(write_rows([{"question": "2 + 2?", "answer": 4}]))["messages"]
     assert sample[1]["content"] == "4"
 
 
@@ -212,22 +215,22 @@ def test_data_that_is_not_there_is_named(tmp_path):
         with pytest.raises(
             FileNotFoundError, match=r"Argument `data` must name a file with rows, but .* is missing or empty"
         ):
-            sft.load(name)
+            load(name)
     with pytest.raises(ValueError, match=r"Argument `data` must be a .jsonl or .json file or a hub name"):
-        sft.load(str(tmp_path / "rows.csv"))
+        load(str(tmp_path / "rows.csv"))
     with pytest.raises(ValueError, match="Argument `subset` must be None for 'chitchat', but got 'main'"):
-        sft.load("chitchat", "main")
+        load("chitchat", "main")
 
 
 def test_a_task_that_reasoning_gym_does_not_have_is_named():
     pytest.importorskip("reasoning_gym", reason="needs reasoning-gym, from the [demo] extra")
     with pytest.raises(ValueError, match=r"one of the families \[.*'chain_sum'.*\], but got 'nope'"):
-        sft.load("reasoning_gym:nope")
+        load("reasoning_gym:nope")
 
 
 def test_reasoning_gym_gives_questions_with_verifiable_answers():
     pytest.importorskip("reasoning_gym", reason="needs reasoning-gym, from the [demo] extra")
-    samples = sft.load("reasoning_gym:chain_sum")
+    samples = load("reasoning_gym:chain_sum")
     assert len(samples) == 8192
     for messages in samples.select(range(100))["messages"]:
         question, answer = (m["content"] for m in messages)
@@ -237,7 +240,7 @@ def test_reasoning_gym_gives_questions_with_verifiable_answers():
 @pytest.fixture(scope="module")
 def chitchat():
     pytest.importorskip("chitchat_dataset", reason="needs chitchat-dataset, from the [demo] extra")
-    return sft.load("chitchat", context_turns=3)
+    return load("chitchat", context_turns=3)
 
 
 def test_chitchat_alternates_and_ends_with_a_real_answer(chitchat):
@@ -248,16 +251,16 @@ def test_chitchat_alternates_and_ends_with_a_real_answer(chitchat):
 
 
 def test_no_conversation_is_on_both_sides_and_the_split_depends_on_the_seed(chitchat, monkeypatch):
-    monkeypatch.setattr(sft, "load", lambda *_: chitchat)
-    parts = train, val, test = sft.Conversations(val_samples=100, max_samples=2000).split()
+    monkeypatch.setattr(conversations, "load", lambda *_: chitchat)
+    parts = train, val, test = Conversations(val_samples=100, max_samples=2000).split()
     assert [len(part) for part in parts] == [2000, 100, 100]
-    for one, other in ((train, val), (train, test), (val, test)):
-        assert not set(one["conversation"]) & set(other["conversation"])
-    again, *_ = sft.Conversations(val_samples=100, max_samples=2000).split()
+    for a, b in ((train, val), (train, test), (val, test)):
+        assert not set(a["conversation"]) & set(b["conversation"])
+    again, *_ = Conversations(val_samples=100, max_samples=2000).split()
     assert again.to_list() == train.to_list()
-    other, *_ = sft.Conversations(val_samples=100, max_samples=2000, seed=1).split()
-    assert other["conversation"][:] != train["conversation"][:]
-    fewer, *_ = sft.Conversations(val_samples=100, max_samples=10).split()
+    reseeded, *_ = Conversations(val_samples=100, max_samples=2000, seed=1).split()
+    assert reseeded["conversation"][:] != train["conversation"][:]
+    fewer, *_ = Conversations(val_samples=100, max_samples=10).split()
     assert fewer.to_list() == train.select(range(10)).to_list()
 
 
@@ -267,9 +270,9 @@ def test_a_tokenizer_of_another_model_is_refused(tiny, write_rows, monkeypatch):
     monkeypatch.setattr(CharacterTokenizer, "__len__", lambda self: 51, raising=False)
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     with pytest.raises(
-        ValueError, match="Argument `tokenizer` must be of the model, but has 51 tokens, the model 50"
+        ValueError, match="Argument `tokenizer` must belong to the model, but has 51 tokens, the model 50"
     ):
-        trainer.fit(sft.SupervisedFineTuning(tiny, gguf_file=None), made_data(write_rows, monkeypatch))
+        trainer.fit(SupervisedFineTuning(tiny, gguf_file=None), made_data(write_rows, monkeypatch))
 
 
 def test_the_tokenizer_is_that_of_the_model_unless_named(tiny, write_rows, monkeypatch):
@@ -278,7 +281,7 @@ def test_the_tokenizer_is_that_of_the_model_unless_named(tiny, write_rows, monke
     asked = []
     data = made_data(write_rows, monkeypatch, asked=asked)
     data.train, data.trainer = None, Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    data.trainer.strategy.connect(sft.SupervisedFineTuning(tiny, gguf_file=None))
+    data.trainer.strategy.connect(SupervisedFineTuning(tiny, gguf_file=None))
     data.setup("fit")
     data.train, data.tokenizer = None, "other"
     data.setup("fit")
@@ -294,7 +297,7 @@ def made_data(write_rows, monkeypatch, n=40, asked=None, **kwargs):
         return CharacterTokenizer()
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
-    data = sft.Conversations(write_rows(rows), val_samples=8, batch_size=4, **kwargs)
+    data = Conversations(write_rows(rows), val_samples=8, batch_size=4, **kwargs)
     data.setup("fit")
     return data
 
@@ -332,7 +335,7 @@ def test_the_packaged_recipe_runs_on_the_real_model(tmp_path, monkeypatch, capsy
     """SmolLM2 cut to two layers, its own tokenizer, and the data the recipe names."""
     pytest.importorskip("gguf", reason="needs gguf, from the [demo] extra")
     try:
-        sft.resolve(sft.SMOLLM2)
+        resolve(SMOLLM2)
     except ImportError as error:
         pytest.skip(str(error))
     monkeypatch.chdir(tmp_path)
@@ -356,7 +359,7 @@ def test_the_packaged_recipe_runs_on_the_real_model(tmp_path, monkeypatch, capsy
     assert math.isfinite(made.trainer.callback_metrics["val_loss"])
     assert not list(tmp_path.rglob("*.ckpt"))
     assert (tmp_path / "config.yaml").read_text() == "the user's own"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(sft.resolve(sft.SMOLLM2), gguf_file=sft.SMOLLM2_GGUF)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(resolve(SMOLLM2), gguf_file=SMOLLM2_GGUF)
     sample = made.datamodule.train[0]
     answer = tokenizer.decode([t for t in sample["labels"] if t != -100])
     assert re.fullmatch(r"[^<]+<\|im_end\|>", answer)

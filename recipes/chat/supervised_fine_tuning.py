@@ -1,0 +1,135 @@
+"""Supervised fine-tuning of a causal language model on conversations."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from curation.checks import check_integer, check_number, check_text
+from curation.recipes.smollm2 import SMOLLM2, SMOLLM2_GGUF
+from curation.recipes.sources import require_extra, resolve
+from curation.scoring import IGNORED
+
+_RESHAPED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+class SupervisedFineTuning(LightningModule):
+    """Trains a Hugging Face causal LM on the answers of conversations.
+
+    The loss is the mean cross-entropy per answer token. Logits are formed at the positions that predict an answer
+    token only: with a vocabulary of 49,152 and answers a fifth of the text, that saves most of the head's cost.
+
+    Args:
+        model: Folder, hub name, or ``package:NAME``.
+        gguf_file: File in that folder, where the weights are in GGUF format; None for another format.
+        num_layers: Number of layers to keep, from the first; None keeps all.
+        lr: Learning rate of AdamW after the warm-up.
+        weight_decay: Weight decay of AdamW.
+        warmup_steps: Number of optimizer steps over which the learning rate rises linearly; constant afterwards.
+
+    Raises:
+        ValueError: If an argument is out of its range, or the model has fewer layers than ``num_layers``.
+        TypeError: If the model changes its logits after the output head, which this module would leave out.
+    """
+
+    def __init__(
+        self,
+        model: str = SMOLLM2,
+        gguf_file: str | None = SMOLLM2_GGUF,
+        num_layers: int | None = None,
+        lr: float = 1e-4,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__()
+        check_text("model", model)
+        check_text("gguf_file", gguf_file, optional=True)
+        check_integer("num_layers", num_layers, 1, optional=True)
+        check_number("lr", lr, "(0, inf)")
+        check_number("weight_decay", weight_decay, "[0, inf)")
+        check_integer("warmup_steps", warmup_steps, 0)
+        self.save_hyperparameters()
+        self.model: Any = None
+        self.sample_weights: Tensor | None = None  # fp32 [B], set by a rule that weighs the rows of a batch
+        self.val_loss = MeanMetric()
+        self.test_loss = MeanMetric()
+
+    def configure_model(self) -> None:
+        """Load the model, if that has not been done."""
+        if self.model is not None:
+            return
+        require_extra()
+        from transformers import AutoModelForCausalLM
+
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            resolve(self.hparams["model"]), gguf_file=self.hparams["gguf_file"], dtype=torch.float32
+        )
+        for name in _RESHAPED_LOGITS:
+            if getattr(model.config, name, None) not in (None, 1):
+                raise TypeError(f"{type(model).__name__} has `{name}`, so its logits are not what its head gives.")
+        n = self.hparams["num_layers"]
+        if n is not None:
+            layers = model.base_model.layers
+            if n > len(layers):
+                raise ValueError(f"Argument `num_layers` must be in [1, {len(layers)}], but got {n!r}.")
+            model.base_model.layers = layers[:n]
+            model.config.num_hidden_layers = n
+        self.model = model.train()  # `from_pretrained` returns it in evaluation mode
+
+    def on_fit_start(self) -> None:
+        """Check that the data were made with a tokenizer of this model."""
+        known = self.model.get_input_embeddings().num_embeddings
+        used = getattr(self.trainer.datamodule, "vocabulary", 0)  # type: ignore[attr-defined]
+        if used > known:
+            raise ValueError(
+                f"Argument `tokenizer` must belong to the model, but has {used} tokens, the model {known}."
+            )
+
+    def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy of the answer tokens in nats, and the number of these tokens.
+
+        Args:
+            batch: ``input_ids``, ``attention_mask`` and ``labels``, each int64 ``[B, T]``; labels are -100 at every
+                position that is not part of the answer.
+        """
+        hidden = self.model.base_model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).last_hidden_state
+        targets = batch["labels"][:, 1:]  # position t predicts token t + 1
+        scored = targets.ne(IGNORED)
+        logits = self.model.get_output_embeddings()(hidden[:, :-1][scored])
+        if self.sample_weights is None:
+            return F.cross_entropy(logits.float(), targets[scored]), scored.sum()
+        losses = F.cross_entropy(logits.float(), targets[scored], reduction="none")
+        return (losses * self.sample_weights[scored.nonzero()[:, 0]]).mean(), scored.sum()
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """The loss of a batch."""
+        loss, _ = self.loss(batch)
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        return loss
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Log the loss per answer token over the whole validation set, for any batches and ranks."""
+        loss, tokens = self.loss(batch)
+        self.val_loss.update(loss, tokens)
+        self.log("val_loss", self.val_loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Log the loss per answer token over the whole test set."""
+        loss, tokens = self.loss(batch)
+        self.test_loss.update(loss, tokens)
+        self.log("test_loss", self.test_loss, batch_size=len(batch["input_ids"]))
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with a linear warm-up; a schedule over all steps would break a resume in the middle of an epoch."""
+        optimizer = torch.optim.AdamW(
+            self.parameters(), lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"], fused=True
+        )
+        warmup = max(1, self.hparams["warmup_steps"])
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
