@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
-from curation.recipes.compare.pictures import picture
+from curation.recipes.pictures import picture
 
 
 class ExpertPicture(Callback):

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
-from curation.recipes.compare.pictures import picture
+from curation.recipes.pictures import picture
 
 PARTS = {
     "val": ("held out", "C0", "-"),

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Subset
 
 from curation.callbacks import HardSampleSelection, SampleRecord, UniformSelection
 from curation.recipes.cli import main as cli
-from curation.recipes.cli.irreducible import irreducible_losses
 from curation.recipes.image_classification.images import CorruptedShare, ImageClassifier, Images, load
+from curation.recipes.irreducible_losses import irreducible_losses
 from curation.scoring import per_sample_loss
 
 QUIET = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
