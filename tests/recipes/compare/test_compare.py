@@ -19,8 +19,8 @@ from curation.recipes.cli import main as cli
 from curation.recipes.compare import arms, processes, rehearsal, resume
 from curation.recipes.compare.comparison import collect
 from curation.recipes.compare.run import Run
+from curation.recipes.compare.schedule import schedule
 from curation.recipes.compare.workload import Workload, make_workload
-from curation.recipes.schedule import schedule
 
 BROKEN = """
 from curation.callbacks import UniformSelection
