@@ -85,10 +85,10 @@ def test_the_index_is_what_the_selector_chose_by_the_inputs(digits, capsys):
     assert config["budget"] == 0.1
     assert "--data.data=digits" in config["recipe"]
 
-    found = retention(train, test, index.indices, repeats=2, seed=5)
+    retained = retention(train, test, index.indices, repeats=2, seed=5)
     printed = capsys.readouterr().out
     name = f"sklearn.ensemble.RandomForestClassifier, on {len(test[1])} validation samples"
-    assert retention_report(train[1], index.indices, found, name) in printed
+    assert retention_report(train[1], index.indices, retained, name) in printed
     assert f"{len(index):,} of {len(length):,} samples kept, reduction 90.1%" in printed
 
 
@@ -152,13 +152,13 @@ def test_what_is_said_of_a_selection_is_the_difference_to_random():
         ((0.61, 0.62), "worse than random"),
         ((0.75, 0.68), "no different from random"),
     ):
-        said = retention_report(y, indices, Retention(0.9, selected, (0.71, 0.72), 0.97), "Probe").splitlines()
-        assert said[0] == "3 of 100 samples kept, reduction 97.0%"
-        assert said[1] == "kept per class: 3: 2 of 50, 7: 1 of 50"
-        assert said[-1].endswith(f": {verdict}")
+        lines = retention_report(y, indices, Retention(0.9, selected, (0.71, 0.72), 0.97), "Probe").splitlines()
+        assert lines[0] == "3 of 100 samples kept, reduction 97.0%"
+        assert lines[1] == "kept per class: 3: 2 of 50, 7: 1 of 50"
+        assert lines[-1].endswith(f": {verdict}")
     mean, spread = np.mean(selected), np.std(selected, ddof=1)
     numbers = [f"{mean:.4f}", f"{mean / 0.9:.4f}", "±", f"{spread / 0.9:.4f}", f"{mean * 0.97:.4f}"]
-    assert said[5].split() == ["selected", *numbers]
+    assert lines[5].split() == ["selected", *numbers]
 
 
 @pytest.mark.parametrize(("n", "classes", "way"), [(40, 2, "PCA"), (300, 30, "t-SNE"), (6000, 10, "PCA")])
@@ -214,10 +214,10 @@ def test_the_recipe_trains_on_its_own_selection_and_on_a_file(digits):
     select(config=recipe, selector="curation.instances.CoverageInstanceSelector")
     index = SelectionIndex.load("out/index.parquet")
     file = ["--trainer.callbacks.selector=null", "--trainer.callbacks.index=out/index.parquet"]
-    own = cli.run(["fit", *recipe, *short, "--trainer.callbacks.selector.budget=0.1"])
-    other = cli.run(["fit", *recipe, *short, *file])
+    by_selector = cli.run(["fit", *recipe, *short, "--trainer.callbacks.selector.budget=0.1"])
+    by_file = cli.run(["fit", *recipe, *short, *file])
     kept = []
-    for run in (own, other):
+    for run in (by_selector, by_file):
         (selection,) = (c for c in run.trainer.callbacks if type(c).__name__ == "InstanceSelection")
         kept.append(selection.indices.numpy())
         assert run.trainer.global_step == 6
@@ -233,9 +233,9 @@ def test_the_arms_differ_in_the_selector_only(name, tmp_path):
     classes = {"uniform": "StratifiedRandomSelector", "coverage": "CoverageInstanceSelector",
                "graph_attention": "GraphAttentionInstanceSelector"}  # fmt: skip
     for arm in recipe["arms"]:
-        made = configure(args, make_arm(arm, recipe, None), 3, None, tmp_path, "", {})
-        selections = [c for c in made["trainer"]["callbacks"] if c["class_path"].endswith("InstanceSelection")]
-        assert made["trainer"]["max_steps"] == recipe["trainer"]["max_steps"]
+        config = configure(args, make_arm(arm, recipe, None), 3, None, tmp_path, "", {})
+        selections = [c for c in config["trainer"]["callbacks"] if c["class_path"].endswith("InstanceSelection")]
+        assert config["trainer"]["max_steps"] == recipe["trainer"]["max_steps"]
         if arm == "full":
             assert selections == []
             continue

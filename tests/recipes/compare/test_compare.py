@@ -301,9 +301,9 @@ def test_an_arm_takes_the_place_of_the_recipes_selection():
     assert config["seed_everything"] == config["data"]["init_args"]["seed"] == 3
     full = configured(args, "full")["trainer"]["callbacks"][-2]
     assert full["init_args"]["keep"] == 1.0
-    own = configured(args, "recipe", keep=0.5)["trainer"]["callbacks"]
-    assert names(own) == ["ExactResume", "UtilityDiversitySelection", "RunMeter"]
-    assert own[-2]["init_args"]["keep"] == 0.5
+    callbacks = configured(args, "recipe", keep=0.5)["trainer"]["callbacks"]
+    assert names(callbacks) == ["ExactResume", "UtilityDiversitySelection", "RunMeter"]
+    assert callbacks[-2]["init_args"]["keep"] == 0.5
 
 
 def test_arms_of_a_recipe_say_what_the_baselines_are():
@@ -323,7 +323,13 @@ def test_arms_of_a_recipe_say_what_the_baselines_are():
 
 def test_nothing_of_the_recipe_ends_a_run_or_stands_in_its_way(tmp_path):
     recipe = yaml.safe_load(find_recipe(RECIPE).read_text())
-    of_lightning = ["EarlyStopping", "Timer", "RichProgressBar", "OnExceptionCheckpoint", "LearningRateMonitor"]
+    more_callbacks = [
+        "EarlyStopping",
+        "Timer",
+        "RichProgressBar",
+        "OnExceptionCheckpoint",
+        "LearningRateMonitor",
+    ]
     arguments = {
         "Timer": {"interval": "step"},
         "EarlyStopping": {"monitor": "val_loss"},
@@ -331,7 +337,7 @@ def test_nothing_of_the_recipe_ends_a_run_or_stands_in_its_way(tmp_path):
     }
     recipe["trainer"]["callbacks"] += [
         {"class_path": f"lightning.pytorch.callbacks.{name}", "init_args": arguments.get(name, {})}
-        for name in of_lightning
+        for name in more_callbacks
     ]
     recipe["trainer"] |= {"max_time": "00:00:01:00", "min_epochs": 3, "min_steps": 50}
     recipe["trainer"]["logger"][-1]["init_args"] |= {"entity": "team", "offline": True, "tags": ["a"]}
@@ -448,9 +454,9 @@ def test_a_gpu_has_one_run_at_a_time(tmp_path, monkeypatch):
         with processes.free_gpu(2) as gpu:
             taken.append(gpu.index)
 
-    with processes.free_gpu(2) as one:
-        with processes.free_gpu(2) as other:
-            assert [one.index, other.index] == [0, 1]
+    with processes.free_gpu(2) as first:
+        with processes.free_gpu(2) as second:
+            assert [first.index, second.index] == [0, 1]
             waiting = threading.Thread(target=third)
             waiting.start()
             waiting.join(0.5)

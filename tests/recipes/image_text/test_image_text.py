@@ -98,8 +98,8 @@ def test_an_arm_is_what_its_name_says(arm):
     from curation.recipes.compare import arms
 
     recipe = arms.resolve(["--config=image_text"])
-    made = arms.make_arm(arm, recipe, None)
-    config = arms.configure(["--config=image_text"], made, 3, None, Path("here"), "group", {})
+    changes = arms.make_arm(arm, recipe, None)
+    config = arms.configure(["--config=image_text"], changes, 3, None, Path("here"), "group", {})
     sampler = config["data"]["init_args"]["sampler"]
     assert (sampler is None) == (arm == "full")
     if sampler:
@@ -130,18 +130,18 @@ def slow_metrics(model, data):
             hits += int(np.argmax(matrix[i])) in right
     source = load_tagged_pictures(data.data)
     known = {tag for tags in source["train"]["tags"] for tag in tags}
-    own = [set(tags) & known for tags in source["validation"]["tags"]]
-    there = sorted(set().union(*own))
+    concepts = [set(tags) & known for tags in source["validation"]["tags"]]
+    present = sorted(set().union(*concepts))
     with torch.no_grad():
-        names = {tag: normalize(model.texts(tokenize(tag)[None])[0], dim=0) for tag in there}
+        names = {tag: normalize(model.texts(tokenize(tag)[None])[0], dim=0) for tag in present}
     counts = {tag: sum(tag in tags for tags in source["train"]["tags"]) for tag in known}
     order = sorted(known, key=lambda tag: (-counts[tag], data.concepts.names.index(tag)))
-    found = {tag: [] for tag in there}
+    hits_by_tag = {tag: [] for tag in present}
     for i in range(n):
-        ranked = sorted(there, key=lambda tag: -float(image[i] @ names[tag]))
-        for tag in own[i]:
-            found[tag].append(tag in ranked[: len(own[i])])
-    share = {tag: np.mean(hits) for tag, hits in found.items()}
+        ranked = sorted(present, key=lambda tag: -float(image[i] @ names[tag]))
+        for tag in concepts[i]:
+            hits_by_tag[tag].append(tag in ranked[: len(concepts[i])])
+    share = {tag: np.mean(hits) for tag, hits in hits_by_tag.items()}
 
     def mean(tags):
         tags = [tag for tag in tags if tag in share]
@@ -152,7 +152,7 @@ def slow_metrics(model, data):
     assert len(head) == 2
     assert len(tail) == 6
     return {
-        "val_loss": loss / (2 * n), "val_retrieval": hits / (2 * n), "val_tags": mean(there),
+        "val_loss": loss / (2 * n), "val_retrieval": hits / (2 * n), "val_tags": mean(present),
         "val_tags_head": mean(head), "val_tags_tail": mean(tail),
     }  # fmt: skip
 
@@ -177,12 +177,12 @@ def test_the_metrics_are_those_of_the_whole_validation_set(folder):
 def test_two_ranks_measure_and_train_alike(folder, tmp_path):
     """33 pictures: a rank sees one of them twice, which must not count."""
     on_two_ranks(__file__, folder, tmp_path, HF_DATASETS_CACHE=str(tmp_path / "cache"))
-    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     expected, _, _ = fit_and_validate(folder)
-    assert one["before"] == other["before"] == {k: pytest.approx(v, rel=1e-4) for k, v in expected.items()}
-    assert one["after"] == other["after"] != one["before"]
-    for name, weight in one["weights"].items():
-        assert torch.equal(weight, other["weights"][name])
+    assert first["before"] == second["before"] == {k: pytest.approx(v, rel=1e-4) for k, v in expected.items()}
+    assert first["after"] == second["after"] != first["before"]
+    for name, weight in first["weights"].items():
+        assert torch.equal(weight, second["weights"][name])
 
 
 def test_only_what_is_asked_for_is_decoded(folder, monkeypatch):
@@ -280,21 +280,21 @@ def test_splits_that_are_not_there_are_held_out_by_seed(folder, tmp_path):
             for part in load_tagged_pictures(str(Path(folder) / "train"), seed).values()
         ]
 
-    one, again, other = files(0), files(0), files(1)
-    assert [len(part) for part in one] == [77, 10, 9]
-    assert len(set().union(*one)) == 96
-    assert one == again != other
+    first, again, reseeded = files(0), files(0), files(1)
+    assert [len(part) for part in first] == [77, 10, 9]
+    assert len(set().union(*first)) == 96
+    assert first == again != reseeded
 
 
 def test_pictures_inside_of_the_rows_are_read(monkeypatch, tmp_path):
     """As a data set of the hub holds them."""
-    made = datasets.Dataset.from_dict(
+    rows = datasets.Dataset.from_dict(
         {"image": [Image.new("RGB", (8, 8), (i, 0, 9)) for i in range(30)], "text": ["a"] * 30, "tags": [["x"]] * 30},
         features=datasets.Features(
             {"image": datasets.Image(), "text": datasets.Value("string"), "tags": [datasets.Value("string")]}
         ),
     )
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(train=made))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(train=rows))
     data = TaggedPictures("somebody/pictures", batch_size=4, image_size=8)
     data.setup("fit")
     assert data.train.dataset.files[0]["image"]["path"] is None

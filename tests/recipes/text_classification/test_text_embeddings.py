@@ -80,7 +80,7 @@ def test_embeddings_are_those_of_each_text_alone_in_their_order(embedder, monkey
     assert max(len(text.split()) for text in content) > 4  # some are cut off
 
 
-def made(data, embedder, **kwargs):
+def set_up(data, embedder, **kwargs):
     module = TextEmbeddings(data, embedder=embedder, **kwargs)
     module.setup("fit")
     return module
@@ -88,7 +88,7 @@ def made(data, embedder, **kwargs):
 
 def test_labels_go_with_their_texts_through_the_split(write, embedder):
     content = rows(60)
-    data = made(write(content), embedder, holdout=0.2)
+    data = set_up(write(content), embedder, holdout=0.2)
     assert data.names == ["colour", "number"]
     assert [len(part) for part in (data.train, data.val, data.test)] == [36, 12, 12]
     assert data.shape == (16,)
@@ -102,9 +102,9 @@ def test_labels_go_with_their_texts_through_the_split(write, embedder):
             places.append(same)
     texts_of = sorted(content[same[0]]["text"] for same in places)
     assert texts_of == sorted(row["text"] for row in content)  # each once
-    again, other = made("rows.jsonl", embedder, holdout=0.2), made("rows.jsonl", embedder, holdout=0.2, seed=1)
+    again, reseeded = set_up("rows.jsonl", embedder, holdout=0.2), set_up("rows.jsonl", embedder, holdout=0.2, seed=1)
     assert torch.equal(again.train.dataset.tensors[0], data.train.dataset.tensors[0])
-    assert not torch.equal(other.train.dataset.tensors[0], data.train.dataset.tensors[0])
+    assert not torch.equal(reseeded.train.dataset.tensors[0], data.train.dataset.tensors[0])
     x, y, ids = next(iter(data.train_dataloader()))
     assert torch.equal(data.train.dataset.tensors[0][ids["sample_id"]], x)
     assert len(x) == len(y) == 32
@@ -113,7 +113,7 @@ def test_labels_go_with_their_texts_through_the_split(write, embedder):
 def test_the_splits_of_a_folder_are_used(write, embedder):
     for name, n in (("train", 20), ("test", 6)):
         write(rows(n, seed=n), f"folder/{name}.jsonl")
-    data = made("folder", embedder)
+    data = set_up("folder", embedder)
     assert [len(part) for part in (data.train, data.val, data.test)] == [18, 2, 6]
     expected = embeddings([row["text"] for row in rows(6, seed=6)], embedder, 64)
     torch.testing.assert_close(data.test.tensors[0], expected)
@@ -121,7 +121,7 @@ def test_the_splits_of_a_folder_are_used(write, embedder):
 
 def test_label_noise_is_the_share_asked_for_and_is_known(write, embedder):
     name = write(rows(1000))
-    clean, noisy = (made(name, embedder, label_noise=noise, cache="cache.npy") for noise in (0.0, 0.4))
+    clean, noisy = (set_up(name, embedder, label_noise=noise, cache="cache.npy") for noise in (0.0, 0.4))
     (x, y), (also_x, wrong) = (d.train.dataset.tensors for d in (clean, noisy))
     assert torch.equal(x, also_x)
     assert torch.equal(y != wrong, noisy.corrupted)
@@ -132,21 +132,21 @@ def test_label_noise_is_the_share_asked_for_and_is_known(write, embedder):
 
 def test_the_cache_holds_the_embeddings_of_these_texts_only(write, embedder, monkeypatch):
     content = rows(40)
-    data = made(write(content), embedder, cache="new/cache.npy")
+    data = set_up(write(content), embedder, cache="new/cache.npy")
     kept = np.load("new/cache.npy")
     np.testing.assert_array_equal(kept, embeddings([row["text"] for row in content], embedder, 64))
     monkeypatch.setattr(text_embeddings, "embeddings", None)
-    again = made("rows.jsonl", embedder, cache="new/cache.npy", seed=3)
+    again = set_up("rows.jsonl", embedder, cache="new/cache.npy", seed=3)
     assert {row.tobytes() for row in again.val.tensors[0].numpy()} <= {row.tobytes() for row in kept}
     assert os.listdir("new") == ["cache.npy"]
-    for other in (content[1:], [content[1], content[0], *content[2:]]):
+    for changed in (content[1:], [content[1], content[0], *content[2:]]):
         with pytest.raises(ValueError, match=r"`cache` must name a new file, or .* but 'new/cache\.npy' has others"):
-            made(write(other, "other.jsonl"), embedder, cache="new/cache.npy")
+            set_up(write(changed, "changed.jsonl"), embedder, cache="new/cache.npy")
     with pytest.raises(ValueError, match="has others"):
-        made("rows.jsonl", embedder, cache="new/cache.npy", max_length=5)
+        set_up("rows.jsonl", embedder, cache="new/cache.npy", max_length=5)
     np.save("plain.npy", kept)
     with pytest.raises(ValueError, match="has others"):
-        made("rows.jsonl", embedder, cache="plain.npy")
+        set_up("rows.jsonl", embedder, cache="plain.npy")
     assert len(data.train) == 32
 
 
