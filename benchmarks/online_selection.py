@@ -30,7 +30,7 @@ from curation.callbacks import (
     UniformSelection,
     UtilityDiversitySelection,
 )
-from curation.recipes.image_classification.images import ImageClassifier
+from curation.recipes.image_classification import ImageClassifier
 from curation.records.ledger import Ledger, LedgerWriter
 
 CANDIDATES, KEEP = 512, 0.25

@@ -12,7 +12,7 @@ _EXTRA = ("datasets", "jsonargparse", "matplotlib", "rich", "transformers", "wan
 
 
 def require_extra() -> None:
-    """Check that everything the recipes are built on is installed, without importing it.
+    """Check that the packages of the ``[recipes]`` extra are installed, without importing them.
 
     Raises:
         ImportError: If a package of the ``[recipes]`` extra is missing.
@@ -23,11 +23,10 @@ def require_extra() -> None:
 
 
 def resolve(name: str) -> str:
-    """The place that a name stands for.
+    """The folder of an installed package, which is found without importing it; other names stay.
 
     Args:
-        name: ``package:NAME`` is the folder of an installed package, which is found without importing it. Anything
-            else (a path, a hub name) is returned unchanged.
+        name: ``package:NAME``, or a path or a hub name, which is returned unchanged.
 
     Raises:
         ImportError: If the package is not installed.
@@ -49,12 +48,12 @@ def resolve(name: str) -> str:
 def sampled(
     datamodule: LightningDataModule, dataset: Any, sampler: Callable[[Any, int], Sampler] | None
 ) -> dict[str, Any]:
-    """How a ``DataLoader`` draws: its ``sampler``, or ``shuffle``.
+    """The argument of a ``DataLoader`` that says in which order it draws: ``sampler``, or ``shuffle``.
 
     Args:
-        datamodule: With the ``batch_size``, per process.
+        datamodule: A data module with a ``batch_size``, per process.
         dataset: What the sampler is made from: the data set, or the concepts of its samples.
-        sampler: Makes the sampler from it and the batch size; None shuffles.
+        sampler: Makes the sampler from ``dataset`` and the batch size; None shuffles.
     """
     if sampler is None:
         return {"shuffle": True}

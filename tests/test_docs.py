@@ -15,9 +15,11 @@ from markdown_it import MarkdownIt
 
 import curation
 from curation import callbacks
+from curation.recipes.catalogue import with_recipe_files
+from curation.recipes.cli import compare, select
 from curation.recipes.cli import main as cli
-from curation.recipes.cli import select
-from curation.recipes.compare import arms, compare
+from curation.recipes.compare import arms
+from curation.recipes.compare.workload import make_workload
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -169,16 +171,15 @@ def test_commands_of_a_page_are_accepted(page, tmp_path, monkeypatch, capsys):
     for command in commands:
         _, subcommand, *args = shlex.split(command, comments=True)
         if subcommand == "fit":
-            assert arms.resolve(cli.with_recipe_files(args))["model"]["class_path"]
+            assert arms.resolve(with_recipe_files(args))["model"]["class_path"]
         elif subcommand == "compare":
             options, overrides = compare.parse(args)
-            assert [compare.make_workload(recipe, overrides, options).arms for recipe in options.recipes]
+            assert [make_workload(recipe, overrides, options).arms for recipe in options.recipes]
         elif subcommand == "select":
             options, rest = select.parse(args)
-            required = options.options | ({} if options.budget is None else {"budget": options.budget})
-            select.make("selector", options.selector, {}, required)
-            select.make("probe", options.probe, {}, {})
-            assert arms.resolve(cli.with_recipe_files(rest))["data"]["class_path"]
+            select.make_selector(options)
+            select.make_object("probe", options.probe, {}, {})
+            assert arms.resolve(with_recipe_files(rest))["data"]["class_path"]
         elif subcommand == "recipes":
             cli.main([subcommand, *args])
             assert capsys.readouterr().out

@@ -1,1 +1,1 @@
-"""The ``curation`` command: every command is a thin file that calls functions."""
+"""The ``curation`` command: a file for each command, which parses arguments, calls functions and prints."""

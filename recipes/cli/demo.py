@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from curation.recipes.cli import main as cli
+from curation.recipes.cli.lightning_cli import run
+from curation.recipes.pictures import save_picture
 from curation.recipes.sources import require_extra
 
 RECIPE = "sft_utility_diversity"
@@ -25,8 +26,12 @@ SIZE = ["batch_size=16", "max_length=96", "context_turns=1", "max_samples=1000",
 def run_arm(arm: str, out: Path) -> dict[str, Any]:
     """Train one arm, with its metric files under ``out/arm``.
 
+    Args:
+        arm: Name of the selection callback.
+        out: Folder of the demo.
+
     Returns:
-        The row of the closing table that the trainer and the callback know.
+        The optimizer steps, the samples scored and trained on, and the training seconds.
     """
     import wandb
 
@@ -55,13 +60,13 @@ def run_arm(arm: str, out: Path) -> dict[str, Any]:
         "--model.warmup_steps=4",
         *(f"--data.{option}" for option in SIZE),
     ]
-    made = cli.run(args, execute=False)
-    made.trainer.validate(made.model, made.datamodule, verbose=False)
-    made.trainer.fit(made.model, made.datamodule)
+    cli = run(args, execute=False)
+    cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
+    cli.trainer.fit(cli.model, cli.datamodule)
     wandb.finish()  # or the second arm would go on with the first one's run
-    rule = next(c for c in made.trainer.callbacks if type(c).__name__ == arm)
+    rule = next(c for c in cli.trainer.callbacks if type(c).__name__ == arm)
     return {
-        "steps": made.trainer.global_step,
+        "steps": cli.trainer.global_step,
         "scored": rule.samples_scored,
         "trained": rule.samples_trained,
         "seconds": rule.train_seconds,
@@ -86,7 +91,13 @@ def read_curve(file: Path) -> list[tuple[int, float, float]]:
 
 
 def best_at(curves: dict[str, list[tuple[int, float, float]]], axis: int, place: float) -> str:
-    """The arm with the lowest validation loss at a place on axis 0 (steps) or 1 (seconds), interpolated."""
+    """The arm with the lowest validation loss at a place on an axis, with linear interpolation between validations.
+
+    Args:
+        curves: The points of each arm: optimizer steps, training seconds, validation loss.
+        axis: 0 for steps, 1 for seconds.
+        place: The number of steps or seconds.
+    """
     losses = {arm: [point[2] for point in curve] for arm, curve in curves.items()}
     return min(curves, key=lambda arm: np.interp(place, [point[axis] for point in curves[arm]], losses[arm]))
 
@@ -104,7 +115,7 @@ def draw(curves: dict[str, list[tuple[int, float, float]]], file: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     figure.suptitle(f"SmolLM2-135M on chitchat, {KEEP:.0%} of each candidate batch kept, one seed")
-    figure.savefig(file, dpi=150)
+    save_picture(figure, file)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -24,14 +24,12 @@ from curation.callbacks import (
     InstanceSelection,
     OnlineSelection,
 )
-from curation.recipes.cli import main as cli
+from curation.recipes.cli.lightning_cli import first_cause, run
 
 CALLBACKS = "curation.callbacks."
 METHODS: dict[str, dict[str, Any]] = {
-    "full": {
-        "class_path": CALLBACKS + "UniformSelection",
-        "init_args": {"keep": 1.0},
-    },  # bit-identical to no callback
+    # bit-identical to no callback
+    "full": {"class_path": CALLBACKS + "UniformSelection", "init_args": {"keep": 1.0}},
     "uniform": {"class_path": CALLBACKS + "UniformSelection"},
     "utility_diversity": {"class_path": CALLBACKS + "UtilityDiversitySelection"},
     "concept_aware": {"class_path": CALLBACKS + "ConceptAwareSelection"},
@@ -54,11 +52,17 @@ LEFT_OUT = (Checkpoint, EarlyStopping, ProgressBar, Timer)  # callbacks that end
 
 @dataclass
 class Arm:
-    """What one method changes in a recipe."""
+    """What one method changes in a recipe.
+
+    Args:
+        name: Name of the arm.
+        callbacks: Callbacks that take the place of the recipe's selection; None leaves it.
+        overrides: Values of options of ``curation fit``, by dotted name.
+    """
 
     name: str
-    callbacks: list[dict[str, Any]] | None = None  # in the place of the recipe's selection; None leaves it
-    overrides: dict[str, Any] = field(default_factory=dict)  # dotted name -> value
+    callbacks: list[dict[str, Any]] | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
 
 
 def _import(class_path: str) -> Any:
@@ -98,16 +102,7 @@ def make_arm(name: str, recipe: dict[str, Any], keep: float | None) -> Arm:
     """
     arms = recipe.get("arms") or {}
     if name in arms:
-        callbacks = arms[name].get("callbacks") or [] if isinstance(arms[name], dict) else None
-        if not isinstance(callbacks, list) or any(
-            not isinstance(c, dict) or "class_path" not in c for c in callbacks
-        ):
-            raise ValueError(
-                f"Argument `arms` must map a name to options, with `callbacks` a list of class paths, but {name!r} "
-                f"is {arms[name]!r}."
-            )
-        overrides = {key: value for key, value in arms[name].items() if key != "callbacks"}
-        return Arm(name, [_with_defaults(c, keep) for c in callbacks], overrides)
+        return _recipe_arm(name, arms[name], keep)
     if name == "recipe":
         return Arm(name)
     if name in METHODS:
@@ -123,32 +118,48 @@ def make_arm(name: str, recipe: dict[str, Any], keep: float | None) -> Arm:
     raise ValueError(f"Argument `--methods` must name callbacks or samplers, but {name!r} is {cls!r}.")
 
 
+def _recipe_arm(name: str, options: Any, keep: float | None) -> Arm:
+    """An entry of the recipe's ``arms``."""
+    callbacks = options.get("callbacks") or [] if isinstance(options, dict) else None
+    if not isinstance(callbacks, list) or any(not isinstance(c, dict) or "class_path" not in c for c in callbacks):
+        raise ValueError(
+            f"Argument `arms` must map a name to options, with `callbacks` a list of class paths, but {name!r} "
+            f"is {options!r}."
+        )
+    overrides = {key: value for key, value in options.items() if key != "callbacks"}
+    return Arm(name, [_with_defaults(c, keep) for c in callbacks], overrides)
+
+
 def resolve(args: list[str]) -> dict[str, Any]:
     """The configuration that arguments stand for, without making anything.
+
+    Args:
+        args: Options of ``curation fit``.
 
     Raises:
         ValueError: If the parser refuses them.
     """
-    said = io.StringIO()
+    messages = io.StringIO()
     logging.disable(logging.INFO)  # of the seed, once for every run
     try:
-        with contextlib.redirect_stderr(said):
-            made = cli.run(args, execute=False, instantiate=False)
+        with contextlib.redirect_stderr(messages):
+            cli = run(args, execute=False, instantiate=False)
     except SystemExit as error:
         if not error.code:
             raise  # help, or a configuration that was to be printed
-        text, cause = said.getvalue().strip().split("error: ", 1)[-1], cli.first_cause(error)
+        text, cause = messages.getvalue().strip().split("error: ", 1)[-1], first_cause(error)
         keys = re.findall(r'Parser key "([^"]+)"', text)  # what is around the cause is all else that was tried
         raise ValueError(f"`{keys[-1]}`: {cause}" if keys and isinstance(cause, ValueError) else text) from error
     finally:
         logging.disable(logging.NOTSET)
-    return yaml.safe_load(made.parser.dump(made.config, skip_unset=False))
+    return yaml.safe_load(cli.parser.dump(cli.config, skip_unset=False))
 
 
-def entries(found: Any) -> list[dict[str, Any]]:
-    """Callbacks or loggers as a list, each with its ``init_args``."""
-    found = [] if found in (None, True, False) else found
-    return [{"init_args": {}, **entry} for entry in (found if isinstance(found, list) else [found])]
+def entries(section: Any) -> list[dict[str, Any]]:
+    """Callbacks or loggers of a configuration as a list, each with its ``init_args``."""
+    if section in (None, True, False):
+        return []
+    return [{"init_args": {}, **entry} for entry in (section if isinstance(section, list) else [section])]
 
 
 def is_a(entry: dict[str, Any], *classes: type) -> bool:
@@ -181,12 +192,15 @@ def configure(
 
     Args:
         args: Recipe and overrides, as for ``curation fit``.
-        arm: What is compared.
-        seed: In the place of ``{seed}`` anywhere, and of the recipe's.
-        keep: In the place of that of the recipe's own selection.
-        folder: Of the run.
-        group: Of the W&B runs.
-        meter: Arguments of its ``RunMeter``.
+        arm: The arm.
+        seed: Seed of the run; takes the place of ``{seed}`` anywhere, and of the recipe's ``seed_everything``.
+        keep: Takes the place of the ``keep`` of the recipe's own selection; None leaves it.
+        folder: Folder of the run.
+        group: Group of the W&B runs.
+        meter: Arguments of the run's ``RunMeter``.
+
+    Raises:
+        ValueError: If the parser refuses the arguments.
     """
     overrides = [
         f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
@@ -195,21 +209,11 @@ def configure(
     config = resolve([*with_seed(args, seed), *overrides, f"--seed_everything={seed}"])
     config.pop("arms", None)
     trainer = config["trainer"]
-    callbacks = [c for c in entries(trainer["callbacks"]) if not is_a(c, *LEFT_OUT)]
-    if arm.callbacks is not None:
-        callbacks = [c for c in callbacks if not chooses(c)] + with_seed(arm.callbacks, seed)
-    elif keep is not None:
-        callbacks = [{**c, "init_args": {**c["init_args"], "keep": keep}} if chooses(c) else c for c in callbacks]
     meter = {"class_path": CALLBACKS + "RunMeter", "init_args": {"path": str(folder / "run.json"), **meter}}
-    loggers = [{"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": _place(folder, "", version="")}]
-    for logger in entries(trainer["logger"]):
-        if is_a(logger, WandbLogger):
-            given = {k: v for k, v in logger["init_args"].items() if k not in ("id", "version", "resume", "dir")}
-            named = given | _place(folder, f"{arm.name}-{seed}", group=group, job_type=arm.name)
-            loggers.append({"class_path": logger["class_path"], "init_args": named})
+    callbacks = _callbacks(entries(trainer["callbacks"]), arm, seed, keep)
     trainer |= {
         "callbacks": [*callbacks, meter],  # last, so that what others do before a validation ends is off the clock
-        "logger": loggers,
+        "logger": _loggers(entries(trainer["logger"]), folder, f"{arm.name}-{seed}", group, arm.name),
         "default_root_dir": str(folder),
         "enable_checkpointing": False,
         "enable_progress_bar": False,
@@ -221,5 +225,29 @@ def configure(
     return config
 
 
-def _place(folder: Path, name: str, **more: Any) -> dict[str, Any]:
-    return {"save_dir": str(folder), "name": name, **more}
+def _callbacks(callbacks: list[dict[str, Any]], arm: Arm, seed: int, keep: float | None) -> list[dict[str, Any]]:
+    """The recipe's callbacks with those of the arm, without what ends a fit or nobody would see."""
+    callbacks = [c for c in callbacks if not is_a(c, *LEFT_OUT)]
+    if arm.callbacks is not None:
+        return [c for c in callbacks if not chooses(c)] + with_seed(arm.callbacks, seed)
+    if keep is None:
+        return callbacks
+    return [{**c, "init_args": {**c["init_args"], "keep": keep}} if chooses(c) else c for c in callbacks]
+
+
+def _loggers(
+    loggers: list[dict[str, Any]], folder: Path, name: str, group: str, job_type: str
+) -> list[dict[str, Any]]:
+    """A CSV logger, and the recipe's W&B loggers under the name of the run."""
+    place = {"save_dir": str(folder)}
+    csv = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {**place, "name": "", "version": ""},
+    }
+    wandb = []
+    for logger in loggers:
+        if is_a(logger, WandbLogger):
+            given = {k: v for k, v in logger["init_args"].items() if k not in ("id", "version", "resume", "dir")}
+            named = {**given, **place, "name": name, "group": group, "job_type": job_type}
+            wandb.append({"class_path": logger["class_path"], "init_args": named})
+    return [csv, *wandb]

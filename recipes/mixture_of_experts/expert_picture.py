@@ -10,7 +10,7 @@ from torch import Tensor
 from curation.callbacks.lightning.loggers import log_image
 from curation.checks import check_text
 from curation.files import replacing
-from curation.recipes.compare.pictures import picture
+from curation.recipes.pictures import picture
 
 
 class ExpertPicture(Callback):

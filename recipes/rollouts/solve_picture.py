@@ -9,7 +9,7 @@ from curation.callbacks.lightning.fit_callback import FitCallback
 from curation.callbacks.lightning.loggers import log_image
 from curation.checks import check_path
 from curation.files import replacing
-from curation.recipes.compare.pictures import picture
+from curation.recipes.pictures import picture
 
 PARTS = {
     "val": ("held out", "C0", "-"),

@@ -11,10 +11,11 @@ from lightning.pytorch.loggers import WandbLogger
 from curation.evaluation.retention import Retention, retention
 from curation.instances import StratifiedRandomSelector
 from curation.instances.selection_index import SelectionIndex, fingerprint
+from curation.recipes.catalogue import find_recipe
 from curation.recipes.cli import main as cli
-from curation.recipes.cli.select import draw, report
 from curation.recipes.compare.arms import configure, make_arm, resolve
-from curation.recipes.image_classification.images import ImageClassifier, Images
+from curation.recipes.image_classification import ImageClassifier, Images
+from curation.recipes.instance_selection.retention_report import draw_retention, retention_report
 
 pytest.importorskip("sklearn", reason="needs scikit-learn, from the [demo] extra")
 
@@ -84,10 +85,10 @@ def test_the_index_is_what_the_selector_chose_by_the_inputs(digits, capsys):
     assert config["budget"] == 0.1
     assert "--data.data=digits" in config["recipe"]
 
-    found = retention(train, test, index.indices, repeats=2, seed=5)
+    retained = retention(train, test, index.indices, repeats=2, seed=5)
     printed = capsys.readouterr().out
     name = f"sklearn.ensemble.RandomForestClassifier, on {len(test[1])} validation samples"
-    assert report(train[1], index.indices, found, name) in printed
+    assert retention_report(train[1], index.indices, retained, name) in printed
     assert f"{len(index):,} of {len(length):,} samples kept, reduction 90.1%" in printed
 
 
@@ -151,13 +152,13 @@ def test_what_is_said_of_a_selection_is_the_difference_to_random():
         ((0.61, 0.62), "worse than random"),
         ((0.75, 0.68), "no different from random"),
     ):
-        said = report(y, indices, Retention(0.9, selected, (0.71, 0.72), 0.97), "Probe").splitlines()
-        assert said[0] == "3 of 100 samples kept, reduction 97.0%"
-        assert said[1] == "kept per class: 3: 2 of 50, 7: 1 of 50"
-        assert said[-1].endswith(f": {verdict}")
+        lines = retention_report(y, indices, Retention(0.9, selected, (0.71, 0.72), 0.97), "Probe").splitlines()
+        assert lines[0] == "3 of 100 samples kept, reduction 97.0%"
+        assert lines[1] == "kept per class: 3: 2 of 50, 7: 1 of 50"
+        assert lines[-1].endswith(f": {verdict}")
     mean, spread = np.mean(selected), np.std(selected, ddof=1)
     numbers = [f"{mean:.4f}", f"{mean / 0.9:.4f}", "±", f"{spread / 0.9:.4f}", f"{mean * 0.97:.4f}"]
-    assert said[5].split() == ["selected", *numbers]
+    assert lines[5].split() == ["selected", *numbers]
 
 
 @pytest.mark.parametrize(("n", "classes", "way"), [(40, 2, "PCA"), (300, 30, "t-SNE"), (6000, 10, "PCA")])
@@ -165,7 +166,7 @@ def test_few_samples_are_drawn_by_their_neighbours_and_many_by_components(n, cla
     draws = np.random.default_rng(0)
     x, y = draws.random((n, 4), np.float32), draws.integers(classes, size=n)
     kept = StratifiedRandomSelector(random_state=0).fit(x, y).sample_indices_
-    figure = draw(x, y, kept, Retention(0.9, (0.8, 0.9), (0.7, 0.8), 0.96))
+    figure = draw_retention(x, y, kept, Retention(0.9, (0.8, 0.9), (0.7, 0.8), 0.96))
     scatter, bars = figure.axes
     assert scatter.get_title(loc="left").endswith(f"of {n:,} samples, {way}")
     assert (scatter.get_legend() is None) == (classes > 20)
@@ -184,8 +185,8 @@ def test_few_samples_are_drawn_by_their_neighbours_and_many_by_components(n, cla
         (["--ckpt_path=here"], "Argument `--layer` must be given with `--ckpt_path`, but got None"),
         (["--budget=1"], r"Argument `--budget` must be in \(0, 1\), but got 1.0"),
         (["--budget=nan"], r"Argument `--budget` must be in \(0, 1\), but got nan"),
-        (["--repeats=1"], "Argument `--repeats` must be >= 2, but got 1"),
-        (["--seed=-1"], "Argument `--seed` must be >= 0, but got -1"),
+        (["--repeats=1"], "Argument `--repeats` must be an integer >= 2, but got 1"),
+        (["--seed=-1"], r"Argument `--seed` must be an integer in \[0, 2\^63\), but got -1"),
         (["--options=k"], "Argument `--options` must be a JSON object, but got 'k'"),
         (["--options=[1]"], r"Argument `--options` must be a JSON object, but got '\[1\]'"),
         (["--options={\"kay\": 1}"], "Argument `--selector` must be a class with its arguments, but .*'kay'"),
@@ -213,10 +214,10 @@ def test_the_recipe_trains_on_its_own_selection_and_on_a_file(digits):
     select(config=recipe, selector="curation.instances.CoverageInstanceSelector")
     index = SelectionIndex.load("out/index.parquet")
     file = ["--trainer.callbacks.selector=null", "--trainer.callbacks.index=out/index.parquet"]
-    own = cli.run(["fit", *recipe, *short, "--trainer.callbacks.selector.budget=0.1"])
-    other = cli.run(["fit", *recipe, *short, *file])
+    by_selector = cli.run(["fit", *recipe, *short, "--trainer.callbacks.selector.budget=0.1"])
+    by_file = cli.run(["fit", *recipe, *short, *file])
     kept = []
-    for run in (own, other):
+    for run in (by_selector, by_file):
         (selection,) = (c for c in run.trainer.callbacks if type(c).__name__ == "InstanceSelection")
         kept.append(selection.indices.numpy())
         assert run.trainer.global_step == 6
@@ -226,15 +227,15 @@ def test_the_recipe_trains_on_its_own_selection_and_on_a_file(digits):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_arms_differ_in_the_selector_only(name, tmp_path):
-    args = [f"--config={cli.find_recipe(name)}"]
+    args = [f"--config={find_recipe(name)}"]
     recipe = resolve(args)
     assert list(recipe["arms"])[:4] == ["full", "uniform", "coverage", "graph_attention"]
     classes = {"uniform": "StratifiedRandomSelector", "coverage": "CoverageInstanceSelector",
                "graph_attention": "GraphAttentionInstanceSelector"}  # fmt: skip
     for arm in recipe["arms"]:
-        made = configure(args, make_arm(arm, recipe, None), 3, None, tmp_path, "", {})
-        selections = [c for c in made["trainer"]["callbacks"] if c["class_path"].endswith("InstanceSelection")]
-        assert made["trainer"]["max_steps"] == recipe["trainer"]["max_steps"]
+        config = configure(args, make_arm(arm, recipe, None), 3, None, tmp_path, "", {})
+        selections = [c for c in config["trainer"]["callbacks"] if c["class_path"].endswith("InstanceSelection")]
+        assert config["trainer"]["max_steps"] == recipe["trainer"]["max_steps"]
         if arm == "full":
             assert selections == []
             continue

@@ -13,9 +13,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from curation.recipes.catalogue import find_recipe
+from curation.recipes.cli import compare as command
 from curation.recipes.cli import main as cli
-from curation.recipes.compare import arms, compare
-from curation.recipes.compare import processes as fits
+from curation.recipes.compare import arms, processes, rehearsal, resume
+from curation.recipes.compare.comparison import collect
+from curation.recipes.compare.run import Run
+from curation.recipes.compare.schedule import schedule
+from curation.recipes.compare.workload import Workload, make_workload
 
 BROKEN = """
 from curation.callbacks import UniformSelection
@@ -186,8 +191,8 @@ def test_what_is_wrong_with_one_arm_is_found_before_any_starts(tmp_path, monkeyp
         ([RECIPE, "--methods=broken.Absent"], "'broken.Absent' cannot be imported"),
         ([RECIPE, "--methods=os.path.join"], "must name callbacks or samplers, but 'os.path.join' is"),
         ([RECIPE, "--keep=1.5"], r"Argument `--keep` must be in \(0, 1\], but got 1.5"),
-        ([RECIPE, "--seeds=0"], "Argument `--seeds` must be >= 1, but got 0"),
-        ([RECIPE, "--jobs=0"], "Argument `--jobs` must be >= 1, but got 0"),
+        ([RECIPE, "--seeds=0"], "Argument `--seeds` must be an integer >= 1, but got 0"),
+        ([RECIPE, "--jobs=0"], "Argument `--jobs` must be an integer >= 1, but got 0"),
         ([RECIPE, "--budget=hours"], "Argument `--budget` must be steps, samples, flops, seconds.*but got 'hours'"),
         ([RECIPE, "--budget=steps=many"], "Argument `--budget` must be .*but got 'steps=many'"),
         ([RECIPE, "--budget=seconds", "--jobs=2"], "Argument `--jobs` must be at most 1 with a budget of seconds"),
@@ -216,7 +221,7 @@ def test_rubbish_is_refused_at_once(tmp_path, monkeypatch, args, message):
 
 def test_a_recipe_without_a_selection_needs_methods(tmp_path, monkeypatch):
     here(tmp_path, monkeypatch)
-    recipe = yaml.safe_load(cli.find_recipe(RECIPE).read_text())
+    recipe = yaml.safe_load(find_recipe(RECIPE).read_text())
     del recipe["arms"]
     recipe["trainer"]["callbacks"] = None
     Path("plain.yaml").write_text(yaml.safe_dump(recipe))
@@ -244,8 +249,8 @@ def test_a_recipe_without_a_selection_needs_methods(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_a_bad_arm_is_named(tmp_path, monkeypatch, arm, message):
     here(tmp_path, monkeypatch)
-    monkeypatch.setattr(compare, "execute", lambda *_: pytest.fail("started"))
-    recipe = yaml.safe_load(cli.find_recipe(RECIPE).read_text())
+    monkeypatch.setattr(rehearsal, "execute", lambda *_: pytest.fail("started"))
+    recipe = yaml.safe_load(find_recipe(RECIPE).read_text())
     Path("mine.yaml").write_text(yaml.safe_dump({**recipe, "arms": {"x": arm}}))
     with pytest.raises(SystemExit, match=f"(?s)^curation: .*{message}"):
         cli.main(["compare", "mine.yaml"])
@@ -262,16 +267,16 @@ WORDS = {
 @pytest.mark.parametrize(("log", "words"), WORDS.items(), ids=range(len(WORDS)))
 def test_the_last_words_of_a_run_say_why_it_ended(tmp_path, log, words):
     (tmp_path / "log.txt").write_text(log)
-    assert fits.last_words(fits.Run("uniform", 0, tmp_path, {})) == words
+    assert Run("uniform", 0, tmp_path, {}).failure == words
 
 
 def test_what_was_mended_is_tried_again_and_what_is_finished_is_kept(tmp_path):
     for config in ({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}):
-        fits.Run("uniform", 0, tmp_path, config).prepare()
+        resume.prepare(Run("uniform", 0, tmp_path, config))
         assert yaml.safe_load((tmp_path / "fit.yaml").read_text()) == config
     (tmp_path / "run.json").write_text('{"finished": true, "points": []}')
     with pytest.raises(ValueError, match=r"Argument `--out` must be a new folder.*a: b: 3 there, 4 here"):
-        fits.Run("uniform", 0, tmp_path, {"a": [1, {"b": 4}]}).prepare()
+        resume.prepare(Run("uniform", 0, tmp_path, {"a": [1, {"b": 4}]}))
 
 
 # ---------------------------------------------------------------------- arms and lengths
@@ -288,7 +293,7 @@ def configured(args, name, seed=3, keep=None):
 
 
 def test_an_arm_takes_the_place_of_the_recipes_selection():
-    args = [f"--config={cli.find_recipe('sft_utility_diversity')}", "--data.seed={seed}"]
+    args = [f"--config={find_recipe('sft_utility_diversity')}", "--data.seed={seed}"]
     config = configured(args, "importance")
     assert names(config["trainer"]["callbacks"]) == ["ExactResume", "HardSampleSelection", "RunMeter"]
     selection = config["trainer"]["callbacks"][-2]["init_args"]
@@ -296,13 +301,13 @@ def test_an_arm_takes_the_place_of_the_recipes_selection():
     assert config["seed_everything"] == config["data"]["init_args"]["seed"] == 3
     full = configured(args, "full")["trainer"]["callbacks"][-2]
     assert full["init_args"]["keep"] == 1.0
-    own = configured(args, "recipe", keep=0.5)["trainer"]["callbacks"]
-    assert names(own) == ["ExactResume", "UtilityDiversitySelection", "RunMeter"]
-    assert own[-2]["init_args"]["keep"] == 0.5
+    callbacks = configured(args, "recipe", keep=0.5)["trainer"]["callbacks"]
+    assert names(callbacks) == ["ExactResume", "UtilityDiversitySelection", "RunMeter"]
+    assert callbacks[-2]["init_args"]["keep"] == 0.5
 
 
 def test_arms_of_a_recipe_say_what_the_baselines_are():
-    args = [f"--config={cli.find_recipe('fashion_mnist_hard_batches')}"]
+    args = [f"--config={find_recipe('fashion_mnist_hard_batches')}"]
     recipe = arms.resolve(args)
     words = arms.Arm("words", [], {"data.data": "digits", "data.sampler": None, "model.lr": 1})
     data = arms.configure(args, words, 0, None, Path("out"), "group", {})["data"]["init_args"]
@@ -317,8 +322,14 @@ def test_arms_of_a_recipe_say_what_the_baselines_are():
 
 
 def test_nothing_of_the_recipe_ends_a_run_or_stands_in_its_way(tmp_path):
-    recipe = yaml.safe_load(cli.find_recipe(RECIPE).read_text())
-    of_lightning = ["EarlyStopping", "Timer", "RichProgressBar", "OnExceptionCheckpoint", "LearningRateMonitor"]
+    recipe = yaml.safe_load(find_recipe(RECIPE).read_text())
+    more_callbacks = [
+        "EarlyStopping",
+        "Timer",
+        "RichProgressBar",
+        "OnExceptionCheckpoint",
+        "LearningRateMonitor",
+    ]
     arguments = {
         "Timer": {"interval": "step"},
         "EarlyStopping": {"monitor": "val_loss"},
@@ -326,7 +337,7 @@ def test_nothing_of_the_recipe_ends_a_run_or_stands_in_its_way(tmp_path):
     }
     recipe["trainer"]["callbacks"] += [
         {"class_path": f"lightning.pytorch.callbacks.{name}", "init_args": arguments.get(name, {})}
-        for name in of_lightning
+        for name in more_callbacks
     ]
     recipe["trainer"] |= {"max_time": "00:00:01:00", "min_epochs": 3, "min_steps": 50}
     recipe["trainer"]["logger"][-1]["init_args"] |= {"entity": "team", "offline": True, "tags": ["a"]}
@@ -341,11 +352,9 @@ def test_nothing_of_the_recipe_ends_a_run_or_stands_in_its_way(tmp_path):
 
 def test_a_run_that_ends_before_its_budget_is_no_result(tmp_path):
     meter = {"init_args": {"max_steps": 10}}
-    run = fits.Run("uniform", 0, tmp_path, {"trainer": {"callbacks": [meter]}})
-    options = compare.parse([RECIPE])[0]
-    w = compare.Workload(
-        "w", tmp_path, [], {}, [arms.Arm("uniform")], None, "val_loss", "min", {"uniform": run}, [run]
-    )
+    run = Run("uniform", 0, tmp_path, {"trainer": {"callbacks": [meter]}})
+    options = command.parse([RECIPE])[0]
+    w = Workload("w", tmp_path, [], {}, [arms.Arm("uniform")], None, "val_loss", "min", {"uniform": run}, [run])
     point = {"step": 7, "seconds": 1.0, "samples_trained": 1, "samples_scored": 0, "metrics": {"val_loss": 1.0}}
     result = {"points": [point], "finished": True, "steps": 7, "flops_per_step": 1.0}
     for changes, error in (
@@ -354,23 +363,23 @@ def test_a_run_that_ends_before_its_budget_is_no_result(tmp_path):
         ({"points": [{**point, "step": 10}], "steps": 10}, None),
     ):
         (tmp_path / "run.json").write_text(json.dumps({**result, **changes}))
-        assert compare.collect(w, options)["runs"][0]["error"] == error
+        assert collect(w, options)["runs"][0]["error"] == error
 
 
 def test_an_unknown_length_needs_an_amount(tmp_path, monkeypatch):
     here(tmp_path, monkeypatch)
-    options = compare.parse([RECIPE, "--methods=loss", "--out=out"])[0]
-    w = compare.make_workload(RECIPE, [], options)
+    options = command.parse([RECIPE, "--methods=loss", "--out=out"])[0]
+    w = make_workload(RECIPE, [], options)
     for arm in w.arms:
-        w.rehearsals[arm.name] = run = fits.Run(arm.name, 0, tmp_path / arm.name, {})
+        w.rehearsals[arm.name] = run = Run(arm.name, 0, tmp_path / arm.name, {})
         run.folder.mkdir()
         result = {"points": [{"step": 8, "samples_trained": 8}], "flops_per_step": 0.0, "total_steps": -1}
         (run.folder / "run.json").write_text(json.dumps({**result, "finished": True}))
     with pytest.raises(ValueError, match="Argument `--budget` must be an amount, such as steps=1000"):
-        compare.schedule(w, options)
+        schedule(w, options)
     options.budget = ("flops", None)
     with pytest.raises(ValueError, match="Argument `--budget` must not be flops: torch counts none"):
-        compare.schedule(w, options)
+        schedule(w, options)
 
 
 def test_a_sampler_is_compared_by_its_class_path(tmp_path, monkeypatch):
@@ -378,12 +387,12 @@ def test_a_sampler_is_compared_by_its_class_path(tmp_path, monkeypatch):
     Path("mine.py").write_text("from curation.samplers.hard_batches import HardBatchSampler as Base\n\n\n"
                                "class Mine(Base):\n    pass\n")  # fmt: skip
     monkeypatch.syspath_prepend(tmp_path)
-    config = configured([f"--config={cli.find_recipe('sft_utility_diversity')}"], "mine.Mine")
+    config = configured([f"--config={find_recipe('sft_utility_diversity')}"], "mine.Mine")
     assert config["data"]["init_args"]["sampler"]["class_path"] == "mine.Mine"
     assert names(config["trainer"]["callbacks"]) == ["ExactResume", "RunMeter"]
 
 
-REHEARSED = {  # samples and operations of 8 steps
+REHEARSED = {  # samples and FLOPs of 8 steps
     "full": (2560, 900.0),
     "uniform": (256, 90.0),
     "loss": (256, 330.0),
@@ -402,17 +411,17 @@ REHEARSED = {  # samples and operations of 8 steps
 )
 def test_every_arm_spends_the_same(tmp_path, monkeypatch, budget, steps):
     here(tmp_path, monkeypatch)
-    options = compare.parse([RECIPE, "--methods=loss", "--out=out", "--seeds=2"])[0]
+    options = command.parse([RECIPE, "--methods=loss", "--out=out", "--seeds=2"])[0]
     options.budget = budget
-    w = compare.make_workload(RECIPE, [], options)
+    w = make_workload(RECIPE, [], options)
     for name, (samples, flops) in REHEARSED.items():
-        run = fits.Run(name, 0, tmp_path / name, {})
+        run = Run(name, 0, tmp_path / name, {})
         run.folder.mkdir()
         result = {"points": [{"step": 8, "samples_trained": samples}], "flops_per_step": flops, "total_steps": 1000,
                   "steps_per_epoch": 150}  # fmt: skip
         (run.folder / "run.json").write_text(json.dumps({**result, "finished": True, "seconds_per_step": 1.0}))
         w.rehearsals[name] = run
-    compare.schedule(w, options)
+    schedule(w, options)
     trainers = {(run.arm, run.seed): run.config["trainer"] for run in w.runs}
     for (arm, _), config in trainers.items():
         assert config["max_steps"] == config["callbacks"][-1]["init_args"]["max_steps"] == steps[arm]
@@ -424,10 +433,10 @@ CPU = {"trainer": {"accelerator": "cpu", "devices": 1}}
 
 
 def test_a_run_in_progress_is_waited_for_and_not_repeated(tmp_path):
-    run = fits.Run("uniform", 0, tmp_path, CPU)
-    run.prepare()
-    with fits._lock(tmp_path / "lock"):
-        waiting = threading.Thread(target=run.execute, args=(".", None))
+    run = Run("uniform", 0, tmp_path, CPU)
+    resume.prepare(run)
+    with resume.lock(tmp_path / "lock"):
+        waiting = threading.Thread(target=processes.fit, args=(run, ".", None))
         waiting.start()
         waiting.join(0.5)
         assert waiting.is_alive()
@@ -442,19 +451,19 @@ def test_a_gpu_has_one_run_at_a_time(tmp_path, monkeypatch):
     taken = []
 
     def third():
-        with fits._free_gpu(2) as gpu:
+        with processes.free_gpu(2) as gpu:
             taken.append(gpu.index)
 
-    with fits._free_gpu(2) as one:
-        with fits._free_gpu(2) as other:
-            assert [one.index, other.index] == [0, 1]
+    with processes.free_gpu(2) as first:
+        with processes.free_gpu(2) as second:
+            assert [first.index, second.index] == [0, 1]
             waiting = threading.Thread(target=third)
             waiting.start()
             waiting.join(0.5)
             assert not taken
         waiting.join(10)
         assert taken == [1]
-    with fits._free_gpu(0) as none:
+    with processes.free_gpu(0) as none:
         assert none is None
 
 
@@ -467,9 +476,9 @@ def test_the_environment_of_a_fit_has_its_share_of_the_cores(tmp_path, monkeypat
 
     monkeypatch.setattr(subprocess, "run", record)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as the processes of some backends have it
-    run = fits.Run("uniform", 0, tmp_path, CPU)
-    assert fits.last_words(run) == "it was not run"
-    run.execute(".", 3)
+    run = Run("uniform", 0, tmp_path, CPU)
+    assert run.failure == "it was not run"
+    processes.fit(run, ".", 3)
     assert seen["OMP_NUM_THREADS"] == "3"
     assert seen["command"][-3:] == ["fit", "--config", str(tmp_path / "fit.yaml")]
-    assert fits.last_words(run) == "killed by signal 9"
+    assert run.failure == "killed by signal 9"

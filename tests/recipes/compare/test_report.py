@@ -12,8 +12,10 @@ import pytest
 
 from curation.recipes.cli import main as cli
 from curation.recipes.compare import report
+from curation.recipes.compare.summary import build, time_ratio
+from curation.recipes.compare.verdict import number, verdict
 
-RESULTS = Path(__file__).parents[2] / "docs" / "results"
+RESULTS = Path(__file__).parents[3] / "docs" / "results"
 REPORTS = [file for file in sorted(RESULTS.glob("*.json")) if "workloads" in file.read_text()[:20000]]
 
 
@@ -37,20 +39,20 @@ UNIFORM = [run("uniform", 0, [5, 4, 3]), run("uniform", 1, [5, 4, 4]), run("unif
 
 
 def built(*runs, **kwargs):
-    return report.build("curation compare a", [workload(*UNIFORM, *runs, **kwargs)])["workloads"][0]
+    return build("curation compare a", [workload(*UNIFORM, *runs, **kwargs)])["workloads"][0]
 
 
 def test_the_summary_by_hand():
     """Differences -1, -2, -3; uniform's best are 3, 4, 4, so it always reaches 4: in 2 seconds."""
     w = built(*(run("x", s, values, seconds=0.5) for s, values in enumerate([[9, 4, 2], [9, 5, 2], [9, 3, 2]])))
-    own = w["summary"]["x"]
+    summary = w["summary"]["x"]
     assert w["summary"]["target"] == 4
-    assert own["final"] == 2
+    assert summary["final"] == 2
     half = 4.302653 * 1 / math.sqrt(3)
-    assert own["difference"] == pytest.approx((-2, -2 - half, -2 + half), rel=1e-6)
-    assert own["time_to_target"] == 1.0  # of 1.0, 1.5 and 1.0
-    assert report.time_ratio(w, "x") == 0.5  # uniform takes 2
-    assert (own["steps"], own["samples_trained"], own["seconds"], own["flops"]) == (30, 240, 1.5, 300)
+    assert summary["difference"] == pytest.approx((-2, -2 - half, -2 + half), rel=1e-6)
+    assert summary["time_to_target"] == 1.0  # of 1.0, 1.5 and 1.0
+    assert time_ratio(w, "x") == 0.5  # uniform takes 2
+    assert (summary["steps"], summary["samples_trained"], summary["seconds"], summary["flops"]) == (30, 240, 1.5, 300)
     assert w["summary"]["hours"] == pytest.approx(0.06)
     assert w["summary"]["uniform"]["difference"] is None
 
@@ -67,62 +69,62 @@ def test_the_summary_by_hand():
 )
 def test_the_verdict_is_the_intervals(mode, finals, kind, sentence):
     w = built(*(run("x", s, [9, 9, value]) for s, value in enumerate(finals)), mode=mode)
-    said = report.verdict(w, "x")
-    assert said[0] == kind
-    assert re.match(sentence, said[1])
+    text = verdict(w, "x")
+    assert text[0] == kind
+    assert re.match(sentence, text[1])
     if kind == "even":
-        assert "Time to 4: " in said[1]
+        assert "Time to 4: " in text[1]
 
 
 def test_a_target_that_is_missed_is_missed():
     w = built(*(run("x", s, [9, 9, 9 if s else 1]) for s in range(3)), target=4.5)
     assert w["summary"]["x"]["time_to_target"] == math.inf
-    assert "It does not reach 4.5 in most seeds" in report.verdict(w, "x")[1]
+    assert "It does not reach 4.5 in most seeds" in verdict(w, "x")[1]
     nobody = built(*(run("x", s, [9, 9, 9]) for s in range(3)), target=1)
-    assert math.isnan(report.time_ratio(nobody, "x"))
-    assert "reach" not in report.verdict(nobody, "x")[1]
+    assert math.isnan(time_ratio(nobody, "x"))
+    assert "reach" not in verdict(nobody, "x")[1]
     alone = built(*(run("x", s, [9, 9, 1]) for s in range(3)), target=1)
-    assert report.time_ratio(alone, "x") == 0
-    assert "It reaches 1, uniform does not in most seeds" in report.verdict(alone, "x")[1]
+    assert time_ratio(alone, "x") == 0
+    assert "It reaches 1, uniform does not in most seeds" in verdict(alone, "x")[1]
 
 
 def test_failed_and_diverged_runs_are_never_dropped_silently():
     w = built(run("x", 0, [9, 9, 2]), run("x", 1, [9], error="out of memory"), run("x", 2, [9, 9, math.nan]))
-    own = w["summary"]["x"]
-    assert (own["failed"], own["diverged"], own["pairs"]) == (1, 1, 1)
-    kind, said = report.verdict(w, "x")
+    summary = w["summary"]["x"]
+    assert (summary["failed"], summary["diverged"], summary["pairs"]) == (1, 1, 1)
+    kind, text = verdict(w, "x")
     assert kind == "failed"
-    assert "no verdict, 1 of 3 runs of x failed, 1 of 3 runs of x diverged" in said
-    assert own["time_to_target"] == math.inf  # reached in one of three
+    assert "no verdict, 1 of 3 runs of x failed, 1 of 3 runs of x diverged" in text
+    assert summary["time_to_target"] == math.inf  # reached in one of three
     some = built(run("x", 0, [9, 9, 2]), run("x", 1, [9, 9, 2.9]), run("x", 2, [9], error="out of memory"))
-    kind, said = report.verdict(some, "x")
+    kind, text = verdict(some, "x")
     assert kind == "failed"
-    assert "1 of 3 runs of x failed. val_loss 2.45, minus uniform -1.05" in said
-    assert "over the 2 pairs that are left" in said
+    assert "1 of 3 runs of x failed. val_loss 2.45, minus uniform -1.05" in text
+    assert "over the 2 pairs that are left" in text
 
 
 @pytest.mark.parametrize("lost", [1, 3])
 def test_a_method_cannot_win_against_runs_that_failed(lost):
     base = [{**r, "error": "killed by signal 9"} if r["seed"] < lost else r for r in UNIFORM]
     w = workload(*base, *(run("x", s, [1, 1, 1]) for s in range(3)))
-    (w,) = report.build("curation compare a", [w])["workloads"]
-    kind, said = report.verdict(w, "x")
+    (w,) = build("curation compare a", [w])["workloads"]
+    kind, text = verdict(w, "x")
     assert kind == "failed"
-    assert f"x: no verdict, {lost} of 3 runs of uniform failed" in said
-    assert report.verdict(w, "uniform")[0] == "failed"
+    assert f"x: no verdict, {lost} of 3 runs of uniform failed" in text
+    assert verdict(w, "uniform")[0] == "failed"
 
 
 def test_nothing_that_ran_is_no_reason_to_fail(tmp_path):
     broken = [run(arm, 0, [], error="it was not run") for arm in ("full", "uniform", "x")]
-    content = report.build("curation compare a", [workload(*broken)])
+    content = build("curation compare a", [workload(*broken)])
     report.write(content, tmp_path / "report")
     assert "uniform: no verdict, 1 of 1 runs of uniform failed" in (tmp_path / "report.html").read_text()
 
 
 def test_one_page_needs_nothing_else_and_is_made_anew_from_its_json(tmp_path, capsys):
-    other = [{**r, "arm": arm} for arm in ("uniform", "x<b>") for r in UNIFORM]
+    equal = [{**r, "arm": arm} for arm in ("uniform", "x<b>") for r in UNIFORM]
     runs = [*UNIFORM, *({**r, "arm": "x<b>"} for r in UNIFORM), run("x<b>", 3, [1, 2, math.nan])]
-    content = report.build("curation compare a b --methods='x<b>'", [workload(*runs), workload(*other, name="b")])
+    content = build("curation compare a b --methods='x<b>'", [workload(*runs), workload(*equal, name="b")])
     report.write(content, tmp_path / "report")
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") == 1
@@ -140,7 +142,7 @@ def test_one_page_needs_nothing_else_and_is_made_anew_from_its_json(tmp_path, ca
 
 
 def test_a_dot_in_the_name_is_part_of_it(tmp_path):
-    report.write(report.build("curation compare a", [workload(*UNIFORM)]), tmp_path / "my.v1")
+    report.write(build("curation compare a", [workload(*UNIFORM)]), tmp_path / "my.v1")
     (tmp_path / "my.json").write_text("another")
     cli.main(["report", str(tmp_path / "my.v1.json")])
     assert (tmp_path / "my.json").read_text() == "another"
@@ -189,7 +191,7 @@ def test_there_are_published_results():
      (math.nan, "-"), (0.0, "0"), (-3e6, "-3 M")],
 )  # fmt: skip
 def test_numbers_are_read_at_a_glance(value, text):
-    assert report.number(value) == text
+    assert number(value) == text
 
 
 def test_the_wandb_run_lies_beside_the_report_though_the_service_works_in_another_folder(tmp_path):

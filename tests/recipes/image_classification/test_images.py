@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Subset
 
 from curation.callbacks import HardSampleSelection, SampleRecord, UniformSelection
 from curation.recipes.cli import main as cli
-from curation.recipes.cli.irreducible import irreducible_losses
-from curation.recipes.image_classification.images import CorruptedShare, ImageClassifier, Images, load
+from curation.recipes.image_classification import CorruptedShare, ImageClassifier, Images
+from curation.recipes.image_classification.fashion_mnist import load_images
+from curation.recipes.irreducible_losses import irreducible_losses
 from curation.scoring import per_sample_loss
 
 QUIET = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -76,11 +77,11 @@ def test_the_long_tail_is_trained_on_evenly_and_drawn():
 def test_swapped_data_train_on_what_was_held_out_and_validate_on_the_training_set():
     changes = {"plain": {}, "swapped": {"swap": True}, "noisy": {"swap": True, "holdout_noise": 0.3}}
     data = {k: Images(data="digits", label_noise=0.3, holdout=0.2, **v) for k, v in changes.items()}
-    for one in data.values():
-        one.setup("fit")
+    for module in data.values():
+        module.setup("fit")
     for name in ("swapped", "noisy"):
-        for one, other in zip(data["plain"].train.dataset.tensors, data[name].val.tensors, strict=True):
-            assert torch.equal(one, other)
+        for trained, validated in zip(data["plain"].train.dataset.tensors, data[name].val.tensors, strict=True):
+            assert torch.equal(trained, validated)
         assert torch.equal(data[name].train.dataset.tensors[0], data["plain"].val.tensors[0])
     wrong = data["plain"].val.tensors[1] != data["noisy"].train.dataset.tensors[1]
     assert float(wrong.float().mean()) == pytest.approx(0.3, abs=0.08)
@@ -168,7 +169,7 @@ def test_files_in_the_format_of_mnist_are_read(tmp_path, zipped):
             content = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
             name = f"{part}-{kind}-ubyte"
             (tmp_path / (name + ".gz" if zipped else name)).write_bytes(gzip.compress(content) if zipped else content)
-    x, y, test_x, test_y = load(str(tmp_path))
+    x, y, test_x, test_y = load_images(str(tmp_path))
     torch.testing.assert_close(x[:, 0] * 255, torch.from_numpy(images).float())
     assert y.tolist() == test_y.tolist() == [3, 1]
     assert torch.equal(x, test_x)
@@ -186,10 +187,10 @@ def test_bad_data_arguments_are_named(tmp_path):
         ((name, value),) = bad.items()
         with pytest.raises(ValueError, match=f"Argument `{name}` must be .* but got {value}"):
             Images(**bad)
-    with pytest.raises(ValueError, match="Argument `lr` must be > 0"):
+    with pytest.raises(ValueError, match=r"Argument `lr` must be in \(0, inf\), but got 0"):
         ImageClassifier(lr=0)
     with pytest.raises(ValueError, match=r"a folder with train-images-idx3-ubyte\.gz, but got"):
-        load(str(tmp_path))
+        load_images(str(tmp_path))
 
 
 def test_uniform_selection_keeps_wrong_labels_at_their_rate():

@@ -17,13 +17,15 @@ from torch.nn.functional import normalize
 
 from curation.callbacks import ConceptCoverageMonitor
 from curation.recipes.cli import main as cli
-from curation.recipes.image_text import image_text
-from curation.recipes.image_text.image_text import ImageTextModel, TaggedPictures, augment, decode, load, tokenize
+from curation.recipes.image_text import ImageTextModel, TaggedPictures, emoji, tagged_pictures
+from curation.recipes.image_text.image_text_model import augment
+from curation.recipes.image_text.picture_files import decode, load_tagged_pictures
+from curation.recipes.image_text.tagged_pictures import tokenize
 from curation.samplers.concept_aware import ConceptAwareSampler
 
 datasets = pytest.importorskip("datasets", reason="needs datasets, from the [recipes] extra")
 
-EMOJI = Path(__file__).parents[2] / image_text.EMOJI
+EMOJI = Path(__file__).parents[3] / emoji.EMOJI
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 QUIET = {
     "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
@@ -96,8 +98,8 @@ def test_an_arm_is_what_its_name_says(arm):
     from curation.recipes.compare import arms
 
     recipe = arms.resolve(["--config=image_text"])
-    made = arms.make_arm(arm, recipe, None)
-    config = arms.configure(["--config=image_text"], made, 3, None, Path("here"), "group", {})
+    changes = arms.make_arm(arm, recipe, None)
+    config = arms.configure(["--config=image_text"], changes, 3, None, Path("here"), "group", {})
     sampler = config["data"]["init_args"]["sampler"]
     assert (sampler is None) == (arm == "full")
     if sampler:
@@ -126,20 +128,20 @@ def slow_metrics(model, data):
             partition = math.log(sum(math.exp(scale * value) for value in matrix[i]))
             loss -= sum(scale * matrix[i][j] - partition for j in right) / len(right)
             hits += int(np.argmax(matrix[i])) in right
-    source = load(data.data)
+    source = load_tagged_pictures(data.data)
     known = {tag for tags in source["train"]["tags"] for tag in tags}
-    own = [set(tags) & known for tags in source["validation"]["tags"]]
-    there = sorted(set().union(*own))
+    concepts = [set(tags) & known for tags in source["validation"]["tags"]]
+    present = sorted(set().union(*concepts))
     with torch.no_grad():
-        names = {tag: normalize(model.texts(tokenize(tag)[None])[0], dim=0) for tag in there}
+        names = {tag: normalize(model.texts(tokenize(tag)[None])[0], dim=0) for tag in present}
     counts = {tag: sum(tag in tags for tags in source["train"]["tags"]) for tag in known}
     order = sorted(known, key=lambda tag: (-counts[tag], data.concepts.names.index(tag)))
-    found = {tag: [] for tag in there}
+    hits_by_tag = {tag: [] for tag in present}
     for i in range(n):
-        ranked = sorted(there, key=lambda tag: -float(image[i] @ names[tag]))
-        for tag in own[i]:
-            found[tag].append(tag in ranked[: len(own[i])])
-    share = {tag: np.mean(hits) for tag, hits in found.items()}
+        ranked = sorted(present, key=lambda tag: -float(image[i] @ names[tag]))
+        for tag in concepts[i]:
+            hits_by_tag[tag].append(tag in ranked[: len(concepts[i])])
+    share = {tag: np.mean(hits) for tag, hits in hits_by_tag.items()}
 
     def mean(tags):
         tags = [tag for tag in tags if tag in share]
@@ -150,7 +152,7 @@ def slow_metrics(model, data):
     assert len(head) == 2
     assert len(tail) == 6
     return {
-        "val_loss": loss / (2 * n), "val_retrieval": hits / (2 * n), "val_tags": mean(there),
+        "val_loss": loss / (2 * n), "val_retrieval": hits / (2 * n), "val_tags": mean(present),
         "val_tags_head": mean(head), "val_tags_tail": mean(tail),
     }  # fmt: skip
 
@@ -175,18 +177,20 @@ def test_the_metrics_are_those_of_the_whole_validation_set(folder):
 def test_two_ranks_measure_and_train_alike(folder, tmp_path):
     """33 pictures: a rank sees one of them twice, which must not count."""
     on_two_ranks(__file__, folder, tmp_path, HF_DATASETS_CACHE=str(tmp_path / "cache"))
-    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     expected, _, _ = fit_and_validate(folder)
-    assert one["before"] == other["before"] == {k: pytest.approx(v, rel=1e-4) for k, v in expected.items()}
-    assert one["after"] == other["after"] != one["before"]
-    for name, weight in one["weights"].items():
-        assert torch.equal(weight, other["weights"][name])
+    assert first["before"] == second["before"] == {k: pytest.approx(v, rel=1e-4) for k, v in expected.items()}
+    assert first["after"] == second["after"] != first["before"]
+    for name, weight in first["weights"].items():
+        assert torch.equal(weight, second["weights"][name])
 
 
 def test_only_what_is_asked_for_is_decoded(folder, monkeypatch):
     asked = []
-    real = image_text.decode
-    monkeypatch.setattr(image_text, "decode", lambda file, size: asked.append(Path(file).name) or real(file, size))
+    real = tagged_pictures.decode
+    monkeypatch.setattr(
+        tagged_pictures, "decode", lambda file, size: asked.append(Path(file).name) or real(file, size)
+    )
     data = TaggedPictures(
         folder, batch_size=8, image_size=16, sampler=lambda c, n: ConceptAwareSampler(c, n, super_batch_size=24)
     )
@@ -197,10 +201,12 @@ def test_only_what_is_asked_for_is_decoded(folder, monkeypatch):
     ids = torch.cat([batch["sample_id"] for batch in batches]).tolist()
     assert asked == [Path(data.train.dataset.files[i]["image"]["path"]).name for i in ids]
     assert batches[0]["image"].shape == (8, 3, 16, 16)
-    for i, (text, tags) in enumerate(zip(*(load(folder)["train"][name] for name in ("text", "tags")), strict=True)):
+    for i, (text, tags) in enumerate(
+        zip(*(load_tagged_pictures(folder)["train"][name] for name in ("text", "tags")), strict=True)
+    ):
         assert torch.equal(data.train[i]["tokens"], tokenize(text))
         assert {data.concepts.names[c] for c in data.concepts[i]} == set(tags)
-    for i, tags in enumerate(load(folder)["test"]["tags"]):
+    for i, tags in enumerate(load_tagged_pictures(folder)["test"]["tags"]):
         assert {data.concepts.names[c] for c in data.tags["test"][i].nonzero()} == set(tags)
 
 
@@ -229,7 +235,7 @@ def few_emoji(tmp_path):
 
 
 def test_emoji_train_in_one_style_and_are_held_out_in_the_other(few_emoji):
-    parts = load(str(few_emoji))
+    parts = load_tagged_pictures(str(few_emoji))
     texts = ["wave: hand, bye", "wave: light: hand, bye", "heart: love", "rainbow flag: flag, love"]
     assert parts["train"]["text"] == texts
     assert parts["train"]["tags"][1] == ["hand", "bye"]
@@ -242,7 +248,7 @@ def test_emoji_train_in_one_style_and_are_held_out_in_the_other(few_emoji):
 
 @pytest.mark.skipif(
     not (EMOJI / "emojibase-data").exists(),
-    reason=f"needs `npm install --prefix .venv {image_text._PACKAGES}`",
+    reason=f"needs `npm install --prefix .venv {emoji.PACKAGES}`",
 )
 def test_the_recipe_runs_on_emoji(tmp_path):
     small = [f"--trainer.{k}={str(v).lower()}" for k, v in QUIET.items() if k != "enable_checkpointing"]
@@ -265,27 +271,30 @@ def test_the_recipe_runs_on_emoji(tmp_path):
 
 
 def test_splits_that_are_not_there_are_held_out_by_seed(folder, tmp_path):
-    parts = load(folder)
+    parts = load_tagged_pictures(folder)
     assert [len(parts[name]) for name in ("train", "validation", "test")] == [86, 33, 10]
 
     def files(seed):
-        return [{row["image"]["path"] for row in part} for part in load(str(Path(folder) / "train"), seed).values()]
+        return [
+            {row["image"]["path"] for row in part}
+            for part in load_tagged_pictures(str(Path(folder) / "train"), seed).values()
+        ]
 
-    one, again, other = files(0), files(0), files(1)
-    assert [len(part) for part in one] == [77, 10, 9]
-    assert len(set().union(*one)) == 96
-    assert one == again != other
+    first, again, reseeded = files(0), files(0), files(1)
+    assert [len(part) for part in first] == [77, 10, 9]
+    assert len(set().union(*first)) == 96
+    assert first == again != reseeded
 
 
 def test_pictures_inside_of_the_rows_are_read(monkeypatch, tmp_path):
     """As a data set of the hub holds them."""
-    made = datasets.Dataset.from_dict(
+    rows = datasets.Dataset.from_dict(
         {"image": [Image.new("RGB", (8, 8), (i, 0, 9)) for i in range(30)], "text": ["a"] * 30, "tags": [["x"]] * 30},
         features=datasets.Features(
             {"image": datasets.Image(), "text": datasets.Value("string"), "tags": [datasets.Value("string")]}
         ),
     )
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(train=made))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(train=rows))
     data = TaggedPictures("somebody/pictures", batch_size=4, image_size=8)
     data.setup("fit")
     assert data.train.dataset.files[0]["image"]["path"] is None
@@ -354,7 +363,7 @@ def test_bad_arguments_are_named(tmp_path, folder, few_emoji):
         TaggedPictures(folder, batch_size=87).setup("fit")
     (few_emoji / "emojibase-data/en/data.json").unlink()
     with pytest.raises(ImportError, match=r"there is no .*data.json. Run `npm install --prefix .* emojibase-data@"):
-        load(str(few_emoji))
+        load_tagged_pictures(str(few_emoji))
 
 
 def test_bad_data_are_named(tmp_path, folder):
@@ -373,7 +382,7 @@ def test_bad_data_are_named(tmp_path, folder):
         ("tested", "must have 3 pictures to train on, but"),
     ]:
         with pytest.raises(ValueError, match=f"Argument `data` {message}"):
-            load(str(tmp_path / name))
+            load_tagged_pictures(str(tmp_path / name))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import WandbLogger
 from processes import on_two_ranks
 
 from curation.callbacks import DifficultyAdaptiveRollouts
+from curation.recipes.catalogue import find_recipe
 from curation.recipes.cli import main as cli
 from curation.recipes.compare.arms import configure, make_arm, resolve
 from curation.recipes.rollouts.answers import Rollouts
@@ -329,7 +330,7 @@ FEW = [
 
 def test_the_recipe_runs_and_draws_what_is_solved(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = cli.run(["fit", f"--config={cli.find_recipe('rollouts_tiny')}", *FEW]).trainer
+    run = cli.run(["fit", f"--config={find_recipe('rollouts_tiny')}", *FEW]).trainer
     assert {"val_pass_at_1", "val_hard_pass_at_4", "seen_pass_at_4"} <= run.callback_metrics.keys()
     wandb.finish()
     assert any(isinstance(logger, WandbLogger) for logger in run.loggers)
@@ -352,14 +353,14 @@ def test_the_recipe_of_a_real_model_runs(tmp_path, monkeypatch):
     few = ["--model.source.num_layers=1", "--model.warmup_steps=1", "--model.eval_rollouts=2", "--data.batch_size=2"]
     few += ["--data.task.size=8", "--data.warmup.size=64", "--data.holdout=0.25", "--trainer.max_epochs=1"]
     few += ["--trainer.max_steps=-1", "--trainer.val_check_interval=3", "--trainer.enable_progress_bar=false"]
-    run = cli.run(["fit", f"--config={cli.find_recipe('rollouts')}", *few]).trainer
+    run = cli.run(["fit", f"--config={find_recipe('rollouts')}", *few]).trainer
     wandb.finish()
     assert 4 <= float(run.callback_metrics["rollouts/per_prompt"]) <= 8
     assert Path("runs/rollouts.png").is_file()
 
 
 def test_the_arms_differ_in_who_gets_how_many_rollouts_only(tmp_path):
-    args = [f"--config={cli.find_recipe('rollouts_tiny')}"]
+    args = [f"--config={find_recipe('rollouts_tiny')}"]
     recipe = resolve(args)
     for arm in recipe["arms"]:
         made = configure(args, make_arm(arm, recipe, None), 3, None, tmp_path, "", {})

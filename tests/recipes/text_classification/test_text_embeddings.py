@@ -12,8 +12,9 @@ from helpers import trainer
 
 from curation.recipes.cli import main as cli
 from curation.recipes.sources import resolve
-from curation.recipes.text_classification import texts
-from curation.recipes.text_classification.texts import LinearProbe, TextEmbeddings, embeddings, load
+from curation.recipes.text_classification import LinearProbe, TextEmbeddings, text_embeddings
+from curation.recipes.text_classification.labelled_texts import FAMILIES, load_texts
+from curation.recipes.text_classification.text_embeddings import MINILM, embeddings
 
 transformers = pytest.importorskip("transformers", reason="needs transformers, from the [recipes] extra")
 
@@ -57,7 +58,7 @@ def write(tmp_path, monkeypatch):
     return write
 
 
-def twin(text, embedder, max_length):
+def embed_alone(text, embedder, max_length):
     """One text alone, so that nothing is padded."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(embedder)
     ids = tokenizer(text)["input_ids"]
@@ -71,15 +72,15 @@ def twin(text, embedder, max_length):
 
 
 def test_embeddings_are_those_of_each_text_alone_in_their_order(embedder, monkeypatch):
-    monkeypatch.setattr(texts, "BATCH", 4)
+    monkeypatch.setattr(text_embeddings, "BATCH", 4)
     content = [row["text"] for row in rows(11)]
-    found = embeddings(content, embedder, max_length=6)
-    expected = torch.stack([twin(text, embedder, 6) for text in content])
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    vectors = embeddings(content, embedder, max_length=6)
+    expected = torch.stack([embed_alone(text, embedder, 6) for text in content])
+    torch.testing.assert_close(vectors, expected, rtol=1e-5, atol=1e-6)
     assert max(len(text.split()) for text in content) > 4  # some are cut off
 
 
-def made(data, embedder, **kwargs):
+def set_up(data, embedder, **kwargs):
     module = TextEmbeddings(data, embedder=embedder, **kwargs)
     module.setup("fit")
     return module
@@ -87,7 +88,7 @@ def made(data, embedder, **kwargs):
 
 def test_labels_go_with_their_texts_through_the_split(write, embedder):
     content = rows(60)
-    data = made(write(content), embedder, holdout=0.2)
+    data = set_up(write(content), embedder, holdout=0.2)
     assert data.names == ["colour", "number"]
     assert [len(part) for part in (data.train, data.val, data.test)] == [36, 12, 12]
     assert data.shape == (16,)
@@ -101,9 +102,9 @@ def test_labels_go_with_their_texts_through_the_split(write, embedder):
             places.append(same)
     texts_of = sorted(content[same[0]]["text"] for same in places)
     assert texts_of == sorted(row["text"] for row in content)  # each once
-    again, other = made("rows.jsonl", embedder, holdout=0.2), made("rows.jsonl", embedder, holdout=0.2, seed=1)
+    again, reseeded = set_up("rows.jsonl", embedder, holdout=0.2), set_up("rows.jsonl", embedder, holdout=0.2, seed=1)
     assert torch.equal(again.train.dataset.tensors[0], data.train.dataset.tensors[0])
-    assert not torch.equal(other.train.dataset.tensors[0], data.train.dataset.tensors[0])
+    assert not torch.equal(reseeded.train.dataset.tensors[0], data.train.dataset.tensors[0])
     x, y, ids = next(iter(data.train_dataloader()))
     assert torch.equal(data.train.dataset.tensors[0][ids["sample_id"]], x)
     assert len(x) == len(y) == 32
@@ -112,7 +113,7 @@ def test_labels_go_with_their_texts_through_the_split(write, embedder):
 def test_the_splits_of_a_folder_are_used(write, embedder):
     for name, n in (("train", 20), ("test", 6)):
         write(rows(n, seed=n), f"folder/{name}.jsonl")
-    data = made("folder", embedder)
+    data = set_up("folder", embedder)
     assert [len(part) for part in (data.train, data.val, data.test)] == [18, 2, 6]
     expected = embeddings([row["text"] for row in rows(6, seed=6)], embedder, 64)
     torch.testing.assert_close(data.test.tensors[0], expected)
@@ -120,7 +121,7 @@ def test_the_splits_of_a_folder_are_used(write, embedder):
 
 def test_label_noise_is_the_share_asked_for_and_is_known(write, embedder):
     name = write(rows(1000))
-    clean, noisy = (made(name, embedder, label_noise=noise, cache="cache.npy") for noise in (0.0, 0.4))
+    clean, noisy = (set_up(name, embedder, label_noise=noise, cache="cache.npy") for noise in (0.0, 0.4))
     (x, y), (also_x, wrong) = (d.train.dataset.tensors for d in (clean, noisy))
     assert torch.equal(x, also_x)
     assert torch.equal(y != wrong, noisy.corrupted)
@@ -131,21 +132,21 @@ def test_label_noise_is_the_share_asked_for_and_is_known(write, embedder):
 
 def test_the_cache_holds_the_embeddings_of_these_texts_only(write, embedder, monkeypatch):
     content = rows(40)
-    data = made(write(content), embedder, cache="new/cache.npy")
+    data = set_up(write(content), embedder, cache="new/cache.npy")
     kept = np.load("new/cache.npy")
     np.testing.assert_array_equal(kept, embeddings([row["text"] for row in content], embedder, 64))
-    monkeypatch.setattr(texts, "embeddings", None)
-    again = made("rows.jsonl", embedder, cache="new/cache.npy", seed=3)
+    monkeypatch.setattr(text_embeddings, "embeddings", None)
+    again = set_up("rows.jsonl", embedder, cache="new/cache.npy", seed=3)
     assert {row.tobytes() for row in again.val.tensors[0].numpy()} <= {row.tobytes() for row in kept}
     assert os.listdir("new") == ["cache.npy"]
-    for other in (content[1:], [content[1], content[0], *content[2:]]):
+    for changed in (content[1:], [content[1], content[0], *content[2:]]):
         with pytest.raises(ValueError, match=r"`cache` must name a new file, or .* but 'new/cache\.npy' has others"):
-            made(write(other, "other.jsonl"), embedder, cache="new/cache.npy")
+            set_up(write(changed, "changed.jsonl"), embedder, cache="new/cache.npy")
     with pytest.raises(ValueError, match="has others"):
-        made("rows.jsonl", embedder, cache="new/cache.npy", max_length=5)
+        set_up("rows.jsonl", embedder, cache="new/cache.npy", max_length=5)
     np.save("plain.npy", kept)
     with pytest.raises(ValueError, match="has others"):
-        made("rows.jsonl", embedder, cache="plain.npy")
+        set_up("rows.jsonl", embedder, cache="plain.npy")
     assert len(data.train) == 32
 
 
@@ -155,23 +156,23 @@ def test_what_cannot_be_read_is_named(write, embedder):
         ([{"text": "red", "label": 1}, {"text": None, "label": 0}], "must hold texts, but row 1 of `train`"),
     ):
         with pytest.raises(ValueError, match=message):
-            load(write(content))
+            load_texts(write(content))
     write(rows(3), "folder/test.jsonl")
     with pytest.raises(ValueError, match="must have the split 'train', but 'folder' has not"):
-        load("folder")
+        load_texts("folder")
     with pytest.raises(
         FileNotFoundError, match=r"Argument `data` must name a file with rows, but there is no 'no.jsonl'"
     ):
-        load("no.jsonl")
+        load_texts("no.jsonl")
 
 
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"samples_per_class": 0}, "`samples_per_class` must be >= 1, but got 0"),
-        ({"max_length": 0}, "`max_length` must be >= 1"),
-        ({"batch_size": 0}, "`batch_size` must be >= 1"),
-        ({"seed": -1}, "`seed` must be >= 0"),
+        ({"samples_per_class": 0}, "`samples_per_class` must be an integer >= 1, but got 0"),
+        ({"max_length": 0}, "`max_length` must be an integer >= 1"),
+        ({"batch_size": 0}, "`batch_size` must be an integer >= 1"),
+        ({"seed": -1}, r"`seed` must be an integer in \[0, 2\^63\)"),
         ({"label_noise": 1.0}, r"`label_noise` must be in \[0, 1\), but got 1.0"),
         ({"holdout": 0.5}, r"`holdout` must be in \(0, 0.5\)"),
         ({"cache": "file"}, "`cache` must name a .npy file, but got 'file'"),
@@ -200,8 +201,9 @@ def test_a_probe_learns_and_comes_back_from_its_checkpoint(hidden, write, embedd
 def test_questions_are_different_and_the_same_in_every_process():
     pytest.importorskip("reasoning_gym", reason="needs reasoning-gym, from the [demo] extra")
     code = (
-        "import hashlib; from curation.recipes.text_classification.texts import load; "
-        "rows = load('reasoning_gym', 5)['train']; print(hashlib.sha256(repr(rows.to_list()).encode()).hexdigest())"
+        "import hashlib; from curation.recipes.text_classification.labelled_texts import load_texts; "
+        "rows = load_texts('reasoning_gym', 5)['train']; "
+        "print(hashlib.sha256(repr(rows.to_list()).encode()).hexdigest())"
     )
     digests = set()
     for seed in ("1", "2"):
@@ -210,20 +212,20 @@ def test_questions_are_different_and_the_same_in_every_process():
         )
         digests.add(run.stdout.split()[-1])
     assert len(digests) == 1
-    questions = load("reasoning_gym", 5)["train"]
+    questions = load_texts("reasoning_gym", 5)["train"]
     assert len(set(questions["text"])) == len(questions) == 5 * 40
-    assert sorted(questions["label"]) == sorted(texts.FAMILIES * 5)
+    assert sorted(questions["label"]) == sorted(FAMILIES * 5)
 
 
-def test_a_texts_like_are_near_in_the_real_model():
+def test_similar_texts_are_near_in_the_real_model():
     try:
-        resolve(texts.MINILM)
+        resolve(MINILM)
     except ImportError as error:
         pytest.skip(str(error))
     content = ["How many legs have three dogs?", "Count the legs of 5 cats.", "Solve 3x = 12 for x."]
-    found = embeddings(content, texts.MINILM, 64)
-    assert found.shape == (3, 384)
-    near = found @ found.T
+    vectors = embeddings(content, MINILM, 64)
+    assert vectors.shape == (3, 384)
+    near = vectors @ vectors.T
     torch.testing.assert_close(near.diag(), torch.ones(3))
     assert near[0, 1] > 0.5 > 0.3 > near[0, 2]
 

@@ -1,0 +1,76 @@
+"""A comparison from its options to the content of its report."""
+
+from typing import Any
+
+from curation.recipes.compare.options import Options
+from curation.recipes.compare.processes import execute
+from curation.recipes.compare.rehearsal import rehearse
+from curation.recipes.compare.run import Run
+from curation.recipes.compare.schedule import schedule
+from curation.recipes.compare.summary import build
+from curation.recipes.compare.workload import Workload
+
+
+def compare(workloads: list[Workload], options: Options, command: str) -> dict[str, Any]:
+    """Rehearse, give every run its length, execute what is not finished, and sum up.
+
+    Args:
+        workloads: The workloads.
+        options: The options of the comparison.
+        command: The command line, for the report.
+
+    Returns:
+        The content of the report.
+
+    Raises:
+        ValueError: If an arm fails its rehearsal, or the folder holds another comparison.
+    """
+    rehearse(workloads, options)
+    for workload in workloads:
+        schedule(workload, options)
+    execute([run for workload in workloads for run in workload.runs], "runs", options.backend, options.jobs)
+    return build(command, [collect(workload, options) for workload in workloads])
+
+
+def collect(workload: Workload, options: Options) -> dict[str, Any]:
+    """Everything that the runs of a workload wrote, by seed and arm."""
+    order = {arm.name: i for i, arm in enumerate(workload.arms)}
+    runs = sorted(workload.runs, key=lambda run: (run.seed, order[run.arm]))
+    return {
+        "name": workload.name,
+        "metric": workload.metric,
+        "mode": workload.mode,
+        "budget": {"unit": options.budget[0], "amount": workload.amount},
+        "target": options.target,
+        "jobs": options.jobs,
+        "arms": list(order),
+        "runs": [collect_run(workload, run) for run in runs],
+    }
+
+
+def collect_run(workload: Workload, run: Run) -> dict[str, Any]:
+    """What a run measured: its points with the value of the metric, its costs, and why it does not count, if so."""
+    result = run.result
+    points = []
+    for point in result["points"]:
+        costs = {name: value for name, value in point.items() if name != "metrics"}
+        points.append({**costs, "value": point["metrics"].get(workload.metric)})
+    return {
+        "arm": run.arm,
+        "seed": run.seed,
+        "error": run_error(run, result),
+        "flops_per_step": workload.rehearsed(run.arm)["flops_per_step"],
+        **{name: result.get(name) for name in ("wall_seconds", "peak_memory", "device", "torch")},
+        "points": points,
+    }
+
+
+def run_error(run: Run, result: dict[str, Any]) -> str | None:
+    """Why a run does not count; None if it does."""
+    if not result["finished"]:
+        return run.failure
+    if not result["points"] or result["points"][-1]["step"] != result["steps"]:
+        return "it ended without an evaluation of its last weights"
+    if run.spent < 1:
+        return f"it ended before its budget was spent, after {result['steps']} steps"
+    return None

@@ -1,0 +1,94 @@
+"""What a comparison is asked for: recipes, methods, seeds, the budget, and how the runs are executed."""
+
+import math
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from curation.checks import check_choice, check_integer, check_number
+
+BUDGETS = ("steps", "samples", "flops", "seconds")
+BACKENDS = ("loky", "dask", "ray")
+
+
+@dataclass
+class Options:
+    """The options of ``curation compare``.
+
+    Args:
+        recipes: Names of recipes, or files.
+        methods: Names of methods, of the recipe's arms, or class paths; None for the recipe's arms.
+        keep: Fraction of each candidate batch that is kept; None for the recipe's.
+        seeds: Number of runs of each arm.
+        budget: What every run has the same amount of (``"steps"``, ``"samples"``, ``"flops"`` or ``"seconds"``), and
+            the amount; None for as much as uniform selection spends on the recipe.
+        metric: Metric of validation; None for what the recipe monitors.
+        mode: ``"min"`` or ``"max"``, what is better; None for what the recipe says.
+        target: Value of the metric for the time to a target; None for what uniform selection always reaches.
+        backend: Backend of joblib: ``"loky"``, ``"dask"`` or ``"ray"``.
+        jobs: Runs side by side.
+        out: Folder of the comparison.
+
+    Raises:
+        ValueError: If an option is out of its range, or its package is missing.
+    """
+
+    recipes: list[str]
+    methods: list[str] | None = None
+    keep: float | None = None
+    seeds: int = 5
+    budget: tuple[str, float | None] = ("steps", None)
+    metric: str | None = None
+    mode: str | None = None
+    target: float | None = None
+    backend: str = "loky"
+    jobs: int = 1
+    out: Path = Path("runs/compare")
+
+    def __post_init__(self) -> None:
+        gpus = max(1, torch.cuda.device_count())
+        names = [Path(recipe).stem for recipe in self.recipes]
+        check_integer("--seeds", self.seeds, 1)
+        check_integer("--jobs", self.jobs, 1)
+        if self.budget[0] == "seconds" and self.jobs > gpus:
+            raise ValueError(
+                f"Argument `--jobs` must be at most {gpus} with a budget of seconds, since runs on one device slow "
+                f"each other, but got {self.jobs}."
+            )
+        package = {"dask": "distributed"}.get(check_choice("--backend", self.backend, BACKENDS), self.backend)
+        if self.backend != "loky" and find_spec(package) is None:
+            raise ValueError(f"Argument `--backend={self.backend}` needs `pip install {package}`.")
+        check_number("--keep", self.keep, "(0, 1]", optional=True)
+        if self.target is not None and not math.isfinite(self.target):
+            raise ValueError(f"Argument `--target` must be a finite number, but got {self.target!r}.")
+        if len(set(names)) < len(names):
+            raise ValueError(f"Argument `recipes` must have different names, but got {' '.join(self.recipes)}.")
+
+
+def read_budget(text: str) -> tuple[str, float | None]:
+    """Unit and amount of a budget.
+
+    Args:
+        text: As on the command line: a unit, or a unit with an amount.
+
+    Raises:
+        ValueError: If the unit is unknown, or the amount is not positive and finite (for steps and samples, below 1).
+
+    Example:
+        >>> read_budget("steps=500"), read_budget("flops")
+        (('steps', 500.0), ('flops', None))
+    """
+    unit, equals, amount = text.partition("=")
+    try:
+        value = float(amount) if equals else None
+    except ValueError:
+        value = 0.0
+    least = 1.0 if unit in ("steps", "samples") else 0.0
+    if unit not in BUDGETS or (value is not None and not (least <= value < math.inf and value > 0)):
+        raise ValueError(
+            f"Argument `--budget` must be {', '.join(BUDGETS)}, "
+            f"or one with an amount, as in steps=500, but got {text!r}."
+        )
+    return unit, value

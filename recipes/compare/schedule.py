@@ -1,0 +1,125 @@
+"""How long every run is, so that all arms spend the same budget."""
+
+import math
+from typing import Any
+
+from curation.recipes.compare.arms import Arm
+from curation.recipes.compare.options import Options
+from curation.recipes.compare.processes import execute
+from curation.recipes.compare.resume import prepare
+from curation.recipes.compare.run import Run
+from curation.recipes.compare.workload import Workload
+
+NO_LIMITS = {"max_steps": -1, "max_epochs": -1}
+
+
+def schedule(workload: Workload, options: Options) -> None:
+    """Give every run its length, so that all spend the same; learning-rate schedules end with it.
+
+    Args:
+        workload: A workload that was rehearsed; gets its ``amount`` and its ``runs``.
+        options: The options of the comparison.
+
+    Raises:
+        ValueError: If the length of the recipe is not known, or the folder holds another comparison.
+    """
+    costs = costs_per_step(workload)
+    workload.amount = budget_amount(workload, options, costs)
+    for seed in range(options.seeds):
+        for arm in workload.arms:
+            run = make_scheduled_run(workload, arm, seed, options, costs)
+            prepare(run)
+            workload.runs.append(run)
+
+
+def costs_per_step(workload: Workload) -> dict[str, dict[str, float]]:
+    """What a step of each arm costs in its rehearsal: arm, then unit of the budget, then amount."""
+    return {
+        arm: {
+            "steps": 1.0,
+            "samples": workload.samples_per_step(arm),
+            "flops": workload.rehearsed(arm)["flops_per_step"],
+        }
+        for arm in workload.rehearsals
+    }
+
+
+def budget_amount(workload: Workload, options: Options, costs: dict[str, dict[str, float]]) -> float:
+    """What every run spends: the amount that was asked for, or what uniform selection spends on the recipe.
+
+    Raises:
+        ValueError: If the unit cannot be counted, the recipe has no length, or the run that is timed fails.
+    """
+    unit, amount = options.budget
+    length = workload.rehearsed("uniform")["total_steps"]
+    if unit == "flops" and not all(cost["flops"] > 0 for cost in costs.values()):
+        raise ValueError(f"Argument `--budget` must not be flops: torch counts none in {workload.name}.")
+    if amount is not None:
+        return amount
+    if not 0 < length < float("inf"):
+        raise ValueError(
+            f"Argument `--budget` must be an amount, such as {unit}=1000: {workload.name} has no length."
+        )
+    return uniform_seconds(workload, options) if unit == "seconds" else length * costs["uniform"][unit]
+
+
+def uniform_seconds(workload: Workload, options: Options) -> float:
+    """Training seconds of uniform selection on the recipe, measured by a run.
+
+    Raises:
+        ValueError: If the run fails.
+    """
+    length = int(workload.rehearsed("uniform")["total_steps"])
+    timing = make_run(workload, workload.arm("uniform"), 0, options, "timing", {"max_steps": length})
+    prepare(timing)
+    execute([timing], "timing of uniform selection", options.backend, options.jobs)
+    if not timing.finished:
+        raise ValueError(f"{workload.name}, arm 'uniform': {timing.failure}")
+    return timing.result["points"][-1]["seconds"]
+
+
+def make_scheduled_run(
+    workload: Workload, arm: Arm, seed: int, options: Options, costs: dict[str, dict[str, float]]
+) -> Run:
+    """The run of an arm with a seed, that spends the workload's amount."""
+    unit, name = options.budget[0], f"{arm.name}-{seed}"
+    if unit == "seconds":
+        run = make_run(workload, arm, seed, options, name, {"max_seconds": workload.amount})
+        run.seconds = workload.amount
+        return run
+    steps = max(1, round(workload.amount / costs[arm.name][unit]))
+    run = make_run(workload, arm, seed, options, name, {"max_steps": steps})
+    _validate_as_often(run.config["trainer"], steps * costs["uniform"][unit] / workload.amount)
+    run.seconds = steps * workload.rehearsed(arm.name)["seconds_per_step"]
+    return run
+
+
+def make_run(workload: Workload, arm: Arm, seed: int, options: Options, name: str, budget: dict[str, Any]) -> Run:
+    """A run that ends when its budget is spent; the trainer's own limits are left where they say the same.
+
+    Args:
+        workload: The workload.
+        arm: The arm.
+        seed: Seed of the run.
+        options: The options of the comparison.
+        name: Name of the run's folder.
+        budget: ``max_steps`` or ``max_seconds`` of the run's ``RunMeter``.
+    """
+    folder = workload.folder / name
+    config = workload.configure(arm, seed, folder, options.out.name, **budget)
+    steps, trainer = budget.get("max_steps"), config["trainer"]
+    rehearsed = workload.rehearsed(arm.name)
+    if steps is None:
+        trainer |= NO_LIMITS
+    elif steps != rehearsed["total_steps"]:
+        epochs = trainer["max_epochs"]
+        if epochs not in (None, -1):
+            epochs = math.ceil(steps / rehearsed["steps_per_epoch"])
+        trainer |= {"max_steps": steps, "max_epochs": epochs}
+    return Run(arm.name, seed, folder, config)
+
+
+def _validate_as_often(trainer: dict[str, Any], ratio: float) -> None:
+    """Where validation is every so many batches, scale that with the number of steps: as many looks for every arm."""
+    if trainer["check_val_every_n_epoch"] is None and isinstance(trainer["val_check_interval"], int):
+        trainer["val_check_interval"] = max(1, round(trainer["val_check_interval"] * ratio))

@@ -1,0 +1,147 @@
+"""A recipe with the arms that are compared on it."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from curation.recipes.catalogue import find_recipe
+from curation.recipes.compare.arms import Arm, chooses, configure, entries, make_arm, resolve, with_seed
+from curation.recipes.compare.options import Options
+from curation.recipes.compare.run import Run
+
+BASELINES = ("full", "uniform")
+
+
+@dataclass
+class Workload:
+    """A recipe with its arms.
+
+    Args:
+        name: Name of the recipe.
+        folder: Folder of its runs.
+        args: Recipe and overrides, as for ``curation fit``.
+        recipe: The resolved configuration.
+        arms: The arms, the two baselines first.
+        keep: Fraction of each candidate batch, where it was asked for; None leaves the recipe's.
+        metric: Metric of validation.
+        mode: ``"min"`` or ``"max"``, what is better.
+        rehearsals: The rehearsal of each arm.
+        runs: The runs of all arms and seeds.
+        amount: What every run spends, in the unit of the budget.
+    """
+
+    name: str
+    folder: Path
+    args: list[str]
+    recipe: dict[str, Any]
+    arms: list[Arm]
+    keep: float | None
+    metric: str
+    mode: str
+    rehearsals: dict[str, Run] = field(default_factory=dict)
+    runs: list[Run] = field(default_factory=list)
+    amount: float = 0.0
+
+    def configure(self, arm: Arm, seed: int, folder: Path, group: str, **meter: Any) -> dict[str, Any]:
+        """The configuration of one run.
+
+        Args:
+            arm: The arm.
+            seed: Seed of the run.
+            folder: Folder of the run.
+            group: Group of the W&B runs.
+            meter: Arguments of the run's ``RunMeter``.
+
+        Raises:
+            ValueError: If the parser refuses it; the message has the arm's name.
+        """
+        try:
+            return configure(self.args, arm, seed, self.keep, folder, group, meter)
+        except ValueError as error:
+            raise ValueError(f"{self.name}, arm {arm.name!r}: {error}") from error
+
+    def arm(self, name: str) -> Arm:
+        """The arm of a name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+    def rehearsed(self, arm: str) -> dict[str, Any]:
+        """What the rehearsal of an arm measured."""
+        return self.rehearsals[arm].result
+
+    def samples_per_step(self, arm: str) -> float:
+        """Samples that an arm trains on in a step, of all processes."""
+        last = self.rehearsed(arm)["points"][-1]
+        return last["samples_trained"] / last["step"]
+
+
+def make_workload(config: str, overrides: list[str], options: Options) -> Workload:
+    """Read a recipe and what is to be compared on it.
+
+    Args:
+        config: Name of a recipe, or a file.
+        overrides: Options of ``curation fit`` that hold for every run.
+        options: The options of the comparison.
+
+    Raises:
+        ValueError: If the recipe, an override, a method or an option is wrong.
+    """
+    file = config if Path(config).is_file() else str(find_recipe(config))
+    args = [f"--config={file}", *overrides]
+    try:
+        recipe = resolve(with_seed(args, 0))
+    except ValueError as error:
+        raise ValueError(f"{config}: {error}") from error
+    if recipe["trainer"]["fast_dev_run"]:
+        raise ValueError("Argument `--trainer.fast_dev_run` must be false: it would end every run after a step.")
+    callbacks = entries(recipe["trainer"]["callbacks"])
+    names = arm_names(config, recipe, callbacks, options.methods)
+    metric, mode = metric_and_mode(callbacks, options.metric, options.mode)
+    name = Path(file).stem
+    arms = [make_arm(arm, recipe, kept_fraction(callbacks, options.keep)) for arm in names]
+    return Workload(name, (options.out / name).resolve(), args, recipe, arms, options.keep, metric, mode)
+
+
+def arm_names(
+    config: str, recipe: dict[str, Any], callbacks: list[dict[str, Any]], methods: list[str] | None
+) -> list[str]:
+    """Names of the arms: the baselines, and the methods or what the recipe has.
+
+    Raises:
+        ValueError: If a name cannot be the name of a folder, or there is nothing to compare.
+    """
+    if methods is None:
+        methods = list(recipe.get("arms") or {}) or ["recipe"]
+    names = list(dict.fromkeys([*BASELINES, *(str(name).strip() for name in methods)]))
+    for name in names:
+        if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
+            raise ValueError(
+                f"Argument `--methods` must hold names of letters, digits, _, ., + and -, but got {name!r}."
+            )
+    if names[len(BASELINES) :] == ["recipe"] and not any(map(chooses, callbacks)):
+        raise ValueError(f"Argument `--methods` must be given: {config} has no selection of its own.")
+    return names
+
+
+def kept_fraction(callbacks: list[dict[str, Any]], keep: float | None) -> float | None:
+    """The ``keep`` that was asked for, or else that of the recipe's selection; None without one."""
+    if keep is not None:
+        return keep
+    return next((c["init_args"]["keep"] for c in callbacks if chooses(c) and "keep" in c["init_args"]), None)
+
+
+def metric_and_mode(callbacks: list[dict[str, Any]], metric: str | None, mode: str | None) -> tuple[str, str]:
+    """The metric that was asked for or that the recipe monitors, and whether small or large is better.
+
+    Raises:
+        ValueError: If it is not known which is better.
+    """
+    monitors = [c["init_args"] for c in callbacks if c["init_args"].get("monitor")]
+    metric = metric or (monitors[0]["monitor"] if monitors else "val_loss")
+    modes = [monitor["mode"] for monitor in monitors if monitor["monitor"] == metric and "mode" in monitor]
+    mode = mode or next(iter(modes), None) or ("min" if "loss" in metric else "max" if "acc" in metric else None)
+    if mode is None:
+        raise ValueError(
+            f"Argument `--mode` must be given: whether a {metric!r} is better large or small is not known."
+        )
+    return metric, mode
