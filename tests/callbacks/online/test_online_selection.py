@@ -18,7 +18,7 @@ from curation.callbacks import (
     UniformSelection,
     UtilityDiversitySelection,
 )
-from curation.callbacks.online import online_selection
+from curation.callbacks.online import step_timer
 
 
 class HighestLabel(OnlineSelection):
@@ -362,7 +362,7 @@ class Costs(Classifier):
 @pytest.mark.parametrize(("b", "pays"), [(2.0, True), (0.2, False)])
 def test_selection_that_does_not_pay_is_left_out(monkeypatch, b, pays):
     clock = FakeTime()
-    monkeypatch.setattr(online_selection, "time", clock)
+    monkeypatch.setattr(step_timer, "time", clock)
     selection = HardSampleSelection(keep=0.25, when="pays")
     module = Costs(clock, b)
     run = trainer(selection, max_epochs=4, log_every_n_steps=1)
@@ -378,7 +378,7 @@ def test_selection_that_does_not_pay_is_left_out(monkeypatch, b, pays):
 
 def test_a_window_of_accumulation_is_all_selected_or_all_full(monkeypatch):
     clock = FakeTime()
-    monkeypatch.setattr(online_selection, "time", clock)
+    monkeypatch.setattr(step_timer, "time", clock)
     module = Costs(clock, 0.2)
     trainer(HardSampleSelection(keep=0.25, when="pays"), max_epochs=4, accumulate_grad_batches=3).fit(
         module, loader()

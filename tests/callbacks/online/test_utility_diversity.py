@@ -266,7 +266,7 @@ def test_bad_arguments_are_named_before_training():
         UtilityDiversitySelection(keep=0.5, normalization="sum")
     with pytest.raises(ValueError, match=r"Argument `precision` must be 'fit' or 'bf16', but got 'fp8'"):
         UtilityDiversitySelection(keep=0.5, precision="fp8")
-    with pytest.raises(ValueError, match=r"Argument `head` must be 'auto', 'none' or a module path, but got 3"):
+    with pytest.raises(ValueError, match=r"Argument `head` must be a string, but got 3"):
         UtilityDiversitySelection(keep=0.5, head=3)
 
     class Untouched(LanguageModel):
