@@ -12,7 +12,6 @@ class Choice:
 
     Attributes:
         size: Number of candidates, ``B``.
-        most: Largest number of candidates over all ranks in the first batch of the fit.
         k: Rows to keep; fewer are kept where ``B < k``.
         rows: int64 ``[min(k, B)]``, the kept rows; None where all are kept.
         weights: fp32 ``[min(k, B)]``, weights of the kept rows; None where they are equal.
@@ -24,7 +23,6 @@ class Choice:
     """
 
     size: int
-    most: int
     k: int
     rows: Tensor | None = None
     weights: Tensor | None = None

@@ -159,7 +159,7 @@ class OnlineSelection(SeamClient, ABC):
         self._probing = self not in trainer.callbacks  # type: ignore[attr-defined]
         size = batch_size(batch)
         k = keep_count(self.keep, size) if self._probing else self.budget.rows_to_keep(trainer, size)
-        choice = Choice(size, self.candidates or size, k, has_scores=self.has_scores, sample_ids=sample_ids)
+        choice = Choice(size, k, has_scores=self.has_scores, sample_ids=sample_ids)
         kept = batch
         if self.timer.break_even is not None and (self._probing or not self.timer.selects):
             choice.k = size  # the batch-size finder has to see the larger of both steps
