@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import trainer
-from ranks import on_two_ranks
+from processes import on_two_ranks
 
 from curation.callbacks.lightning.collectives import agree, gather_rows, gather_sizes
 
