@@ -77,9 +77,9 @@ class StepsAhead(SeamClient):
             raise ValueError("Argument `estimator` must not be 'prepass' where the module optimizes by hand.")
         if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
             raise ValueError(f"Argument `estimator` must not be 'prepass' with {type(trainer.strategy).__name__}.")
-        selections = [type(c).__name__ for c in trainer.callbacks if isinstance(c, OnlineSelection)]  # type: ignore[attr-defined]
-        if selections:
-            raise ValueError(f"Argument `estimator` must not be 'prepass' beside {selections[0]}, which changes batches.")
+        rules = [type(c).__name__ for c in trainer.callbacks if isinstance(c, OnlineSelection)]  # type: ignore[attr-defined]
+        if rules:
+            raise ValueError(f"Argument `estimator` must not be 'prepass' beside {rules[0]}, which changes batches.")
         self.trainer = trainer
         self.loader: LookAhead | None = None
         BatchSeam.attach(trainer, self)
