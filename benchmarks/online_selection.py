@@ -106,7 +106,7 @@ def rules() -> None:
         "uniform": UniformSelection(keep=KEEP),
         "top": HardSampleSelection(keep=KEEP),
         "rank": HardSampleSelection(keep=KEEP, rule="rank"),
-        "cdf": HardSampleSelection(keep=KEEP, rule="cdf"),
+        "selective_backprop": HardSampleSelection(keep=KEEP, rule="selective_backprop"),
         "importance": HardSampleSelection(keep=KEEP, rule="importance", score="grad_norm"),
         "utility-diversity": UtilityDiversitySelection(keep=KEEP),
     }
@@ -152,8 +152,8 @@ def controller() -> None:
             seconds = {}
             for which in ((), (selection,)) if turn % 2 else ((selection,), ()):
                 seconds[bool(which)] = sum(fit(Deep(frozen), *which, steps=steps, batch_size=256, data=data))
-            assert selection._break_even is not None
-            predicted.append(selection._break_even.predicted_speedup or 0.0)
+            assert selection.timer.break_even is not None
+            predicted.append(selection.timer.break_even.predicted_speedup or 0.0)
             ratios.append(seconds[True] / seconds[False])
         name = "frozen" if frozen else "trained"
         print(f"| {name} | {steps} | {statistics.median(ratios):.3f} | {statistics.median(predicted):.2f} |")

@@ -105,7 +105,7 @@ class HardSampleTwin(UniformTwin):
             pressure = 100 ** (1 - step / self.STEPS)
             odds = [pressure ** (-order.index(i) / len(values)) for i in range(len(values))]
             keys = [-math.log(1 / u[i]) / odds[i] for i in range(len(values))]  # an exponential clock for each row
-        elif self.rule == "cdf":
+        elif self.rule == "selective_backprop":
             keys = []
             for i, value in enumerate(values):
                 p = (sum(x <= value for x in pool) / sum(math.isfinite(x) for x in pool)) ** 3

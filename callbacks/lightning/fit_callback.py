@@ -1,4 +1,4 @@
-"""What every callback with a state does alike."""
+"""The base of every callback with a state."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class FitCallback(Callback):
-    """A callback whose state belongs to a fit, and that leaves no trace however the fit ends.
+    """A callback whose state belongs to a fit, and that cleans up however the fit ends.
 
     The evaluation of a checkpoint changes nothing. :meth:`teardown` runs after an exception, too, where Lightning
     does not call it.
@@ -24,7 +24,7 @@ class FitCallback(Callback):
             self.restore(state_dict)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` returned; a callback with a state overrides it."""
+        """Restore what ``state_dict`` returned; a callback with a state overrides it."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Clean up as in :meth:`teardown`."""

@@ -1,4 +1,4 @@
-"""Histograms, tables and pictures in the loggers that have them; others are left out."""
+"""Histograms, tables and pictures in W&B and TensorBoard; loggers without them are left out."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,30 +1,29 @@
-"""Batches before their time: a data loader that knows which come next, and training steps tried on them."""
+"""Batches that come next: a data loader that fetches them early, and training steps that are tried on them."""
 
 import copy
 import itertools
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
+from curation.callbacks.lightning.loop import muted, skips_backward
 from curation.callbacks.lightning.seam import BatchSeam, SeamClient, check_training_step
 from curation.callbacks.online.online_selection import OnlineSelection
-from curation.replace import replace_attribute
 from curation.scoring import side_effect_free
 
 
 class LookAhead:
-    """The batches of a loader, some of which are fetched before they are asked for; in all else it is the loader.
+    """A data loader of which some batches are fetched early; every other attribute is that of the loader.
 
     Args:
-        loader: Of the batches.
-        ahead: How many to have fetched beyond the one that is given.
+        loader: The data loader that yields the batches.
+        ahead: Returns how many batches to fetch beyond the one that is yielded.
 
     Attributes:
-        queue: Those that come next.
+        queue: The batches that come next and are fetched already.
 
     Example:
         >>> loader = LookAhead([1, 2, 3, 4], lambda: 2)
@@ -61,14 +60,15 @@ class LookAhead:
 
 
 class StepsAhead(SeamClient):
-    """Tries the training steps of an accumulation window before it, without gradients, logs or a trace.
+    """Tries the training steps of an accumulation window before it starts, without gradients, logs or side effects.
 
     Args:
-        trainer: Of the fit, which is about to ask for its data loader.
-        pl_module: Its module.
+        trainer: The trainer, before it asks for its data loader.
+        pl_module: The module that is trained.
 
     Raises:
-        TypeError, ValueError: If steps cannot be tried there.
+        TypeError: If the module fetches its own batches.
+        ValueError: If steps cannot be tried with this module, strategy or set of callbacks.
     """
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -77,24 +77,37 @@ class StepsAhead(SeamClient):
             raise ValueError("Argument `estimator` must not be 'prepass' where the module optimizes by hand.")
         if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
             raise ValueError(f"Argument `estimator` must not be 'prepass' with {type(trainer.strategy).__name__}.")
-        others = [type(c).__name__ for c in trainer.callbacks if isinstance(c, OnlineSelection)]  # type: ignore[attr-defined]
-        if others:
-            raise ValueError(f"Argument `estimator` must not be 'prepass' beside {others[0]}, which changes batches.")
+        rules = [type(c).__name__ for c in trainer.callbacks if isinstance(c, OnlineSelection)]  # type: ignore[attr-defined]
+        if rules:
+            raise ValueError(f"Argument `estimator` must not be 'prepass' beside {rules[0]}, which changes batches.")
         self.trainer = trainer
         self.loader: LookAhead | None = None
         BatchSeam.attach(trainer, self)
 
     def watch(self, dataloader: Any) -> Any:
-        """Have the batches of a window at its beginning."""
+        """Fetch all batches of an accumulation window at its beginning.
+
+        Raises:
+            ValueError: If the data loader is stateful: its state would be that of batches not trained on yet.
+        """
         loader = dataloader.loader if isinstance(dataloader, LookAhead) else dataloader
         if hasattr(loader, "state_dict"):
             raise ValueError(f"Argument `estimator` must not be 'prepass' with a stateful {type(loader).__name__}.")
-        trainer, loop = self.trainer, self.trainer.fit_loop
-        self.loader = LookAhead(loader, lambda: 0 if loop._skip_backward else trainer.accumulate_grad_batches - 1)
+        trainer = self.trainer
+        self.loader = LookAhead(loader, lambda: 0 if skips_backward(trainer) else trainer.accumulate_grad_batches - 1)
         return self.loader
 
     def steps(self, batch: Any, batch_idx: int, count: int) -> Iterator[Any]:
-        """Batches of which the training step has just run: ``batch``, and the ``count - 1`` after it."""
+        """Run the training steps of ``batch`` and of the ``count - 1`` batches after it, and yield each batch.
+
+        Args:
+            batch: The batch that is trained on next, on the device.
+            batch_idx: Index of the batch in its epoch.
+            count: Number of steps to try.
+
+        Raises:
+            ValueError: If there are several data loaders, or the data loader has no length.
+        """
         trainer, loader, seam = self.trainer, self.loader, BatchSeam.of(self.trainer)
         loop, module = trainer.fit_loop, trainer.lightning_module
         if trainer.train_dataloader is not loader:
@@ -104,13 +117,11 @@ class StepsAhead(SeamClient):
         assert loop._data_fetcher is not None
         if loop._data_fetcher.length is None:
             raise ValueError("Argument `estimator` must not be 'prepass' with a data loader that has no length.")
-        with ExitStack() as quiet:
-            for name in ("log", "log_dict"):
-                quiet.callback(replace_attribute(module, name, lambda *_, **__: None))
-            for i, other in enumerate([None, *itertools.islice(loader.queue, count - 1)]):
+        with muted(module):
+            for i, coming in enumerate([None, *itertools.islice(loader.queue, count - 1)]):
                 with side_effect_free(module), trainer.precision_plugin.train_step_context():
-                    one = copy.copy(batch) if other is None else seam.transfer(other)
-                    given = copy.copy(one)  # a training step may empty it
-                    named = loop.epoch_loop._build_kwargs(OrderedDict(), given, batch_idx + i)
-                    module.training_step(*named.values())
-                    yield one
+                    tried = copy.copy(batch) if coming is None else seam.transfer(coming)
+                    given = copy.copy(tried)  # a training step may empty it
+                    arguments = loop.epoch_loop._build_kwargs(OrderedDict(), given, batch_idx + i)
+                    module.training_step(*arguments.values())
+                    yield tried

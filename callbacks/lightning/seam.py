@@ -1,8 +1,8 @@
 """The one place where the batch of a LightningModule is replaced.
 
-A callback cannot rebind the batch that a training step gets, and wrapping the module's own hooks goes silently dead
-as soon as a DataModule overrides them. What every route passes through is ``strategy.batch_to_device``, so one
-:class:`BatchSeam` stands in for it on the strategy instance, and the callbacks of this package are its clients.
+A callback cannot rebind the batch that a training step gets, and a wrapper of the module's own hooks is not called
+where a DataModule overrides them. Every batch passes through ``strategy.batch_to_device``, so one :class:`BatchSeam`
+replaces that method on the strategy instance, and the callbacks of this package are its clients.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ from curation.replace import replace_attribute
 
 
 class SeamClient(FitCallback):
-    """What the seam asks of a callback, in the order of the trainer's callbacks."""
+    """A callback that the seam calls, in the order of the trainer's callbacks."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Install the seam, in every stage: sample ids are stripped in evaluation, too."""
@@ -40,7 +40,8 @@ class SeamClient(FitCallback):
     def watch(self, dataloader: Any) -> Any:
         """Called with the training data loader before it is iterated, as often as Lightning prepares one.
 
-        Gives another one to take its place, or None.
+        Returns:
+            A data loader to take its place, or None.
         """
 
     def curate(self, trainer: Trainer, pl_module: LightningModule, batch: Any, sample_ids: Tensor | None) -> Any:
@@ -53,9 +54,9 @@ class SeamClient(FitCallback):
 
 
 class BatchSeam:
-    """Stands in for ``trainer.strategy.batch_to_device`` while it has clients.
+    """Replaces ``trainer.strategy.batch_to_device`` while it has clients.
 
-    Sample ids are stripped in every stage. Clients are asked only for batches that are trained on: not in
+    Sample ids are stripped in every stage. Clients are called only for batches that are trained on: not in
     validation, not in the sanity check, not while stochastic weight averaging updates its normalisation layers.
     """
 
@@ -72,7 +73,7 @@ class BatchSeam:
 
     @staticmethod
     def of(trainer: Trainer) -> "BatchSeam | None":
-        """The seam of a trainer, if there is one."""
+        """The seam of a trainer; None where there is none."""
         seam = vars(trainer.strategy).get("batch_to_device")
         return seam if isinstance(seam, BatchSeam) else None
 
@@ -104,8 +105,8 @@ class BatchSeam:
         dataloader = self._prepare(dataloader)
         if prepares_training_loader(self.trainer):
             for client in self.clients:
-                other = client.watch(dataloader)
-                dataloader = dataloader if other is None else other
+                replacement = client.watch(dataloader)
+                dataloader = dataloader if replacement is None else replacement
         return dataloader
 
     def __call__(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
@@ -126,7 +127,7 @@ class BatchSeam:
         return batch
 
     def transfer(self, batch: Any) -> Any:
-        """Another batch as it will be on the device, curated by nobody."""
+        """A batch as the training step would get it without clients: without sample ids, on the device."""
         batch, _ = split_sample_ids(batch)
         return move_to_device(self.trainer, batch, self._transfer)
 
@@ -150,7 +151,7 @@ class BatchSeam:
 
 
 def check_training_step(pl_module: LightningModule) -> None:
-    """Raise if the module fetches its own batches, which no callback can curate."""
+    """Raise a TypeError if the module fetches its own batches, which no callback can curate."""
     if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
         raise TypeError(
             f"`{type(pl_module).__name__}.training_step(dataloader_iter)` fetches its own batches, so none can be "
@@ -159,14 +160,14 @@ def check_training_step(pl_module: LightningModule) -> None:
 
 
 def check_one_loader(trainer: Trainer, client: object) -> None:
-    """Raise if a fit has several training data loaders, of which a row or a sample id could be of any."""
+    """Raise a TypeError if a fit has several training data loaders: a sample id would name no single sample."""
     loaders = training_loaders(trainer)
     if len(loaders) > 1:
         raise TypeError(f"{type(client).__name__} needs one training data loader, but got {len(loaders)}.")
 
 
 def refuse_strategies(trainer: Trainer, client: object, *strategies: type[Strategy]) -> None:
-    """Raise under DeepSpeed, where nothing of this package was ever tried, and under ``strategies``."""
+    """Raise a TypeError under DeepSpeed, with which this package was never tried, and under ``strategies``."""
     if isinstance(trainer.strategy, (DeepSpeedStrategy, *strategies)):
         raise TypeError(f"{type(client).__name__} does not support {type(trainer.strategy).__name__} yet.")
 

@@ -1,4 +1,4 @@
-"""What a selection tells the callbacks that listen to it."""
+"""What a selection reports to the callbacks that listen to it."""
 
 from dataclasses import dataclass
 
@@ -8,23 +8,21 @@ from torch import Tensor
 
 @dataclass
 class Choice:
-    """What was chosen of a candidate batch.
+    """The rows that were chosen from a candidate batch.
 
     Attributes:
         size: Number of candidates, ``B``.
-        most: The largest such number over all ranks in the first batch of the fit.
-        k: Rows to keep; fewer where ``B < k``.
+        k: Rows to keep; fewer are kept where ``B < k``.
         rows: int64 ``[min(k, B)]``, the kept rows; None where all are kept.
-        weights: fp32 ``[min(k, B)]``, where they do not weigh the same.
-        has_scores: Whether ``scores`` say something of the samples; they are random numbers otherwise.
-        scores: floating ``[B]``; None where all rows are kept without asking.
-        sample_ids: int64 ``[B]``, where the samples have ids.
-        lengths: fp32 ``[B]``, scored positions, of sequences.
-        candidate_loss: Mean loss of the candidates, on logging steps.
+        weights: fp32 ``[min(k, B)]``, weights of the kept rows; None where they are equal.
+        has_scores: Whether ``scores`` describe the samples; they are random numbers otherwise.
+        scores: floating ``[B]``; None where all rows are kept without scoring.
+        sample_ids: int64 ``[B]``; None where the samples have no ids.
+        lengths: fp32 ``[B]``, scored positions of sequences; None where the samples are no sequences.
+        candidate_loss: fp32 scalar, mean loss of the candidates; None except on logging steps.
     """
 
     size: int
-    most: int
     k: int
     rows: Tensor | None = None
     weights: Tensor | None = None
@@ -34,16 +32,21 @@ class Choice:
     lengths: Tensor | None = None
     candidate_loss: Tensor | None = None
 
+    @property
+    def trained(self) -> int:
+        """Number of rows that are trained on."""
+        return min(self.k, self.size)
+
 
 class SelectionListener:
-    """A callback that is told of every choice once it is trained on, on every rank; may hold a collective."""
+    """A callback that gets every choice once it is trained on, on every rank; it may hold a collective."""
 
     def on_selection(self, trainer: Trainer, pl_module: LightningModule, step: int, choice: Choice) -> None:
-        """Take note of a choice.
+        """Called with a choice once its rows are trained on.
 
         Args:
             trainer: The trainer.
             pl_module: The module that is trained.
             step: Candidate batches of this rank that were trained on before.
-            choice: Of this rank.
+            choice: The choice of this rank.
         """

@@ -1,4 +1,4 @@
-"""Concept-aware selection on the online seam."""
+"""Concept-aware selection from candidate batches that are on the device already."""
 
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from curation.batch import batch_size
 from curation.callbacks.online.online_selection import OnlineSelection
 from curation.callbacks.samplers.concept_coverage import check_length, loaded
+from curation.checks import check_choice
 from curation.online.concept_aware import diverse_rows
 from curation.samplers.concept_aware import Diversity, Frequency
 from curation.samplers.concept_choice import Targets, round_targets, target_counts
@@ -17,26 +18,33 @@ from curation.samplers.concept_index import ConceptIndex
 
 
 class ConceptAwareSelection(OnlineSelection):
-    """Keeps the rows with the concepts asked for, of a candidate batch that is on the device already.
+    """Keeps the rows whose concepts match the targets.
 
     A :class:`~curation.samplers.concept_aware.ConceptAwareSampler` chooses the same before anything is decoded, and
     from the candidates of all processes; use this where the batches come from elsewhere. Nothing is scored by the
-    model. Needs sample ids. On an accelerator the concepts are kept there, padded: 4 bytes times the samples times
-    the most concepts of one, and nothing waits for the device.
+    model. Needs sample ids. On an accelerator the concepts are kept there, padded: 4 bytes times the number of
+    samples times the largest number of concepts of a sample, and nothing waits for the device.
 
     Args:
         keep: Fraction of each candidate batch that is trained on, in (0, 1].
-        concepts: Of every sample, or the file of :meth:`~curation.samplers.concept_index.ConceptIndex.save`. None for
-            the data module's attribute ``concepts``.
+        concepts: Concepts of every sample, or the file that
+            :meth:`~curation.samplers.concept_index.ConceptIndex.save` wrote. None for the data module's attribute
+            ``concepts``.
         objective: ``"diversity"`` or ``"frequency"``.
         targets: Concepts wanted: ``"uniform"``, ``"proportional"`` to the corpus, or weights by name.
         when: ``"pays"`` trains on every candidate wherever that is measured to be faster.
-        seed: Of the rounding of targets that are not uniform; equal on all ranks.
+        seed: Seed of the rounding of targets that are not uniform, in [0, 2^63); equal on all ranks.
         trim: Drop the padding columns that no kept row uses.
 
     Raises:
         ValueError: If an argument is out of its range.
         TypeError: If the samples have no ids.
+
+    Example:
+        >>> concepts = ConceptIndex.from_lists([["cat"], ["cat", "dog"], ["dog"], []])
+        >>> selection = ConceptAwareSelection(keep=0.5, concepts=concepts)
+        >>> selection.describe()
+        'diversity of concepts'
     """
 
     has_scores = False
@@ -52,17 +60,15 @@ class ConceptAwareSelection(OnlineSelection):
         trim: bool = True,
     ) -> None:
         super().__init__(keep, when, seed, trim)
-        if objective not in ("diversity", "frequency"):
-            raise ValueError(f"Argument `objective` must be 'diversity' or 'frequency', but got {objective!r}.")
         self.concepts = concepts
-        self.objective = objective
+        self.objective = check_choice("objective", objective, ("diversity", "frequency"))
         self.targets = targets
         self._index: ConceptIndex | None = None
         self._padded: Tensor | None = None
         self._wanted: tuple[int, Tensor] | None = None
 
     def describe(self) -> str:
-        """See the base class."""
+        """The objective."""
         return f"{self.objective} of concepts"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -84,12 +90,12 @@ class ConceptAwareSelection(OnlineSelection):
         check_length(self._index, trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the concepts."""
+        """Release the concepts."""
         super().teardown(trainer, pl_module, stage)
         self._index = self._padded = self._wanted = None
 
     def score(self, trainer: Trainer, pl_module: LightningModule, batch: Any, sample_ids: Tensor | None) -> Tensor:
-        """The row chosen first has the highest score, and those that are not chosen 0."""
+        """Scores fp32 ``[B]``: ``k`` for the row that is chosen first, 1 for the last, and 0 for rows not chosen."""
         if sample_ids is None:
             raise TypeError(
                 "ConceptAwareSelection needs sample ids: wrap the training data set in "

@@ -21,13 +21,13 @@ class HeadRoute:
 
     Attributes:
         used: Whether the head's input is used; None before it was tried.
-        why: Why not, for the log line at the start of the fit.
+        reason: Reason why it is not, for the log line at the start of the fit; empty where it is.
     """
 
     def __init__(self, head: str) -> None:
         self.head = head
         self.used: bool | None = None
-        self.why = ""
+        self.reason = ""
         self._layer: nn.Linear | None = None
 
     def find(
@@ -40,7 +40,7 @@ class HeadRoute:
         """The head whose input is to be scored, or None for logits.
 
         Args:
-            selection: That asks.
+            selection: The selection that scores the batch.
             trainer: The trainer.
             pl_module: The module that is trained.
             batch: The candidate batch, on the device.
@@ -56,7 +56,7 @@ class HeadRoute:
         return self._layer if self.used else None
 
     def forget(self) -> None:
-        """Let go of the module."""
+        """Release the module."""
         self._layer = None
 
     def _try(
@@ -67,7 +67,7 @@ class HeadRoute:
         batch: Any,
         head: nn.Linear,
     ) -> bool | None:
-        """Whether it does, at the scored positions of the longest sample; None where that has none."""
+        """Whether the head makes the logits of the longest sample; None where that has no scored position."""
         try:
             _, targets = selection.outputs(trainer, pl_module, batch, head)
             longest = take_rows(batch, targets.reshape(len(targets), -1).ne(IGNORED).sum(1).argmax()[None])
@@ -76,21 +76,22 @@ class HeadRoute:
             scored = targets.ne(IGNORED)
             with torch.no_grad():
                 expected = logits[scored].float()
-                off = (head(hidden[scored].to(head.weight.dtype)).float() - expected).norm() / expected.norm()
-        except (RuntimeError, IndexError) as error:  # the module does something to its logits that needs their size
-            reason = str(error).splitlines()[0]
+                difference = head(hidden[scored].to(head.weight.dtype)).float() - expected
+                error = difference.norm() / expected.norm()
+        except (RuntimeError, IndexError) as failure:  # the module does something to its logits that needs their size
+            message = str(failure).splitlines()[0]
             if self.head != "auto":
                 raise ValueError(
                     f"Argument `head` must name the layer whose output are the logits, or be 'none', but with "
-                    f"{self.head!r} the module fails: {reason}"
-                ) from error
-            self.why = f" (the head cannot be left out: {reason})"
+                    f"{self.head!r} the module fails: {message}"
+                ) from failure
+            self.reason = f" (the head cannot be left out: {message})"
             return False
         known = expected.isfinite().all() & expected.norm().gt(0)
-        off = torch.where(known, off.nan_to_num(nan=torch.inf), 0.0)
-        off, any_known = trainer.strategy.reduce(torch.stack([off, known]).float(), reduce_op="max").tolist()
+        error = torch.where(known, error.nan_to_num(nan=torch.inf), 0.0)
+        largest, any_known = trainer.strategy.reduce(torch.stack([error, known]).float(), reduce_op="max").tolist()
         if not any_known:
             return None
-        if off >= HEAD_TOLERANCE:
-            self.why = f" (the head's output is {off:.0%} off the logits)"
-        return off < HEAD_TOLERANCE
+        if largest >= HEAD_TOLERANCE:
+            self.reason = f" (the head's output is {largest:.0%} off the logits)"
+        return largest < HEAD_TOLERANCE

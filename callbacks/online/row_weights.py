@@ -1,4 +1,4 @@
-"""How the weights of kept rows reach a loss that takes none."""
+"""Weights of kept rows for modules whose loss takes none."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,13 +10,20 @@ from torch import Tensor, nn
 class RowWeights:
     """Weighs each row's share of the gradient, in any module whose loss is a mean over rows or scored positions.
 
-    A module with an attribute ``sample_weights`` finds them there (fp32 ``[k]``, mean about 1) and multiplies its
-    per-sample losses by them. In any other the gradient with respect to the logits is multiplied row by row, which
-    has the same effect on every parameter: the gradient is linear in it. The loss that is logged is then unweighted.
+    A module with an attribute ``sample_weights`` gets them there (fp32 ``[k]``, mean about 1) and multiplies its
+    per-sample losses by them. In any other module the gradient with respect to the logits is multiplied row by row,
+    which has the same effect on every parameter: their gradients are linear in it. The loss that is logged is then
+    unweighted.
 
     Args:
         module: The module that is trained.
-        maker: The submodule whose output are the logits, or None if it is not known.
+        maker: The submodule whose output is the logits, or None if it is not known.
+
+    Attributes:
+        weights: fp32 ``[k]``, weights of the rows that are trained on next; None for equal ones.
+
+    Raises:
+        ValueError: If ``sample_weights`` of the module is in use.
     """
 
     def __init__(self, module: LightningModule, maker: nn.Module | None) -> None:
@@ -36,7 +43,7 @@ class RowWeights:
             self._undo = maker.register_forward_hook(self._weigh).remove
 
     def set(self, weights: Tensor | None) -> None:
-        """The weights of the batch that is trained on next."""
+        """Set the weights fp32 ``[k]`` of the batch that is trained on next; None for equal ones."""
         self.weights = weights
         if self._takes:
             self._module.sample_weights = weights  # type: ignore[assignment]
@@ -50,25 +57,25 @@ class RowWeights:
             return
         if logits.dim() < 2 or len(logits) != len(weights):
             self._refuse(f" (logits {list(logits.shape)} for {len(weights)} rows)")
-        shaped = weights.view(-1, *[1] * (logits.dim() - 1))
+        factors = weights.view(-1, *[1] * (logits.dim() - 1))
 
         def weigh(gradient: Tensor) -> Tensor:
             self._reached = True
-            return gradient * shaped.to(gradient.dtype)
+            return gradient * factors.to(gradient.dtype)
 
         logits.register_hook(weigh)
 
     def check(self) -> None:
-        """Raise, after a backward pass, if the weights have not reached it."""
+        """Raise a TypeError, after a backward pass, if the weights have not reached it."""
         if not self._reached:
             self._refuse()
 
-    def _refuse(self, why: str = "") -> None:
+    def _refuse(self, detail: str = "") -> None:
         raise TypeError(
-            f"The weights of the kept rows did not reach the loss of {type(self._module).__name__}{why}. Add an "
+            f"The weights of the kept rows did not reach the loss of {type(self._module).__name__}{detail}. Add an "
             "attribute `sample_weights` (None) to it, and multiply the per-sample losses by it where it is set."
         )
 
     def remove(self) -> None:
-        """Leave the module as it was."""
+        """Restore the module."""
         self._undo()

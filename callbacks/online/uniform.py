@@ -19,16 +19,21 @@ class UniformSelection(OnlineSelection):
     Args:
         keep: Fraction of each candidate batch that is trained on, in (0, 1].
         when: ``"pays"`` trains on every candidate wherever that is measured to be faster.
-        seed: Of the draws.
+        seed: Seed of the random draws, in [0, 2^63); equal on all ranks, which draw differently all the same.
         trim: Drop the padding columns that no kept row uses.
 
     Raises:
-        ValueError: If ``keep`` is outside (0, 1], or ``seed`` is no integer in [0, 2^63).
+        ValueError: If an argument is out of its range.
+
+    Example:
+        >>> selection = UniformSelection(keep=0.25, seed=1)
+        >>> selection.keep, selection.has_scores
+        (0.25, False)
     """
 
     has_scores = False
 
     def score(self, trainer: Trainer, pl_module: LightningModule, batch: Any, sample_ids: Tensor | None) -> Tensor:
-        """Random numbers."""
+        """Random numbers, uniform in [0, 1): fp32 ``[B]``."""
         draw = np.random.default_rng((self.seed, self.batches, trainer.global_rank)).random(batch_size(batch))
         return torch.from_numpy(draw).float().to(pl_module.device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Utility-diversity selection (UDS, arXiv 2510.16882) on the seam."""
+"""Utility-diversity selection (UDS, arXiv 2510.16882) as a callback."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -8,16 +8,18 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from curation.callbacks.lightning.collectives import gather_rows
 from curation.callbacks.online.head_route import HeadRoute
-from curation.callbacks.online.online_selection import OnlineSelection, is_number
+from curation.callbacks.online.online_selection import OnlineSelection
+from curation.checks import check_choice, check_number, check_text
 from curation.online.utility_diversity import UtilityDiversityScorer
 from curation.scoring import IGNORED, find_output_head
 
-REFRESH_EVERY = 100
+REFRESH_EVERY = 100  # candidate batches
 
 
 class UtilityDiversitySelection(OnlineSelection):
-    """Keeps the rows whose logits are rich (nuclear norm) and unlike what was kept lately.
+    """Keeps the rows whose logits have a large nuclear norm and differ from those of rows that were kept lately.
 
     The score is ``u + alpha d``: ``u`` the nuclear norm of a sample's logits over its scored positions, ``d`` its
     mean distance to the sketches of the last 1024 kept samples. Where the output head is linear, both come from the
@@ -25,20 +27,25 @@ class UtilityDiversitySelection(OnlineSelection):
 
     Args:
         keep: Fraction of each candidate batch that is trained on, in (0, 1].
-        alpha: Weight of the diversity; 0 leaves the nuclear norm alone.
+        alpha: Weight of the diversity, in [0, 1e6]; 0 leaves the nuclear norm alone.
         normalization: ``"length"`` takes the growth with the number of scored tokens out of both terms, ``"none"``
-            does not; both standardise them over the candidate set. ``"paper"`` is the published formula: raw terms,
-            every position.
+            does not; both standardise the terms over the candidate batch. ``"paper"`` is the published formula: raw
+            terms, every position.
         head: ``"auto"``, ``"none"`` (form the logits), or the path of the ``torch.nn.Linear`` that makes them.
-        precision: Of the scoring pass: ``"fit"`` is that of the fit, ``"bf16"`` autocasts it to bf16, which kept the
-            same rows in about half the time on a CPU with bf16 instructions.
+        precision: Precision of the scoring pass: ``"fit"`` for that of the fit, ``"bf16"`` for autocast to bf16,
+            which kept the same rows in about half the time on a CPU with bf16 instructions.
         when: ``"pays"`` trains on every candidate wherever that is measured to be faster.
-        seed: Of the random projections; equal on all ranks.
+        seed: Seed of the random projections, in [0, 2^63); equal on all ranks.
         trim: Drop the padding columns that no kept row uses.
 
     Raises:
         ValueError: If an argument is out of its range, or ``head`` names no linear layer that makes the logits.
         TypeError: If the module gives no per-sample outputs; the message names the method to add.
+
+    Example:
+        >>> selection = UtilityDiversitySelection(keep=0.25, alpha=2.0, head="none")
+        >>> selection.scorer.alpha, selection.k  # `k` is fixed by the first batch of the fit
+        (2.0, None)
     """
 
     def __init__(
@@ -52,26 +59,17 @@ class UtilityDiversitySelection(OnlineSelection):
         seed: int = 0,
         trim: bool = True,
     ) -> None:
-        if not (is_number(alpha) and 0 <= alpha <= 1e6):
-            raise ValueError(f"Argument `alpha` must be in [0, 1e6], but got {alpha!r}.")
-        if normalization not in ("length", "none", "paper"):
-            raise ValueError(
-                f"Argument `normalization` must be 'length', 'none' or 'paper', but got {normalization!r}."
-            )
-        if not isinstance(head, str):
-            raise ValueError(f"Argument `head` must be 'auto', 'none' or a module path, but got {head!r}.")
-        if precision not in ("fit", "bf16"):
-            raise ValueError(f"Argument `precision` must be 'fit' or 'bf16', but got {precision!r}.")
-        self.alpha = float(alpha)
+        self.alpha = check_number("alpha", alpha, "[0, 1e6]")
+        check_choice("normalization", normalization, ("length", "none", "paper"))
         self.normalization = normalization
-        self.head = head
-        self.precision = precision
+        self.head = check_text("head", head)
+        self.precision = check_choice("precision", precision, ("fit", "bf16"))
         super().__init__(keep=keep, when=when, seed=seed, trim=trim)
 
     def _reset(self) -> None:
         super()._reset()
         self.scorer = UtilityDiversityScorer(self.alpha, self.normalization, self.seed)
-        self._route_of_head = HeadRoute(self.head)
+        self.head_route = HeadRoute(self.head)
         self._refreshed: int | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -80,18 +78,18 @@ class UtilityDiversitySelection(OnlineSelection):
             find_output_head(pl_module, self.head, None)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove the seam and let go of the module."""
+        """Remove the seam and release the module."""
         super().teardown(trainer, pl_module, stage)
-        self._route_of_head.forget()
+        self.head_route.forget()
 
     def describe(self) -> str:
         """The route of the scores."""
-        how = "without forming logits" if self._route_of_head.used else "from logits"
-        return f"{super().describe()}, {how}{self._route_of_head.why}"
+        source = "without forming logits" if self.head_route.used else "from logits"
+        return f"{super().describe()}, {source}{self.head_route.reason}"
 
     def score(self, trainer: Trainer, pl_module: LightningModule, batch: Any, sample_ids: Tensor | None) -> Tensor:
-        """Scores ``[B]``, fp32 or fp64."""
-        head = self._route_of_head.find(self, trainer, pl_module, batch)
+        """Utility plus ``alpha`` times diversity: ``[B]``, fp32 or fp64."""
+        head = self.head_route.find(self, trainer, pl_module, batch)
         if head is None:
             self.scorer.use_logits()
         else:
@@ -108,7 +106,7 @@ class UtilityDiversitySelection(OnlineSelection):
             yield
 
     def _refresh(self, head: nn.Linear) -> None:
-        """Bring the products with the head up to date: once, or every 100 batches while it is trained."""
+        """Compute the products with the head: once, or every 100 batches while it is trained."""
         trained = head.weight.requires_grad
         if self._refreshed is None or (trained and self.batches - self._refreshed >= REFRESH_EVERY):
             self.scorer.use_head(head.weight, head.bias)
@@ -116,13 +114,10 @@ class UtilityDiversitySelection(OnlineSelection):
 
     def on_kept(self, trainer: Trainer, rows: Tensor, k: int) -> None:
         """Remember the kept sketches of every rank, in rank order."""
-        sketches, moments = self.scorer.sketches, self.scorer.moments
-        kept = sketches.new_full((k, sketches.size(1)), torch.nan)  # the memory skips NaN
-        kept[: len(rows)] = sketches[rows]
+        moments = self.scorer.moments
         if trainer.world_size > 1:
-            kept = trainer.strategy.all_gather(kept).flatten(0, 1)
             moments = trainer.strategy.reduce(moments, reduce_op="sum")
-        self.scorer.remember(kept, moments)
+        self.scorer.remember(gather_rows(trainer, self.scorer.sketches[rows]), moments)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and the state of the scorer, the same on every rank."""
@@ -130,15 +125,15 @@ class UtilityDiversitySelection(OnlineSelection):
             **super().state_dict(),
             "scorer": self.scorer.state_dict(),
             "head": self.head,
-            "by_head": self._route_of_head.used,
+            "by_head": self.head_route.used,
             "refreshed": self._refreshed,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`; another ``head`` is tried anew."""
+        """Restore :meth:`state_dict`; with another ``head`` the route of the scores is found anew."""
         super().restore(state)
         self.scorer.load_state_dict(state["scorer"])
         if state["head"] == self.head:
-            self._route_of_head.used = state["by_head"]
-            if self.scorer.head_gram is not None:  # else the head is frozen, and its products are made again
+            self.head_route.used = state["by_head"]
+            if self.scorer.head_gram is not None:  # else the head is frozen, and its products are computed again
                 self._refreshed = state["refreshed"]

@@ -39,7 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "init_args": {"rule": "top", "score": "grad_norm"},
     },
     "rank": {"class_path": CALLBACKS + "HardSampleSelection", "init_args": {"rule": "rank"}},
-    "cdf": {"class_path": CALLBACKS + "HardSampleSelection", "init_args": {"rule": "cdf"}},
+    "cdf": {"class_path": CALLBACKS + "HardSampleSelection", "init_args": {"rule": "selective_backprop"}},
     "importance": {
         "class_path": CALLBACKS + "HardSampleSelection",
         "init_args": {"rule": "importance", "score": "grad_norm"},

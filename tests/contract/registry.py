@@ -138,7 +138,7 @@ CALLBACKS = {
             for rule, options in {
                 "top": {},
                 "rank": {},
-                "cdf": {},
+                "selective_backprop": {},
                 "importance": {"score": "grad_norm"},
             }.items()
         ),

@@ -123,11 +123,11 @@ def test_nothing_is_left_after_an_exception_inside_fit(error):
 def test_what_stood_in_for_the_transfer_before_comes_back():
     run = trainer(UniformSelection(keep=0.25), max_epochs=1)
     original = run.strategy.batch_to_device
-    run.strategy.batch_to_device = mine = lambda *a, **k: original(*a, **k)
+    run.strategy.batch_to_device = replacement = lambda *a, **k: original(*a, **k)
     module = Classifier()
     run.fit(module, loader())
     assert module.seen == [2] * 8
-    assert run.strategy.batch_to_device is mine
+    assert run.strategy.batch_to_device is replacement
 
 
 def test_two_selections_are_refused_by_name():
@@ -233,12 +233,12 @@ def test_scoring_is_billed_to_the_callback():
 def test_the_seam_is_shared_and_leaves_with_its_last_client():
     run = trainer()
     run.strategy.connect(Classifier())
-    one, two = UniformSelection(keep=0.5), UniformSelection(keep=0.5)
-    BatchSeam.attach(run, one)
+    first, second = UniformSelection(keep=0.5), UniformSelection(keep=0.5)
+    BatchSeam.attach(run, first)
     seam = BatchSeam.of(run)
-    BatchSeam.attach(run, two)
+    BatchSeam.attach(run, second)
     assert BatchSeam.of(run) is seam
-    BatchSeam.detach(run, one)
+    BatchSeam.detach(run, first)
     assert installed(run)
-    BatchSeam.detach(run, two)
+    BatchSeam.detach(run, second)
     assert not installed(run)

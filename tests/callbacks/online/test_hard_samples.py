@@ -21,10 +21,12 @@ from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
 from curation.callbacks import HardSampleSelection
+from curation.callbacks.lightning.loop import logging_step
 from curation.callbacks.online.row_weights import RowWeights
+from curation.callbacks.online.scoring_pass import Scoring
 from curation.scoring import per_sample_grad_norm, per_sample_loss
 
-RULES = ["top", "rank", "cdf", "importance"]
+RULES = ["top", "rank", "selective_backprop", "importance"]
 
 
 class Plain(Classifier):
@@ -65,6 +67,18 @@ def test_a_bad_argument_is_named(bad):
     ((name, value),) = bad.items()
     with pytest.raises(ValueError, match=rf"Argument `{name}` must be .* but got {re.escape(repr(value))}"):
         HardSampleSelection(**{"keep": 0.5, **bad})
+
+
+def test_the_old_name_of_a_rule_is_an_alias():
+    """YAML files and checkpoints of before keep loading."""
+    assert HardSampleSelection(keep=0.5, rule="cdf").rule == "selective_backprop"
+    fits = []
+    for rule in ("cdf", "selective_backprop"):
+        torch.manual_seed(0)  # dropout
+        module, selection = Classifier(), HardSampleSelection(keep=0.5, rule=rule)
+        trainer(selection, max_epochs=1).fit(module, loader(shuffle=False))
+        fits.append({**weights(module), "pool": selection.pool})
+    assert_same_weights(*fits)
 
 
 def test_top_keeps_the_rows_of_highest_loss():
@@ -162,8 +176,7 @@ def test_the_selection_pressure_falls_to_one():
 
     class Asks(HardSampleSelection):
         def choose(self, trainer, scores, k):
-            done = trainer.fit_loop.epoch_loop._batches_that_stepped / self._steps
-            pressures.append(self.pressure ** (1 - done))
+            pressures.append(self.pressure ** (1 - logging_step(trainer) / self._steps))
             return super().choose(trainer, scores, k)
 
     trainer(Asks(keep=0.25, rule="rank", pressure=16.0), max_epochs=2).fit(Classifier(), loader())
@@ -198,7 +211,7 @@ def test_rules_with_less_pressure_keep_easier_rows():
         # The gap is logged after this callback of the same step, so the first is missing.
         trainer(Watch(), selection, Gap(), max_epochs=20).fit(module, loader(128))
         gaps[rule] = sum(gap) / len(gap)
-    assert gaps["top"] > gaps["cdf"] > gaps["rank"] > 0
+    assert gaps["top"] > gaps["selective_backprop"] > gaps["rank"] > 0
     assert gaps["importance"] > 0
 
 
@@ -241,10 +254,10 @@ def test_the_gradient_of_sequences_of_unequal_length_is_unbiased():
     losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-100, reduction="none")
     scores, lengths = per_sample_grad_norm(logits, targets), targets.ne(-100).sum(1)
     selection = HardSampleSelection(keep=0.25, rule="importance", score="grad_norm")
-    run, selection._weights = trainer(), RowWeights(module, None)
+    run, selection.row_weights = trainer(), RowWeights(module, None)
     estimates = []
     for step in range(4000):
-        selection.batches, selection._lengths = step, lengths.float()
+        selection.batches, selection.scored = step, Scoring(lengths=lengths.float())
         rows, row_weights = selection.choose(run, scores, 4)
         estimates.append(float((losses[rows] * row_weights[:, None]).sum() / lengths[rows].sum()))
     estimates = torch.tensor(estimates)

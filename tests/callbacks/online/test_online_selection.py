@@ -18,7 +18,7 @@ from curation.callbacks import (
     UniformSelection,
     UtilityDiversitySelection,
 )
-from curation.callbacks.online import online_selection
+from curation.callbacks.online import step_timer
 
 
 class HighestLabel(OnlineSelection):
@@ -72,7 +72,7 @@ def test_keep_out_of_range_is_named(rule, keep):
 
 
 @pytest.mark.parametrize(
-    ("scores", "found"),
+    ("scores", "got"),
     [
         (torch.zeros(3), r"torch\.float32 \[3\]"),
         (torch.arange(8), r"torch\.int64 \[8\]"),
@@ -81,12 +81,12 @@ def test_keep_out_of_range_is_named(rule, keep):
     ],
     ids=str,
 )
-def test_scores_that_are_not_a_number_per_row_are_named(scores, found):
+def test_scores_that_are_not_a_number_per_row_are_named(scores, got):
     class Wrong(OnlineSelection):
         def score(self, *_):
             return scores
 
-    with pytest.raises(ValueError, match=rf"`score` must give one floating number per row, \[8\], but gave {found}"):
+    with pytest.raises(ValueError, match=rf"`score` must give one floating number per row, \[8\], but gave {got}"):
         trainer(Wrong(keep=0.5)).fit(Classifier(), loader())
 
 
@@ -201,10 +201,10 @@ def test_accumulation_averages_equal_micro_batches():
     module.net[1].train = module.net[3].train = lambda mode=True: None
     run.fit(module, loader(shuffle=False, ids=False))
     x, y = (torch.cat([b[i] for b in watch.batches]) for i in (0, 1))
-    twin = Classifier()
-    twin.eval()
-    torch.nn.functional.cross_entropy(twin(x), y).backward()
-    for name, parameter in twin.named_parameters():
+    reference = Classifier()
+    reference.eval()
+    torch.nn.functional.cross_entropy(reference(x), y).backward()
+    for name, parameter in reference.named_parameters():
         torch.testing.assert_close(
             dict(module.named_parameters())[name], start[name] - parameter.grad, rtol=1e-4, atol=1e-6
         )
@@ -362,7 +362,7 @@ class Costs(Classifier):
 @pytest.mark.parametrize(("b", "pays"), [(2.0, True), (0.2, False)])
 def test_selection_that_does_not_pay_is_left_out(monkeypatch, b, pays):
     clock = FakeTime()
-    monkeypatch.setattr(online_selection, "time", clock)
+    monkeypatch.setattr(step_timer, "time", clock)
     selection = HardSampleSelection(keep=0.25, when="pays")
     module = Costs(clock, b)
     run = trainer(selection, max_epochs=4, log_every_n_steps=1)
@@ -378,14 +378,14 @@ def test_selection_that_does_not_pay_is_left_out(monkeypatch, b, pays):
 
 def test_a_window_of_accumulation_is_all_selected_or_all_full(monkeypatch):
     clock = FakeTime()
-    monkeypatch.setattr(online_selection, "time", clock)
+    monkeypatch.setattr(step_timer, "time", clock)
     module = Costs(clock, 0.2)
     trainer(HardSampleSelection(keep=0.25, when="pays"), max_epochs=4, accumulate_grad_batches=3).fit(
         module, loader()
     )
     for epoch in range(4):
-        of_epoch = module.seen[8 * epoch : 8 * epoch + 8]
-        for window in (of_epoch[:3], of_epoch[3:6], of_epoch[6:]):
+        epoch_sizes = module.seen[8 * epoch : 8 * epoch + 8]
+        for window in (epoch_sizes[:3], epoch_sizes[3:6], epoch_sizes[6:]):
             assert len(set(window)) == 1
     assert set(module.seen) == {2, 8}
 

@@ -46,24 +46,24 @@ def fit(rule, module=None, samples=None, **kwargs):
 def test_selection_in_a_fit_equals_the_definition(head, normalization):
     rule = Scores(keep=0.25, alpha=0.5, normalization=normalization, head=head, seed=11)
     fit(rule)
-    twin, model = UtilityDiversityTwin(0.5, normalization, 11), LanguageModel().model.eval()
+    reference, model = UtilityDiversityTwin(0.5, normalization, 11), LanguageModel().model.eval()
     for i, batch in enumerate(DataLoader(texts(), batch_size=8)):
         with torch.no_grad():
             logits = model(batch["input_ids"], batch["attention_mask"]).logits[:, :-1]
-        expected = twin.score(i, 0, logits, batch["labels"][:, 1:])
+        expected = reference.score(i, 0, logits, batch["labels"][:, 1:])
         torch.testing.assert_close(rule.all_scores[i].double(), expected, rtol=2e-3, atol=2e-3)
         rows = sorted(expected.argsort(descending=True)[:2].tolist())
         assert rule.all_rows[i] == rows
-        twin.keep(rows), twin.end_step()
+        reference.keep(rows), reference.end_step()
     assert ("without forming logits" in rule.describe()) == (head == "auto")
 
 
 def test_padding_to_twice_the_length_changes_neither_scores_nor_selection():
-    one, two = Scores(keep=0.25), Scores(keep=0.25)
-    fit(one)
-    fit(two, samples=texts(pad_to=40))
-    assert one.all_rows == two.all_rows
-    for a, b in zip(one.all_scores, two.all_scores, strict=True):
+    unpadded, padded = Scores(keep=0.25), Scores(keep=0.25)
+    fit(unpadded)
+    fit(padded, samples=texts(pad_to=40))
+    assert unpadded.all_rows == padded.all_rows
+    for a, b in zip(unpadded.all_scores, padded.all_scores, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -266,7 +266,7 @@ def test_bad_arguments_are_named_before_training():
         UtilityDiversitySelection(keep=0.5, normalization="sum")
     with pytest.raises(ValueError, match=r"Argument `precision` must be 'fit' or 'bf16', but got 'fp8'"):
         UtilityDiversitySelection(keep=0.5, precision="fp8")
-    with pytest.raises(ValueError, match=r"Argument `head` must be 'auto', 'none' or a module path, but got 3"):
+    with pytest.raises(ValueError, match=r"Argument `head` must be a string, but got 3"):
         UtilityDiversitySelection(keep=0.5, head=3)
 
     class Untouched(LanguageModel):

@@ -1,0 +1,49 @@
+"""How many rows of a candidate batch are trained on."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from curation.online.top import keep_count
+
+
+class Budget:
+    """The number of rows ``k`` to keep, fixed by the first batch of a fit.
+
+    It is the same on every rank and in every micro-batch of an accumulation window, so all of them weigh the same.
+
+    Args:
+        keep: Fraction of each candidate batch that is trained on, in (0, 1].
+
+    Attributes:
+        candidates: Largest number of rows over all ranks in the first batch; None before it.
+        k: Rows to keep of every candidate batch; None before the first one.
+    """
+
+    def __init__(self, keep: float) -> None:
+        self.keep = keep
+        self.candidates: int | None = None
+        self.k: int | None = None
+        self._fixed_for: list[Any] = []
+
+    def rows_to_keep(self, trainer: Trainer, size: int) -> int:
+        """Rows to keep of a batch of ``size`` rows; the first call is a collective.
+
+        It is fixed anew after a resume with another ``keep`` or another batch size of the data loader.
+        """
+        conditions = [self.keep, getattr(trainer.train_dataloader, "batch_size", None)]
+        if self.k is None or self._fixed_for != conditions:
+            largest = torch.tensor(float(size), device=trainer.strategy.root_device)
+            self.candidates = int(trainer.strategy.reduce(largest, reduce_op="max"))
+            self.k = keep_count(self.keep, self.candidates)
+            self._fixed_for = conditions
+        return self.k
+
+    def state_dict(self) -> dict[str, Any]:
+        """The numbers, and the ``keep`` and batch size that they are fixed for."""
+        return {"candidates": self.candidates, "k": self.k, "k_is_for": self._fixed_for}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        self.candidates, self.k, self._fixed_for = state["candidates"], state["k"], state["k_is_for"]

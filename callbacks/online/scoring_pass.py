@@ -1,0 +1,94 @@
+"""The forward pass over the candidates."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from curation.batch import batch_size
+from curation.callbacks.lightning.loop import logs_now
+from curation.scoring import (
+    IGNORED,
+    Route,
+    find_route,
+    head_as_identity,
+    per_sample_from_hidden,
+    per_sample_loss,
+)
+
+
+@dataclass
+class Scoring:
+    """The result of scoring one candidate batch.
+
+    Attributes:
+        scores: floating ``[B]``, what the rule's ``score`` returned; None before it did.
+        lengths: fp32 ``[B]``, scored positions of sequences; None where the samples are no sequences, or the rule
+            asks for no outputs.
+        candidate_loss: fp32 scalar, mean loss of the candidates; None except on logging steps.
+    """
+
+    scores: Tensor | None = None
+    lengths: Tensor | None = None
+    candidate_loss: Tensor | None = None
+
+
+class ScoringPass:
+    """Runs the module on the candidates by the route that :func:`curation.scoring.find_route` finds once.
+
+    Attributes:
+        name: Name of the route, for the log line at the start of the fit; None before the first pass.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._route: Route | None = None
+
+    def run(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        head: nn.Linear | None,
+        context: AbstractContextManager[None],
+    ) -> tuple[Tensor, Tensor, Scoring]:
+        """Outputs and targets of the candidates, and what they say of the lengths and the loss.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module that is trained.
+            batch: The candidate batch, on the device.
+            head: Output head whose input is returned in place of the logits; None for logits.
+            context: Context in which the module runs without side effects.
+
+        Returns:
+            ``[B, T, V]`` with int64 ``[B, T]``, or ``[B, C]`` with ``[B]``, and a :class:`Scoring` without scores.
+
+        Raises:
+            TypeError: If the module gives no per-sample outputs; the message names the method to add.
+            ValueError: If it gives another number of rows than the batch has.
+        """
+        if self._route is None:
+            self._route = find_route(pl_module, batch)
+            self.name = self._route.name
+        scoring = Scoring()
+        with context:
+            with head_as_identity(head):
+                outputs, targets = self._route(batch)
+            if logs_now(trainer):
+                losses = (
+                    per_sample_loss(outputs, targets)
+                    if head is None
+                    else per_sample_from_hidden(per_sample_loss, outputs, targets, head)
+                )
+                scoring.candidate_loss = losses.nanmean()
+        if len(outputs) != batch_size(batch):
+            raise ValueError(f"The scored outputs have {len(outputs)} rows for a batch of {batch_size(batch)}.")
+        scoring.lengths = targets.ne(IGNORED).sum(1).float() if targets.dim() == 2 else None
+        return outputs, targets, scoring
+
+    def forget(self) -> None:
+        """Release the module; the name of the route stays."""
+        self._route = None
