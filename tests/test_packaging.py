@@ -163,7 +163,7 @@ def test_a_users_file_is_checked_against_the_types_of_every_public_name(
     lines = [f"from {package} import {name} as public_{i}" for i, (package, name) in enumerate(names)]
     lines += [
         "from curation.callbacks import HardSampleSelection",
-        "from curation.recipes.cli.main import find_recipe",
+        "from curation.recipes.catalogue import find_recipe",
         "",
         *(f"reveal_type(public_{i})" for i in range(len(names))),
         "reveal_type(find_recipe)",

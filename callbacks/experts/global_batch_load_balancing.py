@@ -88,6 +88,7 @@ class GlobalBatchLoadBalancing(FitCallback):
         buffer: Literal["running", "warm", "deferred", "prepass"] | None = None,
     ) -> None:
         if buffer is not None:
+            check_choice("buffer", buffer, ("running", "warm", "deferred", "prepass"))
             if estimator not in ("running", buffer):
                 raise ValueError(
                     f"Argument `buffer` must be None beside `estimator`, its new name, but got {buffer!r} and "

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curation.batch import batch_size
 from curation.callbacks.online.online_selection import OnlineSelection
-from curation.callbacks.samplers.concept_coverage import check_length, loaded
+from curation.callbacks.samplers.concept_coverage import check_concepts, check_length, loaded
 from curation.checks import check_choice
 from curation.online.concept_aware import diverse_rows
 from curation.samplers.concept_aware import Diversity, Frequency
@@ -60,6 +60,7 @@ class ConceptAwareSelection(OnlineSelection):
         trim: bool = True,
     ) -> None:
         super().__init__(keep, when, seed, trim)
+        check_concepts(concepts)
         self.concepts = concepts
         self.objective = check_choice("objective", objective, ("diversity", "frequency"))
         self.targets = targets

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from curation.batch import batch_size, take_rows, trim_padding
-from curation.callbacks.lightning.loop import logs_now, muted  # noqa: F401
+from curation.callbacks.lightning.loop import muted
 from curation.callbacks.lightning.seam import (
     BatchSeam,
     SeamClient,

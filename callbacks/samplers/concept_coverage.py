@@ -57,6 +57,7 @@ class ConceptCoverageMonitor(SeamClient, SelectionListener):
     """
 
     def __init__(self, concepts: ConceptIndex | str | Path | None = None, targets: Targets | None = None) -> None:
+        check_concepts(concepts)
         self.concepts = concepts
         self.targets = targets
         self.visits: Tensor | None = None
@@ -202,14 +203,23 @@ def loaded(concepts: Any) -> ConceptIndex | None:
         TypeError: If it is something else.
         ValueError: If there is no such file.
     """
+    check_concepts(concepts)
     if isinstance(concepts, (str, Path)):
         try:
             return ConceptIndex.load(concepts)
         except FileNotFoundError as error:
             raise ValueError(f"Argument `concepts` must name a file, but there is no {str(concepts)!r}.") from error
-    if concepts is not None and not isinstance(concepts, ConceptIndex):
-        raise TypeError(f"Argument `concepts` must be a ConceptIndex or a file, but got {type(concepts).__name__}.")
     return concepts
+
+
+def check_concepts(concepts: Any) -> None:
+    """Refuse what is neither an index, nor a path, nor None.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if concepts is not None and not isinstance(concepts, (ConceptIndex, str, Path)):
+        raise TypeError(f"Argument `concepts` must be a ConceptIndex or a file, but got {concepts!r}.")
 
 
 def check_length(index: ConceptIndex, trainer: Trainer) -> None:
