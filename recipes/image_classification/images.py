@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from curation.batch import SampleIds
-from curation.checks import check_flag, check_integer, check_number, check_seed, check_text
+from curation.checks import check_flag, check_integer, check_number, check_path, check_seed
 from curation.recipes.image_classification.fashion_mnist import FASHION_MNIST, load_images
 from curation.recipes.label_noise import corrupt_labels
 from curation.recipes.sources import sampled
@@ -60,7 +60,7 @@ class Images(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_text("data", data)
+        self.data = check_path("data", data)
         check_number("label_noise", label_noise, "[0, 1)")
         check_number("holdout", holdout, "(0, 1)")
         check_flag("swap", swap)
@@ -69,7 +69,6 @@ class Images(LightningDataModule):
         check_integer("batch_size", batch_size, 1)
         check_integer("num_workers", num_workers, 0)
         check_seed(seed)
-        self.data = data
         self.label_noise = label_noise
         self.holdout = holdout
         self.swap = swap

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from curation.batch import SampleIds
-from curation.checks import check_integer, check_seed, check_text
+from curation.checks import check_integer, check_path, check_seed
 from curation.recipes.image_text.emoji import EMOJI
 from curation.recipes.image_text.picture_files import HELD_OUT, decode, load_tagged_pictures
 from curation.recipes.sources import sampled
@@ -61,12 +61,11 @@ class TaggedPictures(LightningDataModule):
         image_size: int = 64,
     ) -> None:
         super().__init__()
-        check_text("data", data)
+        self.data = check_path("data", data)
         check_integer("batch_size", batch_size, 1)
         check_integer("num_workers", num_workers, 0)
         check_seed(seed)
         check_integer("image_size", image_size, 1)
-        self.data = data
         self.batch_size = batch_size
         self.sampler = sampler
         self.num_workers = num_workers

@@ -20,6 +20,7 @@ class LinearProbe(ImageClassifier):
         ValueError: If an argument is out of its range.
 
     Example:
+        >>> import torch
         >>> LinearProbe(classes=3)(torch.zeros(2, 384)).shape
         torch.Size([2, 3])
     """

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from curation.batch import SampleIds
-from curation.checks import check_integer, check_number, check_seed, check_text
+from curation.checks import check_integer, check_number, check_path, check_seed, check_text
 from curation.files import replacing
 from curation.recipes.label_noise import corrupt_labels
 from curation.recipes.sources import require_extra, resolve
@@ -65,23 +65,21 @@ class TextEmbeddings(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_text("data", data)
+        self.data = check_path("data", data)
         check_integer("samples_per_class", samples_per_class, 1)
         check_text("embedder", embedder)
         check_integer("max_length", max_length, 1)
-        check_text("cache", cache, optional=True)
+        self.cache = check_path("cache", cache, optional=True)
         check_number("label_noise", label_noise, "[0, 1)")
         check_number("holdout", holdout, "(0, 0.5)")
         check_integer("batch_size", batch_size, 1)
         check_integer("num_workers", num_workers, 0)
         check_seed(seed)
-        if cache is not None and not cache.endswith(".npy"):
+        if self.cache is not None and not self.cache.endswith(".npy"):
             raise ValueError(f"Argument `cache` must name a .npy file, but got {cache!r}.")
-        self.data = data
         self.samples_per_class = samples_per_class
         self.embedder = embedder
         self.max_length = max_length
-        self.cache = cache
         self.label_noise = label_noise
         self.holdout = holdout
         self.batch_size = batch_size
