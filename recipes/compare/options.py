@@ -60,7 +60,8 @@ class Options:
         package = {"dask": "distributed"}.get(check_choice("--backend", self.backend, BACKENDS), self.backend)
         if self.backend != "loky" and find_spec(package) is None:
             raise ValueError(f"Argument `--backend={self.backend}` needs `pip install {package}`.")
-        check_number("--keep", self.keep, "(0, 1]", optional=True)
+        if self.keep is not None:  # on the command line there is no None to name
+            check_number("--keep", self.keep, "(0, 1]")
         if self.target is not None and not math.isfinite(self.target):
             raise ValueError(f"Argument `--target` must be a finite number, but got {self.target!r}.")
         if len(set(names)) < len(names):
