@@ -574,7 +574,10 @@ def test_nothing_is_left_on_the_routers_after_a_fit():
         ),
         ({"micro_fraction": 1.5}, r"Argument `micro_fraction` must be in \[0, 1\], but got 1.5"),
         ({"top_k": 0}, "Argument `top_k` must be an integer >= 1 or None, but got 0"),
-        ({"scores": "relu"}, "Argument `scores` must be 'auto', 'softmax' or 'sigmoid', but got 'relu'"),
+        (
+            {"scores": "relu"},
+            "Argument `scores` must be 'auto', 'softmax', 'sigmoid' or 'sqrtsoftplus', but got 'relu'",
+        ),
     ],
 )
 def test_a_bad_argument_is_named_with_its_value(arguments, message):
