@@ -567,7 +567,7 @@ def test_nothing_is_left_on_the_routers_after_a_fit():
         ({"routers": None}, "Argument `routers` must be a string, but got None"),
         ({"mask": 1}, "Argument `mask` must be a string or None, but got 1"),
         ({"estimator": 1}, "Argument `estimator` must be 'running', 'warm', 'deferred' or 'prepass', but got 1"),
-        ({"buffer": "exact"}, "Argument `estimator` must be 'running', .* but got 'exact'"),
+        ({"buffer": "exact"}, "Argument `buffer` must be 'running', .* but got 'exact'"),
         (
             {"estimator": "warm", "buffer": "prepass"},
             "Argument `buffer` must be None .* got 'prepass' and 'warm'",
