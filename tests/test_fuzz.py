@@ -397,7 +397,17 @@ def test_advantages(pairs, dtype, baseline, normalizer, size):
         assert 0 <= float(whole) <= 7 * len(of)
 
 
-@fuzz(60, 4000, SIZE, st.integers(1, 6), FLOATING, pick(["softmax", "sigmoid", "none", "else"]), FEW, BROKEN, SEED)
+@fuzz(
+    60,
+    4000,
+    SIZE,
+    st.integers(1, 6),
+    FLOATING,
+    pick(["softmax", "sigmoid", "sqrtsoftplus", "none", "else"]),
+    FEW,
+    BROKEN,
+    SEED,
+)
 def test_experts(n, experts, dtype, scores, sequences, value, seed):
     generator = torch.Generator().manual_seed(seed)
     mask, logits = torch.rand(n, generator=generator) < 0.7, torch.rand(n, experts, generator=generator).to(dtype)

@@ -30,7 +30,7 @@ class MicroBatch:
         statistics: The statistics of each of ``L`` routers.
         counts: int64 ``[L, E + 1]``: choices of each expert on this process, and tokens last.
         total: The same of all processes.
-        mask: Not 0 for tokens that count, in the order of the router's tokens; None if all do.
+        masks: For each router, not 0 for tokens that count, in the order of its tokens; None if all do.
         length: Number of micro-batches that the window is expected to have.
         processes: Number of processes.
     """
@@ -39,7 +39,7 @@ class MicroBatch:
     statistics: list[RouterStatistics]
     counts: Tensor
     total: Tensor
-    mask: Tensor | None
+    masks: list[Tensor | None]
     length: int
     processes: int
 
@@ -171,13 +171,13 @@ class DeferredEstimator(RunningEstimator):
     def fractions(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """As :meth:`RunningEstimator.fractions`; stores the calls."""
         f, weights = super().fractions(batch)
-        mask = None if batch.mask is None else batch.mask.reshape(-1).bool()
+        masks = [None if mask is None else mask.reshape(-1).bool() for mask in batch.masks]
         for call in batch.calls:
             statistics = batch.statistics[call.router]
             f_i = f[call.router, : len(statistics.counts)]
             gradient = len(f_i) * weights[call.router] / statistics.tokens.clamp(min=1) * f_i
             inputs = tree_map_only(Tensor, Tensor.detach, call.inputs)
-            self.stored.append(StoredCall(call.router, inputs, mask, gradient))
+            self.stored.append(StoredCall(call.router, inputs, masks[call.router], gradient))
         return f, weights
 
     @torch.enable_grad()

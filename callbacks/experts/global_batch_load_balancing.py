@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from curation.callbacks.experts.estimators import GLOBAL, SCOPES, MicroBatch, make_estimator
-from curation.callbacks.experts.router_listener import Phase, RouterCall, RouterListener
+from curation.callbacks.experts.router_listener import Phase, RouterCall, RouterListener, refuse_balancing_losses
 from curation.callbacks.lightning.collectives import sum_over_processes
 from curation.callbacks.lightning.fit_callback import FitCallback
 from curation.callbacks.lightning.loop import skips_backward
 from curation.callbacks.lightning.seam import refuse_strategies
 from curation.checks import check_choice, check_integer, check_number, check_text
 from curation.experts.load_balancing import bias_update, expert_fractions, load_balancing_loss
+from curation.experts.router_scores import CANDIDATES
 from curation.experts.router_statistics import balance_metrics, stack_counts
 from curation.experts.routers import Router, adds_balancing_loss, find_routers, selection_bias
 from curation.experts.window import Window
@@ -39,6 +40,10 @@ class GlobalBatchLoadBalancing(FitCallback):
     exceeds 1, which can be 0 without balance (read ``max_load``). The fractions are those of all processes and of the
     micro-batches since the last step.
 
+    A module that optimizes by hand, and makes several backward passes of a batch, may say so before each of them by
+    two attributes: ``passes_per_step``, the number of passes between two steps of the optimizer, in place of
+    ``accumulate``; and ``token_mask`` ``[B, T]``, the tokens of the pass that count, in place of ``mask``.
+
     Args:
         coefficient: Factor of the loss, which is summed over layers; in [0, inf).
         scope: Tokens over which each layer is balanced: ``"global"``, all tokens of an optimizer step; ``"rank"``,
@@ -57,13 +62,15 @@ class GlobalBatchLoadBalancing(FitCallback):
         top_k: Number of experts per token, for all routers; None for the value that each router has.
         scores: How logits become probabilities; ``"auto"`` for what each router does.
         mask: Tokens that count: the key of a value ``[B, T]`` that is not 0 there, in batches that are mappings; or a
-            function from the batch to that value; None for all tokens.
+            function from the batch to that value; None for all tokens. The routers of a decoder that has an encoder
+            take the key with ``decoder_`` before it, else the tokens whose ``labels`` are not -100, else all; a
+            function returns a pair for such a model, of the encoder and the decoder.
         accumulate: Number of micro-batches of an optimizer step, where the module optimizes by hand.
         buffer: Old name of ``estimator``; None where that is used.
 
     Raises:
-        ValueError: If an argument is of the wrong type or out of its range, there is no router, or the model adds
-            such a loss itself.
+        ValueError: If an argument is of the wrong type or out of its range, there is no router, a router does not
+            tell its scores or its experts, or the model adds such a loss itself.
         RuntimeError: If routers do not fire where they should.
 
     Example:
@@ -82,7 +89,7 @@ class GlobalBatchLoadBalancing(FitCallback):
         bias_rate: float = 0.0,
         routers: str | Callable[[str, nn.Module], bool] = "auto",
         top_k: int | None = None,
-        scores: Literal["auto", "softmax", "sigmoid"] = "auto",
+        scores: Literal["auto", "softmax", "sigmoid", "sqrtsoftplus"] = "auto",
         mask: str | Callable[[Any], Tensor] | None = "attention_mask",
         accumulate: int = 1,
         buffer: Literal["running", "warm", "deferred", "prepass"] | None = None,
@@ -103,18 +110,19 @@ class GlobalBatchLoadBalancing(FitCallback):
         self.bias_rate = check_number("bias_rate", bias_rate, "[0, inf)")
         self.routers = routers if callable(routers) else check_text("routers", routers)
         self.top_k = check_integer("top_k", top_k, 1, optional=True)
-        check_choice("scores", scores, ("auto", "softmax", "sigmoid"))
+        check_choice("scores", scores, ("auto", *CANDIDATES))
         self.scores = scores
         self.mask = mask if callable(mask) else check_text("mask", mask, optional=True)
         self.accumulate = check_integer("accumulate", accumulate, 1)
         self._routers: list[Router] = []
         self._listener: RouterListener | None = None
+        self._undo: list[Callable[[], None]] = []
         self._reset()
 
     def _reset(self) -> None:
         self._estimator = make_estimator(self.scope, self.estimator)
         self._restored: dict[str, Any] | None = None
-        self._mask: Tensor | None = None  # of the current batch
+        self._masks: list[Tensor | None] = []  # of the current batch, for each router
         self._remaining = 0.0  # micro-batches of the epoch after the current one
         self._router_optimizers: list[Any] = []
         self._metrics: dict[str, Tensor] = {}
@@ -142,6 +150,7 @@ class GlobalBatchLoadBalancing(FitCallback):
                     f"{type(module).__name__} adds a load-balancing loss itself: set `config.output_router_logits` "
                     "to False, or leave GlobalBatchLoadBalancing out."
                 )
+        self._undo = refuse_balancing_losses(pl_module)
         if self.bias_rate and all(selection_bias(router) is None for router in self._routers):
             raise ValueError(
                 f"Argument `bias_rate` must be 0 where no router has a bias, but got {self.bias_rate!r}."
@@ -182,26 +191,46 @@ class GlobalBatchLoadBalancing(FitCallback):
             _, expected = self._length(trainer, pl_module)
             with listener.in_phase(Phase.COUNTING):
                 self._estimator.look_ahead(trainer, batch, batch_idx, expected, self._count)
-        self._mask = self._mask_of(batch)
+        self._masks = self._masks_of(batch)
 
     def _listening(self) -> RouterListener:
         assert self._listener is not None
         return self._listener
 
-    def _mask_of(self, batch: Any) -> Tensor | None:
+    def _masks_of(self, batch: Any) -> list[Tensor | None]:
+        """The tokens that count, for each router."""
+        has_decoder = any(router.decoder for router in self._routers)
         if callable(self.mask):
-            return self.mask(batch)
-        return batch[self.mask] != 0 if isinstance(batch, Mapping) and self.mask in batch else None
+            masks = self.mask(batch)
+            if has_decoder != isinstance(masks, tuple):
+                raise ValueError(
+                    "Argument `mask` must return a pair, of the encoder and the decoder, for a model that has both, "
+                    f"and one mask for any other, but it returned {type(masks).__name__}."
+                )
+            encoder, decoder = masks if has_decoder else (masks, None)
+        else:
+            values = batch if isinstance(batch, Mapping) and self.mask is not None else {}
+            encoder = values[self.mask] != 0 if self.mask in values else None
+            decoder = values["labels"] != -100 if has_decoder and "labels" in values else None
+            if f"decoder_{self.mask}" in values:
+                decoder = values[f"decoder_{self.mask}"] != 0
+        return [decoder if router.decoder else encoder for router in self._routers]
 
     def _length(self, trainer: Trainer, pl_module: LightningModule) -> tuple[int, int]:
         """Micro-batches by which a step is divided, and those that the current window will have."""
-        length = trainer.accumulate_grad_batches if pl_module.automatic_optimization else self.accumulate
+        if pl_module.automatic_optimization:
+            length = trainer.accumulate_grad_batches
+        elif "passes_per_step" in vars(pl_module):
+            passes = vars(pl_module)["passes_per_step"]
+            return passes, passes
+        else:
+            length = self.accumulate
         return length, self.window.expected_size(length, self._remaining)
 
     def _count(self, batch: Any) -> Tensor:
         """Choices of the routers for a batch that was tried: int64 ``[L, E + 1]``."""
         listener = self._listening()
-        return stack_counts(listener.statistics(listener.take_counted(), self._mask_of(batch)))
+        return stack_counts(listener.statistics(listener.take_counted(), self._masks_of(batch)))
 
     # ------------------------------------------------------------------ the loss
 
@@ -218,13 +247,15 @@ class GlobalBatchLoadBalancing(FitCallback):
                 loss.add_(added - added.detach())
 
     def _balancing_loss(self, trainer: Trainer, pl_module: LightningModule, calls: list[RouterCall]) -> Tensor:
+        token_mask = None if pl_module.automatic_optimization else getattr(pl_module, "token_mask", None)
+        masks = self._masks if token_mask is None else [token_mask.to(pl_module.device)] * len(self._routers)
         statistics = self._listening().statistics(
-            calls, self._mask, self._estimator.uses_sequences, self.z_coefficient > 0
+            calls, masks, self._estimator.uses_sequences, self.z_coefficient > 0
         )
         counts = stack_counts(statistics)
         total = sum_over_processes(trainer, counts.clone())
         length, expected = self._length(trainer, pl_module)
-        batch = MicroBatch(calls, statistics, counts, total, self._mask, expected, trainer.world_size)
+        batch = MicroBatch(calls, statistics, counts, total, masks, expected, trainer.world_size)
         losses, weights = self._estimator.losses(batch)
         added = torch.zeros((), device=counts.device)
         for each, loss, weight in zip(statistics, losses, weights, strict=True):
@@ -276,7 +307,9 @@ class GlobalBatchLoadBalancing(FitCallback):
         self._estimator.teardown(trainer, pl_module, stage)
         if self._listener is not None:
             self._listener.remove()
-        self._listener, self._routers, self._router_optimizers, self._mask = None, [], [], None
+        for undo in self._undo:
+            undo()
+        self._listener, self._routers, self._router_optimizers, self._masks, self._undo = None, [], [], [], []
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -1,6 +1,7 @@
 """The calls of routers in a training step, recorded by forward hooks."""
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -10,9 +11,31 @@ import torch
 from torch import Tensor, nn
 
 from curation.experts.router_statistics import RouterStatistics, router_statistics
-from curation.experts.routers import Router
+from curation.experts.routers import Router, can_add_balancing_loss
 
 CALLS = "_curation_router_calls"  # attribute of a router while it is listened to
+
+
+def refuse_balancing_losses(model: nn.Module) -> list[Callable[[], None]]:
+    """Refuse calls of models of transformers that switch on their own load-balancing loss.
+
+    Returns:
+        Functions that undo this.
+    """
+
+    def refuse(module: nn.Module, args: Any, named: dict[str, Any]) -> None:
+        if torch.is_grad_enabled() and named.get("output_router_logits") and named.get("labels") is not None:
+            raise ValueError(
+                f"{type(module).__name__} adds a load-balancing loss itself: call it without `output_router_logits`, "
+                "or leave GlobalBatchLoadBalancing out."
+            )
+
+    return [
+        module.register_forward_pre_hook(refuse, with_kwargs=True).remove
+        for module in model.modules()
+        if can_add_balancing_loss(getattr(module, "config", None))
+        and "labels" in inspect.signature(module.forward).parameters
+    ]
 
 
 class Phase(Enum):
@@ -166,19 +189,19 @@ class RouterListener:
             )
 
     def statistics(
-        self, calls: list[RouterCall], mask: Tensor | None, sequences: bool = False, z: bool = False
+        self, calls: list[RouterCall], masks: list[Tensor | None], sequences: bool = False, z: bool = False
     ) -> list[RouterStatistics]:
         """The statistics of every router over its calls.
 
         Args:
             calls: The calls of a micro-batch.
-            mask: ``[B, T]`` or flat, not 0 for tokens that count; None if all do.
+            masks: For each router ``[B, T]`` or flat, not 0 for tokens that count; None if all do.
             sequences: Whether to compute the loss of the sequences.
             z: Whether to compute the z-loss.
 
         Raises:
             RuntimeError: If a router has no call.
-            ValueError: If the mask does not fit.
+            ValueError: If a mask does not fit.
         """
         outputs: list[list[Any]] = [[] for _ in self.routers]
         for call in calls:
@@ -189,7 +212,10 @@ class RouterListener:
                     f"The router {router.name} did not fire with gradients where others did. If it is not meant to, "
                     "leave it out of `routers`; under reentrant activation checkpointing use `use_reentrant=False`."
                 )
-        return [router_statistics(r, each, mask, sequences, z) for r, each in zip(self.routers, outputs, strict=True)]
+        return [
+            router_statistics(router, each, mask, sequences, z)
+            for router, each, mask in zip(self.routers, outputs, masks, strict=True)
+        ]
 
     def remove(self) -> None:
         """Leave the routers as they were."""

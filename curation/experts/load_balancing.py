@@ -73,7 +73,8 @@ def probabilities(logits: Tensor, scores: str = "softmax") -> Tensor:
     Args:
         logits: ``[N, E]``.
         scores: ``"softmax"``; ``"sigmoid"``, scaled to sum to 1 (as in DeepSeek-V3, arXiv 2412.19437, eq. 17 to 20);
-            or ``"none"`` where ``logits`` are probabilities already.
+            ``"sqrtsoftplus"``, the square root of a softplus, scaled alike (DeepSeek-V4); or ``"none"`` where
+            ``logits`` are probabilities already.
 
     Returns:
         fp32 ``[N, E]``.
@@ -85,11 +86,27 @@ def probabilities(logits: Tensor, scores: str = "softmax") -> Tensor:
         >>> probabilities(torch.tensor([[0.0, 0.0]]), "sigmoid")
         tensor([[0.5000, 0.5000]])
     """
-    check_choice("scores", scores, ("softmax", "sigmoid", "none"))
+    check_choice("scores", scores, ("softmax", "sigmoid", "sqrtsoftplus", "none"))
     if scores == "softmax":
         return logits.float().softmax(-1)
-    p = logits.float().sigmoid() if scores == "sigmoid" else logits.float()
+    p = raw_scores(logits, scores)
     return p / p.sum(-1, keepdim=True).clamp(min=1e-20)
+
+
+def raw_scores(logits: Tensor, scores: str) -> Tensor:
+    """The scores of a router that treats each expert by itself, before they are scaled to sum to 1.
+
+    Args:
+        logits: ``[N, E]``.
+        scores: ``"sigmoid"``, ``"sqrtsoftplus"`` or ``"none"``, see :func:`probabilities`.
+
+    Returns:
+        fp32 ``[N, E]``.
+    """
+    logits = logits.float()
+    if scores == "sqrtsoftplus":
+        return torch.nn.functional.softplus(logits.clamp(min=-80)).sqrt()  # below, its derivative is no number
+    return logits.sigmoid() if scores == "sigmoid" else logits
 
 
 def load_balancing_loss(f: Tensor, p: Tensor) -> Tensor:

@@ -43,7 +43,8 @@ def router_statistics(
 
     Raises:
         TypeError: If there are no logits in an output.
-        ValueError: If ``mask`` has not one value for each token, or is not ``[B, T]`` where ``sequences`` is True.
+        ValueError: If the scores of the router are unknown, ``z`` is True for one that returns probabilities,
+            ``mask`` has not one value for each token, or is not ``[B, T]`` where ``sequences`` is True.
 
     Example:
         >>> router = Router("gate", nn.Linear(2, 2), top_k=1, scores="none")
@@ -77,7 +78,12 @@ def _statistics_of_call(
             f"Argument `mask` must give one value for each token, but it gives {list(mask.shape)} and the "
             f"router {router.name} saw {len(logits)} tokens."
         )
-    p = router.probabilities(logits, flat)
+    p = router.probabilities(logits, flat, output)
+    if z and router.scores == "none":
+        raise ValueError(
+            f"Argument `z_coefficient` must be 0 where a router returns probabilities, as {router.name} does: its "
+            "logits are unknown."
+        )
     zero = p.new_zeros(())
     return RouterStatistics(
         counts=expert_counts(indices, p.size(1), flat),

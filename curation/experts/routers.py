@@ -1,6 +1,5 @@
 """The routers of a model, and their outputs in one form."""
 
-import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,10 +10,11 @@ from torch import Tensor, nn
 
 from curation.checks import check_choice, check_integer, check_text
 from curation.experts import load_balancing as lb
+from curation.experts.router_scores import CANDIDATES, Scores, called_scores, fitting_scores
 
-Scores = Literal["softmax", "sigmoid", "none"]
 TOP_K = ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_top_k")  # names in configurations
 BIAS = ("e_score_correction_bias", "expert_bias")  # names in DeepSeek-V3 and its relatives
+ADAPTER = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)$")  # names of what peft wraps
 
 
 @dataclass
@@ -25,10 +25,13 @@ class Router:
         name: Name of the module in the model.
         module: The module. It returns logits ``[..., E]``, alone or in a tuple, possibly with the chosen indices.
         top_k: Number of experts per token; None where the module returns their indices.
-        scores: How logits become probabilities, see :func:`~curation.experts.load_balancing.probabilities`.
+        scores: How logits become probabilities, see :func:`~curation.experts.load_balancing.probabilities`; None
+            while that is not known.
         position: Position of the logits in a tuple; None for the widest floating-point tensor that is not of the
             chosen experts only.
         block: The module that contains the router, and in some models its bias.
+        inferred: Whether ``scores`` was read from the code of the module, and is to be checked by its weights.
+        decoder: Whether the module is in the decoder of a model that also has an encoder.
         scores_checked: Whether :meth:`probabilities` has looked at the logits.
 
     Example:
@@ -41,9 +44,11 @@ class Router:
     name: str
     module: nn.Module
     top_k: int | None
-    scores: Scores
+    scores: Scores | None
     position: int | None = None
     block: nn.Module | None = None
+    inferred: bool = False
+    decoder: bool = False
     scores_checked: bool = False
 
     def read(self, output: Any) -> tuple[Tensor, Tensor]:
@@ -59,19 +64,7 @@ class Router:
             TypeError: If the output contains no logits.
             ValueError: If the output contains no indices and ``top_k`` is unknown.
         """
-        parts = list(output) if isinstance(output, (tuple, list)) else [output]
-        tensors = [part for part in parts if isinstance(part, Tensor)]
-        integers = [p for p in tensors if p.dim() > 1 and not p.is_floating_point() and p.dtype != torch.bool]
-        floats = [p for p in tensors if p.dim() > 1 and p.is_floating_point()]
-        if self.position is not None and len(parts) > self.position:
-            floats = [p for p in floats if p is parts[self.position]]
-        elif any(p.size(-1) == self.top_k for p in integers):
-            floats = [p for p in floats if p.size(-1) != self.top_k]
-        if not floats:
-            raise TypeError(
-                f"The router {self.name} must put out logits [..., E], but put out {type(output).__name__}."
-            )
-        logits = max(floats, key=lambda p: p.size(-1))
+        logits, _, integers = self._tensors(output)
         experts = logits.size(-1)
         logits = logits.reshape(-1, experts)
         for part in integers:
@@ -89,28 +82,97 @@ class Router:
             )
         return logits, logits.detach().topk(self.top_k, dim=-1).indices
 
-    def probabilities(self, logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    def _tensors(self, output: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """The logits in an output, its other floating-point tensors, and its integer tensors."""
+        parts = list(output) if isinstance(output, (tuple, list)) else [output]
+        tensors = [part for part in parts if isinstance(part, Tensor)]
+        integers = [p for p in tensors if p.dim() > 1 and not p.is_floating_point() and p.dtype != torch.bool]
+        floats = candidates = [p for p in tensors if p.dim() > 1 and p.is_floating_point()]
+        if self.position is not None and len(parts) > self.position:
+            candidates = [p for p in floats if p is parts[self.position]]
+        elif any(p.size(-1) == self.top_k for p in integers):
+            candidates = [p for p in floats if p.size(-1) != self.top_k]
+        if not candidates:
+            raise TypeError(
+                f"The router {self.name} must put out logits [..., E], but put out {type(output).__name__}."
+            )
+        logits = max(candidates, key=lambda p: p.size(-1))
+        return logits, [p for p in floats if p is not logits], integers
+
+    def probabilities(self, logits: Tensor, mask: Tensor | None = None, output: Any = None) -> Tensor:
         """The probabilities of all experts.
 
         The first call finds out whether the module returns probabilities already, and sets ``scores`` to ``"none"``
-        then. It waits for the device; later calls do not.
+        then; if not, and ``scores`` was read from the code, it checks them by the weights of the chosen experts. It
+        waits for the device; later calls do not.
 
         Args:
             logits: ``[N, E]``.
             mask: bool ``[N]``, True for tokens that count; None if all do. Other rows of ``logits`` may be anything.
+            output: What the module returned.
 
         Returns:
             fp32 ``[N, E]``, with gradient; 0 for tokens that do not count.
+
+        Raises:
+            ValueError: If neither the code nor the weights tell the scores, or the output does not tell which experts
+                are used.
         """
-        if not self.scores_checked:
-            rows = logits.detach().float()
-            rows = rows if mask is None or not mask.any() else rows[mask]
-            normalised = (rows >= 0).all() & ((rows.sum(-1) - 1).abs() < 1e-2).all()
-            self.scores, self.scores_checked = "none" if bool(normalised) else self.scores, True
+        if not self.scores_checked and len(logits) and (mask is None or bool(mask.any())):
+            self._check_scores(logits.detach(), mask, output)
+            self.scores_checked = True
+        scores = self.scores or "softmax"  # of tokens that do not count
         if mask is None:
-            return lb.probabilities(logits, self.scores)
+            return lb.probabilities(logits, scores)
         # Masked before and after: padding may be NaN, and 0 times NaN is NaN.
-        return lb.probabilities(logits.masked_fill(~mask[:, None], 0), self.scores) * mask[:, None]
+        return lb.probabilities(logits.masked_fill(~mask[:, None], 0), scores) * mask[:, None]
+
+    def _check_scores(self, logits: Tensor, mask: Tensor | None, output: Any) -> None:
+        rows = logits.float() if mask is None else logits[mask].float()
+        if bool((rows >= 0).all() & ((rows.sum(-1) - 1).abs() < 1e-2).all()):
+            self.scores = "none"
+            return
+        chosen = self._weights(logits, output)
+        if self.inferred and chosen is not None:
+            indices, weights = chosen if mask is None else (chosen[0][mask], chosen[1][mask])
+            errors = fitting_scores(rows, indices, weights)
+            best = sorted(errors, key=errors.__getitem__)
+            exact = self.scores is None or torch.finfo(weights.dtype).eps < 1e-4  # rounding does not outvote the code
+            if best and exact and self.scores not in errors:
+                clear = len(best) == 1 or 2 * errors[best[0]] < errors[best[1]]
+                self.scores = best[0] if clear else None  # type: ignore[assignment]
+        if self.scores is None:
+            raise ValueError(
+                f"Argument `scores` must be given: neither the code of the router {self.name} nor the weights that "
+                f"it returns tell whether its logits become probabilities by {' or '.join(CANDIDATES)}."
+            )
+
+    def _weights(self, logits: Tensor, output: Any) -> tuple[Tensor, Tensor] | None:
+        """The chosen experts in an output and their weights, both ``[N, k]``; None if it has no weights."""
+        if output is None:
+            return None
+        _, floats, _ = self._tensors(output)
+        _, indices = self.read(output)
+        if hasattr(unwrapped(self.module), "num_router_classes"):  # Zaya: a class that is put out as expert 0
+            raise ValueError(
+                f"Argument `routers` must leave out {self.name}: its output does not tell which tokens skip all "
+                "experts."
+            )
+        for part in floats:
+            weights = part.detach().reshape(-1, part.size(-1))
+            if len(weights) != len(logits):
+                continue
+            if weights.shape == indices.shape:
+                return indices, weights
+            if weights.shape == logits.shape:
+                used = (weights != 0).sum(1)
+                if int(used.max()) < logits.size(1) and bool((used > (indices >= 0).sum(1)).any()):
+                    raise ValueError(
+                        f"Argument `routers` must leave out {self.name}: its output names fewer experts of a token "
+                        "than it gives weights to."
+                    )
+                return indices, weights.gather(1, indices.clamp(min=0))
+        return None
 
 
 def find_routers(
@@ -129,7 +191,8 @@ def find_routers(
             or ``gate`` beside ``experts``.
         top_k: Number of experts per token, for all routers; None for the value of the module or of what contains it.
         scores: How logits become probabilities, for all routers. ``"auto"`` takes the function that the forward pass
-            of the router calls; if it calls none, ``"sigmoid"`` for a router with a bias for choosing alone.
+            of the router calls, else that of what contains it; if neither calls one, ``"sigmoid"`` for a router with
+            a bias for choosing alone. The weights that the router returns decide where they tell.
 
     Raises:
         ValueError: If an argument is of the wrong type or out of its range, or there is no router.
@@ -143,7 +206,7 @@ def find_routers(
     if not callable(routers):
         check_text("routers", routers)
     check_integer("top_k", top_k, 1, optional=True)
-    check_choice("scores", scores, ("auto", "softmax", "sigmoid", "none"))
+    check_choice("scores", scores, ("auto", *CANDIDATES, "none"))
     parents = {child: parent for parent in model.modules() for child in parent.children()}
     modules = dict(model.named_modules())
     positions: dict[str, int | None] = {}
@@ -152,7 +215,8 @@ def find_routers(
         positions = {n: at for n, m in modules.items() for cls, at in declared.items() if isinstance(m, cls)}
         for test in (_is_gate, _is_linear):
             if not positions:
-                positions = {n: None for n, m in modules.items() if test(n, m, parents.get(m))}
+                outer = {n: modules[_outer_name(n)] for n in modules}
+                positions = {n: None for n, m in modules.items() if test(_outer_name(n), m, parents.get(outer[n]))}
     elif callable(routers):
         positions = {n: None for n, m in modules.items() if routers(n, m)}
     else:
@@ -163,12 +227,35 @@ def find_routers(
             "regular expression for their names, or a function of name and module."
         )
     result = []
-    for name, position in positions.items():
+    for name, position in {_outer_name(name): position for name, position in positions.items()}.items():
         module = modules[name]
-        router = Router(name, module, top_k or _top_k(module, parents), "softmax", position, parents.get(module))
+        k = top_k or _top_k(unwrapped(module), parents)
+        router = Router(name, module, k, None, position, parents.get(module))
+        router.inferred, router.decoder = scores == "auto", _in_decoder(name, modules)
         router.scores = _scores(router) if scores == "auto" else scores
         result.append(router)
     return result
+
+
+def _outer_name(name: str) -> str:
+    """The name of the outermost module that adapts the module of a name: its output is the adapted one."""
+    while ADAPTER.search(name):
+        name = ADAPTER.sub("", name)
+    return name
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module that adapters of peft wrap."""
+    for name, inner in module.named_modules():
+        if _outer_name(f".{name}") == "" and not any(ADAPTER.search(f".{n}") for n, _ in inner.named_children()):
+            return inner
+    return module
+
+
+def _in_decoder(name: str, modules: dict[str, nn.Module]) -> bool:
+    parts = name.split(".")
+    owners = [".".join(parts[:i]) for i, part in enumerate(parts) if part == "decoder"]
+    return any(isinstance(getattr(modules[owner], "encoder", None), nn.Module) for owner in owners)
 
 
 def _declared_routers(model: nn.Module) -> dict[type, int]:
@@ -208,12 +295,18 @@ def _top_k(module: nn.Module, parents: dict[nn.Module, nn.Module]) -> int | None
     return None
 
 
-def _scores(router: Router) -> Scores:
-    code = getattr(inspect.unwrap(type(router.module).forward), "__code__", None)
-    called = code.co_names if code else ()  # a bias does not tell: Ernie and LongCat have one beside a softmax
-    if "softmax" in called or "sigmoid" in called:
-        return "softmax" if "softmax" in called else "sigmoid"
-    return "softmax" if selection_bias(router) is None else "sigmoid"
+def _scores(router: Router) -> Scores | None:
+    """The scores that the code tells; None where it has several."""
+    bias = selection_bias(router) is not None
+    called = called_scores(unwrapped(router.module))
+    if not called and router.block is not None:
+        called = called_scores(router.block)
+        shared = any(getattr(child, "out_features", 0) == 1 for child in router.block.children())
+        if len(called) > 1 and (bias or shared):
+            called = {"sigmoid"} if bias else called - {"sigmoid"}  # a gate of a shared expert is a sigmoid, too
+    if called:
+        return called.pop() if len(called) == 1 else None
+    return "sigmoid" if bias else "softmax"
 
 
 def selection_bias(router: Router) -> Tensor | None:
@@ -235,7 +328,13 @@ def adds_balancing_loss(config: Any) -> bool:
         >>> adds_balancing_loss(SimpleNamespace(output_router_logits=True, router_aux_loss_coef=0.01))
         True
     """
+    return bool(getattr(config, "output_router_logits", False)) and can_add_balancing_loss(config)
+
+
+def can_add_balancing_loss(config: Any) -> bool:
+    """Whether a model with this configuration adds a load-balancing loss where its router logits are asked for."""
     names = ("router_aux_loss_coef", "router_z_loss_coef", "aux_loss_coef", "moe_loss_weight")
-    owners = (config, getattr(config, "ffn_config", None))
+    owners = [config, *(getattr(config, name, None) for name in ("ffn_config", "text_config"))]
     coefficients = [getattr(owner, name) for owner in owners for name in names if hasattr(owner, name)]
-    return bool(getattr(config, "output_router_logits", False)) and (not coefficients or any(coefficients))
+    able = any(hasattr(owner, "output_router_logits") for owner in owners)
+    return able and (not coefficients or any(coefficients))

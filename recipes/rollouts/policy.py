@@ -292,10 +292,14 @@ class PolicyModule(LightningModule):
             return {}
         share = processes / total  # DDP takes the mean over processes
         weight_of = weights.new_zeros(len(advantage)).index_put_((rows,), weights) * share
+        width_of = widths.new_zeros(len(advantage)).index_put_((rows,), widths)
+        self.passes_per_step = passes  # GlobalBatchLoadBalancing reads this, and the mask of each pass
         sums: dict[str, Tensor] = {}
         for i in range(passes):
             # A process without rows left runs one with weight 0, in step with the others.
             part, scale = (parts[i], 1.0) if i < len(parts) else (rows[:1], 0.0)
+            width = width_of[part][:, None]
+            self.token_mask = (torch.arange(int(width.max())) < width) & (scale > 0)
             accumulates = i < passes - 1 and processes > 1
             with strategy.block_backward_sync() if accumulates else nullcontext():  # type: ignore[attr-defined]
                 loss, statistics = self._loss(prompts, rollouts, part, weight_of[part] * scale, share)

@@ -567,14 +567,17 @@ def test_nothing_is_left_on_the_routers_after_a_fit():
         ({"routers": None}, "Argument `routers` must be a string, but got None"),
         ({"mask": 1}, "Argument `mask` must be a string or None, but got 1"),
         ({"estimator": 1}, "Argument `estimator` must be 'running', 'warm', 'deferred' or 'prepass', but got 1"),
-        ({"buffer": "exact"}, "Argument `estimator` must be 'running', .* but got 'exact'"),
+        ({"buffer": "exact"}, "Argument `buffer` must be 'running', .* but got 'exact'"),
         (
             {"estimator": "warm", "buffer": "prepass"},
             "Argument `buffer` must be None .* got 'prepass' and 'warm'",
         ),
         ({"micro_fraction": 1.5}, r"Argument `micro_fraction` must be in \[0, 1\], but got 1.5"),
         ({"top_k": 0}, "Argument `top_k` must be an integer >= 1 or None, but got 0"),
-        ({"scores": "relu"}, "Argument `scores` must be 'auto', 'softmax' or 'sigmoid', but got 'relu'"),
+        (
+            {"scores": "relu"},
+            "Argument `scores` must be 'auto', 'softmax', 'sigmoid' or 'sqrtsoftplus', but got 'relu'",
+        ),
     ],
 )
 def test_a_bad_argument_is_named_with_its_value(arguments, message):

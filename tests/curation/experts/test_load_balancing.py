@@ -90,7 +90,10 @@ def test_what_does_not_fit_is_named():
         (lambda: lb.sequence_loss(p, indices, 3), "`sequences` must divide the tokens .* 4 and 4, but got 3"),
         (lambda: lb.sequence_loss(p, indices, 0), "`sequences` must be an integer >= 1, but got 0"),
         (lambda: lb.z_loss(p, torch.ones(1) > 0), r"`mask` must be bool \[4\], but got \[1\]"),
-        (lambda: lb.probabilities(p, "relu"), "`scores` must be 'softmax', 'sigmoid' or 'none', but got 'relu'"),
+        (
+            lambda: lb.probabilities(p, "relu"),
+            "`scores` must be 'softmax', .*'sqrtsoftplus' or 'none', but got 'relu'",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             call()
