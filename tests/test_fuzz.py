@@ -6,6 +6,7 @@
 import functools
 import math
 import os
+import random
 import sys
 import tempfile
 from collections import Counter
@@ -19,6 +20,7 @@ from contract.registry import CALLBACKS
 from helpers import Pair, Record, trainer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from interruptions import draw_run, fit, last_checkpoint
 from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
@@ -462,3 +464,17 @@ def test_instances(name, y, k, budget, criterion, select, value, seed):
         assert {y[row] for row in rows} == set(y)
         assert name == "edited" or len(rows) == max(round(budget * len(y)), len(set(y)))
         assert np.isfinite(selector.scores_).tolist() == [True] * len(y)
+
+
+@fuzz(30, 1200, SEED)
+def test_runs_go_on_from_every_boundary(seed):
+    """Checkpoints and ends at every hook: the rows, epochs and random numbers are those of the uninterrupted run."""
+    run = draw_run(random.Random(seed))
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        whole, checkpoint = fit(folder, run.options), None
+        for part, interruption in enumerate([*run.interruptions, None]):
+            resume = {"ckpt_path": checkpoint, "weights_only": False, "seed": part + 2} if checkpoint else {}
+            trained = fit(folder, run.options, run.save, interruption, run.early, **resume)
+            checkpoint = last_checkpoint(folder)
+    assert trained == whole

@@ -70,6 +70,8 @@ class BatchSeam:
             replace_attribute(trainer.strategy, "batch_to_device", self),
             replace_attribute(trainer.strategy, "process_dataloader", self._process_dataloader),
         ]
+        self._tear_down_strategy = trainer.strategy.teardown
+        self._undo.append(replace_attribute(trainer.strategy, "teardown", self._teardown))
 
     @staticmethod
     def of(trainer: Trainer) -> "BatchSeam | None":
@@ -100,6 +102,12 @@ class BatchSeam:
         if not seam.clients:
             for undo in seam._undo:
                 undo()
+
+    def _teardown(self) -> None:
+        """Tear down the clients that Lightning forgot: a tuner that fails leaves its callbacks in the trainer."""
+        for client in list(self.clients):
+            client.teardown(self.trainer, self.trainer.lightning_module, "")
+        self._tear_down_strategy()
 
     def _process_dataloader(self, dataloader: object) -> object:
         dataloader = self._prepare(dataloader)

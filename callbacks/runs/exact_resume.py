@@ -6,11 +6,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
-from curation.callbacks.lightning.seam import SeamClient, check_one_loader
+from curation.callbacks.lightning.restart import (
+    begin_next_epoch,
+    mend_counters,
+    processed_batches,
+    saved_at_last_batch,
+    uncounted_batches,
+)
+from curation.callbacks.lightning.seam import SeamClient, check_one_loader, check_training_step
 from curation.callbacks.runs.random_streams import RandomStreams
 from curation.callbacks.samplers.hard_batches import HardBatchTraining
 from curation.samplers.hard_batches import HardBatchSampler
@@ -58,23 +66,26 @@ class ExactResume(SeamClient):
     streams of a process depend on its seed and on the number of batches trained on, and on nothing else: they are set
     anew for every batch, and the order of an epoch is drawn from a stream of its own. So a checkpoint holds counters
     and seeds, wherever it is taken. The resumed run draws the order of the epoch again and skips the batches trained
-    on without loading them; what loader workers have fetched in advance does not count.
+    on without loading them; what loader workers have fetched in advance does not count. A fit that ``max_steps``,
+    ``max_time`` or a budget ended inside an epoch is extended from there, where Lightning alone would begin the next
+    epoch.
 
     The seed is the one that torch has when the fit begins (``seed_everything``). The random numbers of a run with
     this callback differ from those of a run without it.
 
-    The training data must be one map-style ``DataLoader``; a stateful loader is left to Lightning. Not resumed:
-    gradients that were being accumulated, the streams inside loader workers, and samplers that draw from a global
-    stream while they are iterated. Put the callback before ``ModelCheckpoint``; Lightning does so by itself. Sample
-    ids are stripped, as in a selection.
+    The training data must be one map-style ``DataLoader``; a stateful loader is left to Lightning; where that
+    loses batches a warning says so. Not resumed: gradients that were being accumulated, the streams inside loader
+    workers, and samplers that draw from a global stream while they are iterated. Put the callback before
+    ``ModelCheckpoint``; Lightning does so by itself. Sample ids are stripped, as in a selection.
 
     Attributes:
         position: The counters of the fit.
         batches: Batches trained on in the fit.
 
     Raises:
-        TypeError: If there are several training data loaders.
+        TypeError: If there are several training data loaders, or ``training_step`` fetches its batches itself.
         ValueError: If a checkpoint was saved by another number of processes, or inside an epoch of another length.
+        RuntimeError: If Lightning goes on with another batch than the one after the last that was trained on.
 
     Example:
         >>> from lightning.pytorch.callbacks import ModelCheckpoint
@@ -87,6 +98,10 @@ class ExactResume(SeamClient):
         self._streams = RandomStreams([], 0)
         self._sampler_resumes = False
         self._unrestored: Trainer | None = None
+        self._restored = False  # and no batch was trained on since
+        self._counted: int | None = None  # Lightning's number of batches when the last one was counted here
+        self._uncounted = 0
+        self._saved_at_last_batch = False
         self._undo: list[Callable[[], None]] = []
 
     @property
@@ -99,11 +114,13 @@ class ExactResume(SeamClient):
         super().setup(trainer, pl_module, stage)
         if not self.fitting:
             return
+        check_training_step(pl_module)
         seed = torch.tensor(torch.initial_seed() % 2**63, device=trainer.strategy.root_device)
         seeds = trainer.strategy.all_gather(seed).flatten().tolist()
         self._streams = RandomStreams(seeds, trainer.global_rank)
         self.position = Position()
-        self._unrestored = trainer
+        self._unrestored, self._restored, self._counted = trainer, False, None
+        self._uncounted, self._saved_at_last_batch = 0, False
         self._sampler_resumes = any(isinstance(c, HardBatchTraining) for c in trainer.callbacks)  # type: ignore[attr-defined]
 
     def watch(self, loader: Any) -> None:
@@ -111,6 +128,7 @@ class ExactResume(SeamClient):
         if self._unrestored is not None:  # a new run, or one resumed from a checkpoint without this callback
             self.position.epoch, self._unrestored = self._unrestored.current_epoch, None
         if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
+            self._warn_of_lost_batches(loader)
             return
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             data = loader.dataset if isinstance(loader, DataLoader) else loader
@@ -120,6 +138,20 @@ class ExactResume(SeamClient):
         if self._sampler_resumes and any(isinstance(s, HardBatchSampler) for s in self._streams.samplers):
             self.position.skip = 0  # the sampler restores its own position
         self._begin_epoch()
+
+    def _warn_of_lost_batches(self, loader: Any) -> None:
+        name = type(loader).__name__
+        if sized_len(loader) is None:
+            rank_zero_warn(
+                f"ExactResume leaves the {name} to Lightning, which fetches a batch ahead of a loader without a "
+                "length: each resume loses a batch."
+            )
+        elif self._restored and self.position.batches_in_epoch == 0 < self.position.batches:
+            rank_zero_warn(
+                f"ExactResume leaves the {name} to Lightning, and the checkpoint was saved after the last batch of "
+                "an epoch: the loader may go on at the end of that epoch, so that the next one has no batches. Resume "
+                "from a checkpoint inside an epoch instead."
+            )
 
     def _replace_sampler(self, loader: DataLoader) -> None:
         name = "sampler" if loader.batch_sampler is None else "batch_sampler"
@@ -150,16 +182,30 @@ class ExactResume(SeamClient):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse several data loaders, of which only one could be resumed."""
         check_one_loader(trainer, self)
+        if self._restored:
+            begin_next_epoch(trainer)
+        self._counted = processed_batches(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the streams of the epoch."""
+        self.position.end_epoch()  # one that ended before its last batch
         self._begin_epoch()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Check that Lightning goes on with the batch after the last one that was trained on."""
+        if self._restored and batch_idx != self.position.batches_in_epoch:
+            raise RuntimeError(
+                f"ExactResume goes on after {self.position.batches_in_epoch} batches of the epoch, but Lightning "
+                f"after {batch_idx}. Remove ExactResume to resume anyway."
+            )
+        self._restored = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the batch and set the stream for loading the next batch."""
         self.position.count_batch()
+        self._counted = processed_batches(trainer)
         if trainer.is_last_batch:
             self.position.end_epoch()
         self._streams.begin_load(self.position.batches)
@@ -190,7 +236,18 @@ class ExactResume(SeamClient):
             "epoch": self.position.epoch,
             "batches_in_epoch": self.position.batches_in_epoch,
             "batches_per_epoch": self.position.batches_per_epoch,
+            "counted": self._counted,
         }
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let Lightning go on at the place that the counters here tell."""
+        state = checkpoint["callbacks"].get(self.state_key)
+        if not self.fitting or state is None:
+            return
+        counted = state.get("counted")  # checkpoints of earlier versions have none
+        self._uncounted = 0 if counted is None else uncounted_batches(checkpoint, counted)
+        self._saved_at_last_batch = saved_at_last_batch(checkpoint)
+        mend_counters(trainer, checkpoint)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from the saved counters with the saved seeds.
@@ -203,11 +260,15 @@ class ExactResume(SeamClient):
                 f"The checkpoint was saved by {len(state['seeds'])} processes and cannot be resumed exactly by "
                 f"{len(self._streams.seeds)}; remove ExactResume to resume anyway."
             )
-        self._unrestored = None
+        self._unrestored, self._restored = None, True
         self._streams.seeds = state["seeds"]
         # In place: a data loader that was prepared before may hold the object.
         for name in ("batches", "epoch", "batches_in_epoch", "batches_per_epoch"):
             setattr(self.position, name, state[name])
+        for _ in range(self._uncounted):  # an error came between the training step and the hook that counts
+            self.position.count_batch()
+            if self._saved_at_last_batch:
+                self.position.end_epoch()
         self.position.skip = self.position.batches_in_epoch
 
 

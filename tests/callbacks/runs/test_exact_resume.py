@@ -1,10 +1,12 @@
 """Exact resume at the places a checkpoint can be taken, and where it cannot be had."""
 
+import warnings
+
 import pytest
 import torch
 from helpers import Classifier, Watch, assert_same_weights, data, loader, trainer, weights
 from lightning.pytorch import Callback, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -15,7 +17,7 @@ from torch.utils.data import (
     Sampler,
 )
 
-from curation.callbacks import ExactResume, UniformSelection, UtilityDiversitySelection
+from curation.callbacks import ExactResume, RunMeter, UniformSelection, UtilityDiversitySelection
 
 
 def fit(folder, make_loader, resume=None, seed=1, module=Classifier, options=None, **checkpoint):
@@ -23,7 +25,8 @@ def fit(folder, make_loader, resume=None, seed=1, module=Classifier, options=Non
     module, watch = module(), Watch()
     save = ModelCheckpoint(folder, "{epoch}-{step}", save_top_k=-1, **checkpoint)
     options = {"max_epochs": 3, "val_check_interval": 0.5, **(options or {})}
-    run = trainer(ExactResume(), watch, save, enable_checkpointing=True, **options)
+    extra = options.pop("callbacks", [])
+    run = trainer(ExactResume(), watch, save, *extra, enable_checkpointing=True, **options)
     run.fit(module, make_loader(), loader(ids=False, shuffle=False), ckpt_path=resume)
     return weights(module), [b[0][:, 0].tolist() for b in watch.batches]
 
@@ -227,7 +230,7 @@ def test_another_number_of_processes_is_an_error():
     run = trainer(callback, max_epochs=1)
     run.fit(Classifier(), loader(ids=False))
     state = callback.state_dict()
-    callback.setup(run, None, "fit")
+    callback.setup(run, Classifier(), "fit")
     with pytest.raises(ValueError, match="saved by 2 processes and cannot be resumed exactly by 1"):
         callback.load_state_dict({**state, "seeds": state["seeds"] * 2})
     callback.teardown(run, None, "fit")
@@ -268,3 +271,74 @@ def test_it_can_be_added_to_a_run_that_did_without(tmp_path):
     sampler.set_epoch(2)
     expected = data().tensors[0][list(sampler)]
     assert torch.equal(torch.cat([x for x, _ in watch.batches]), expected)
+
+
+@pytest.mark.parametrize("end", ["max_steps", "budget"])
+@pytest.mark.parametrize("longer", [{"max_epochs": 3}, {"max_epochs": -1, "max_steps": 24}], ids=["epochs", "steps"])
+def test_a_fit_that_a_budget_ended_inside_an_epoch_goes_on_inside_it(tmp_path, end, longer):
+    """The checkpoint is saved at the end of the epoch that was cut, which Lightning takes for a finished one."""
+    whole, seen = fit(tmp_path / "whole", LOADERS["shuffled"])
+    options = {"max_steps": 11} if end == "max_steps" else {"callbacks": [RunMeter(tmp_path / "run.json", 11)]}
+    fit(tmp_path / "cut", LOADERS["shuffled"], options={**options, "val_check_interval": 1.0}, save_last=True)
+    last = tmp_path / "cut" / "last.ckpt"
+    resumed, again = fit(tmp_path / "again", LOADERS["shuffled"], resume=last, seed=77, options=longer)
+    assert again == seen[11:]
+    assert_same_weights(whole, resumed)
+
+
+def test_a_tuner_that_fails_leaves_nothing_behind():
+    class Fails(Classifier):
+        lr = 0.1
+
+        def training_step(self, batch, batch_idx):
+            raise RuntimeError("stop")
+
+    batches = loader(ids=False)
+    before, run = batches.batch_sampler, trainer(LearningRateFinder(num_training_steps=3), ExactResume())
+    with pytest.raises(RuntimeError, match="stop"):
+        run.fit(Fails(), batches)
+    assert batches.batch_sampler is before
+    assert not {"batch_to_device", "process_dataloader", "teardown"} & vars(run.strategy).keys()
+
+
+def test_a_step_that_fetches_its_batches_is_refused():
+    class Fetches(Classifier):
+        def training_step(self, dataloader_iter):
+            raise AssertionError("trained")
+
+    with pytest.raises(TypeError, match=r"Fetches.training_step\(dataloader_iter\)` fetches its own batches"):
+        trainer(ExactResume()).fit(Fetches(), loader(ids=False))
+
+
+class Stateful:
+    """A loader that resumes itself."""
+
+    def __iter__(self):
+        return iter([[torch.zeros(8, 8), torch.zeros(8).long()]] * 3)
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+class SizedStateful(Stateful):
+    def __len__(self):
+        return 3
+
+
+def test_a_stateful_loader_is_warned_of_where_lightning_loses_batches(tmp_path):
+    def run(make, resume=None):
+        save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+        fitter = trainer(ExactResume(), save, enable_checkpointing=True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fitter.fit(Classifier(), make(), ckpt_path=resume)
+        return [str(w.message) for w in caught if "ExactResume leaves" in str(w.message)]
+
+    assert run(SizedStateful) == run(SizedStateful, tmp_path / "step=2.ckpt") == []
+    (warning,) = run(SizedStateful, tmp_path / "step=3.ckpt")
+    assert "saved after the last batch of an epoch" in warning
+    (warning,) = run(Stateful)
+    assert "each resume loses a batch" in warning
