@@ -60,13 +60,7 @@ def draw_run(rng: random.Random) -> Run:
     steps = epochs * math.ceil(batches / accumulate)
     options["max_epochs"] = -1 if limit == "max_steps" else epochs
     options["max_steps"] = {"max_epochs": -1, "max_steps": steps, "both": steps + 1}[limit]
-    places = {
-        "epoch": epochs,
-        "validation": epochs,
-        "train": epochs * batches,
-        "max": steps,
-        "shoul": epochs * batches,
-    }
+    places = {"epoch": epochs, "validation": epochs, "max": steps, "": epochs * batches}
     interruptions = []
     for _ in range(rng.choice([1, 2])):
         kind = rng.choice(ENDS)

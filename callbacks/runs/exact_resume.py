@@ -1,8 +1,6 @@
 """Exact resume: a run that was killed goes on as if it had not been."""
 
-import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,43 +18,9 @@ from curation.callbacks.lightning.restart import (
 )
 from curation.callbacks.lightning.seam import SeamClient, check_one_loader, check_training_step
 from curation.callbacks.runs.random_streams import RandomStreams
+from curation.callbacks.runs.resumed_order import Position, ResumedOrder
 from curation.callbacks.samplers.hard_batches import HardBatchTraining
 from curation.samplers.hard_batches import HardBatchSampler
-
-
-@dataclass
-class Position:
-    """How far a fit is.
-
-    Attributes:
-        batches: Batches trained on in the fit.
-        epoch: The epoch, 0 the first.
-        batches_in_epoch: Batches trained on in the epoch.
-        batches_per_epoch: Length of the training data loader; None where it has no length.
-        skip: Batches of the next order that were trained on before the fit was resumed.
-    """
-
-    batches: int = 0
-    epoch: int = 0
-    batches_in_epoch: int = 0
-    batches_per_epoch: int | None = None
-    skip: int = 0
-
-    def count_batch(self) -> None:
-        """Count a batch that was trained on."""
-        self.batches += 1
-        self.batches_in_epoch += 1
-
-    def end_epoch(self) -> None:
-        """Go to the next epoch, once."""
-        if self.batches_in_epoch:
-            self.epoch += 1
-            self.batches_in_epoch = 0
-
-    def take_skip(self) -> int:
-        """The number of batches to skip, for one order."""
-        skip, self.skip = self.skip, 0
-        return skip
 
 
 class ExactResume(SeamClient):
@@ -149,8 +113,8 @@ class ExactResume(SeamClient):
         elif self._restored and self.position.batches_in_epoch == 0 < self.position.batches:
             rank_zero_warn(
                 f"ExactResume leaves the {name} to Lightning, and the checkpoint was saved after the last batch of "
-                "an epoch: the loader may go on at the end of that epoch, so that the next one has no batches. Resume "
-                "from a checkpoint inside an epoch instead."
+                "an epoch: the loader may go on at the end of that epoch, so that the next one has no batches. "
+                "Resume from a checkpoint inside an epoch instead."
             )
 
     def _replace_sampler(self, loader: DataLoader) -> None:
@@ -270,38 +234,3 @@ class ExactResume(SeamClient):
             if self._saved_at_last_batch:
                 self.position.end_epoch()
         self.position.skip = self.position.batches_in_epoch
-
-
-class ResumedOrder:
-    """A sampler whose order is drawn from a stream of its own, and begins after the batches trained on.
-
-    Args:
-        sampler: The sampler, or batch sampler, of the training data loader; all other attributes are its own.
-        streams: The random streams of the process.
-        position: The counters of the fit.
-    """
-
-    def __init__(self, sampler: Any, streams: RandomStreams, position: Position) -> None:
-        vars(self).update(_sampler=sampler, _streams=streams, _position=position)
-
-    def __len__(self) -> int:
-        return len(self._sampler)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._sampler, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._sampler, name, value)
-
-    def __iter__(self) -> Iterator[Any]:
-        streams, position = self._streams, self._position
-        streams.begin_order(position.epoch)
-        order = iter(self._sampler)
-        first = list(itertools.islice(order, 1))
-        streams.begin_load(position.batches)
-        remaining = itertools.islice(itertools.chain(first, order), position.take_skip(), None)
-        for batch, indices in enumerate(remaining, position.batches):
-            streams.begin_load(batch)  # again, since a loader may fetch batches in advance
-            yield indices
