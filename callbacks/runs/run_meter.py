@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from curation.batch import batch_size
 from curation.callbacks.instances.instance_selection import InstanceSelection
 from curation.callbacks.lightning.loop import wait_for
-from curation.callbacks.lightning.seam import SeamClient
+from curation.callbacks.lightning.seam import SeamClient, check_training_step
 from curation.callbacks.online.online_selection import OnlineSelection
 from curation.callbacks.runs.flop_count import FlopCount
 from curation.checks import check_flag, check_integer, check_number, check_path
@@ -27,9 +29,13 @@ class RunMeter(SeamClient):
     validates once more, so the last point is that of the final weights. Without a budget the fit ends as it would.
 
     The file holds ``points``, a list with ``step`` (optimizer steps), ``seconds``, ``samples_trained`` and
-    ``samples_scored`` (of all processes) and ``metrics`` (every number that was logged so far); ``finished``;
-    ``steps``; ``wall_seconds`` (with evaluation); ``peak_memory`` (bytes: of a GPU's tensors while training, or of
-    the process on a CPU); ``device``; ``torch``. It is replaced as a whole, so a killed fit leaves a readable file.
+    ``samples_scored`` (of all processes) and ``metrics`` (every number that was logged since the point before, so
+    none that was measured on earlier weights only); ``finished``; ``steps``; ``wall_seconds`` (with evaluation);
+    ``peak_memory`` (bytes: of a GPU's tensors while training, or of the process on a CPU); ``device``; ``torch``. It
+    is replaced as a whole, so a killed fit leaves a readable file.
+
+    Rows are counted when the step has trained on them. A batch whose rows cannot be counted, such as one of data
+    loaders with other batch sizes or one of texts only, is left out of ``samples_trained``, with a warning.
 
     Args:
         path: The JSON file to write.
@@ -77,7 +83,11 @@ class RunMeter(SeamClient):
         self.seconds = 0.0
         self._clock = 0.0
         self._steps = 0
+        self._rows = 0  # of the current batch
+        self._warned = False
+        self._logged: dict[str, Tensor] = {}  # metrics at the last point
         self._flops = FlopCount()  # of this process
+        self._flops_trained = 0  # up to the last batch that was trained on
         self._peak = 0
         self._extra: dict[str, Any] = {}
         self._began = time.perf_counter()
@@ -113,13 +123,26 @@ class RunMeter(SeamClient):
             self._flops.start()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Count the rows."""
-        self.samples += batch_size(batch)
+        """Note the rows, which the training step may take out of the batch."""
+        self._rows = self._count(pl_module, batch)
+
+    def _count(self, pl_module: LightningModule, batch: Any) -> int:
+        try:
+            check_training_step(pl_module)
+            return batch_size(batch)
+        except (TypeError, ValueError) as error:
+            if not self._warned:
+                rank_zero_warn(f"RunMeter leaves batches out of `samples_trained` that it cannot count: {error}")
+            self._warned = True
+            return 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """End the fit if the budget is spent."""
+        """Count the rows; end the fit if the budget is spent."""
+        self.samples += 0 if batch is None else self._rows
+        if self.count_flops:
+            self._flops_trained = self._flops.total
         self._tick()
         if trainer.global_step == self._steps:
             return  # a micro-batch
@@ -156,13 +179,14 @@ class RunMeter(SeamClient):
         scored = sum(c.samples_scored for c in callbacks if isinstance(c, OnlineSelection))
         counts = torch.tensor([self.samples, scored, self._flops.total], device=pl_module.device)
         trained, scored, flops = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        earlier, self._logged = self._logged, dict(trainer.callback_metrics)  # Lightning keeps the values of old ones
         self.points.append(
             {
                 "step": trainer.global_step,
                 "seconds": self.seconds,
                 "samples_trained": trained,
                 "samples_scored": scored,
-                "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+                "metrics": {k: float(value) for k, value in self._logged.items() if value is not earlier.get(k)},
             }
         )
         if self.count_flops:
@@ -206,14 +230,15 @@ class RunMeter(SeamClient):
     def state_dict(self) -> dict[str, Any]:
         """What was measured so far; samples and FLOPs are those of rank 0."""
         measured = {"points": self.points, "samples": self.samples, "seconds": self.seconds}
-        return {**measured, "flops": self._flops.total}
+        return {**measured, "flops": self._flops_trained}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on measuring."""
         self.points = list(state["points"])
         self.samples = state["samples"]
         self.seconds = state["seconds"]
-        self._flops = FlopCount(state.get("flops", 0))  # checkpoints of before FLOPs were counted have none
+        self._flops_trained = state.get("flops", 0)  # checkpoints of before FLOPs were counted have none
+        self._flops = FlopCount(self._flops_trained)
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -8,10 +8,13 @@ import pytest
 import torch
 from helpers import CLASSES, FEATURES, Classifier, LanguageModel, loader, texts, trainer
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
 from stand_ins import EverySecond
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from curation.callbacks import InstanceSelection, RunMeter, UniformSelection, UtilityDiversitySelection
+from curation.callbacks.runs.flop_count import FlopCount
 
 VALIDATION = {"ids": False, "shuffle": False, "n": 16}
 
@@ -128,6 +131,106 @@ def test_attention_on_a_cpu_is_counted(tmp_path):
     of_a_product = batch * heads * layers * head_dim * 2  # a product over T^2 pairs
     products = 2 + 5  # forward; backward with the scores made again
     assert square == products * of_a_product * ((80**2 - 2 * 40**2) - 2 * (40**2 - 2 * 20**2))
+
+
+GROUPS = [slice(0, 8), slice(8, 16), slice(16, 24)]
+GROUPED = {
+    "rows": ((24, 16), (3, 16, 8), lambda a, b, i: a[GROUPS[i]] @ b[i]),
+    "columns": ((3, 8, 16), (16, 24), lambda a, b, i: a[i] @ b[:, GROUPS[i]]),
+    "inner dimension": ((16, 24), (24, 8), lambda a, b, i: a[:, GROUPS[i]] @ b[GROUPS[i]]),
+    "all": ((3, 8, 16), (3, 16, 24), lambda a, b, i: a[i] @ b[i]),
+}
+
+
+@pytest.mark.parametrize("kind", GROUPED)
+def test_grouped_products_are_counted(kind):
+    """As the products of their groups are."""
+    left, right, product = GROUPED[kind]
+    a, b = (torch.randn(shape, dtype=torch.bfloat16) for shape in (left, right))
+    ends = None if kind == "all" else torch.tensor([group.stop for group in GROUPS], dtype=torch.int32)
+    totals = []
+    for work in (lambda: torch.ops.aten._grouped_mm(a, b, ends), lambda: [product(a, b, i) for i in range(3)]):
+        count = FlopCount()
+        count.start()
+        try:
+            work()
+        finally:
+            count.stop()
+        totals.append(count.total)
+    assert totals[0] == totals[1] > 0
+
+
+def test_a_metric_of_earlier_weights_is_in_no_later_point(tmp_path):
+    class Rare(Classifier):
+        def on_validation_epoch_end(self):
+            if self.current_epoch % 2 == 0:
+                self.log("val/rare", float(self.global_step))
+
+    points = fit(tmp_path, module=Rare(), max_epochs=4, num_sanity_val_steps=0)["points"]
+    assert [point["metrics"].get("val/rare") for point in points] == [8, None, 24, None]
+    assert all({"val_loss", "train_loss"} <= point["metrics"].keys() for point in points)
+
+
+def test_a_step_that_failed_is_counted_when_it_is_repeated(tmp_path):
+    class Fails(Classifier):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if batch_idx == 3 and self.fails:
+                raise RuntimeError("stop")
+            return loss
+
+    def meter(fails, **resume):
+        module, save = Fails(), ModelCheckpoint(tmp_path, "failed", save_on_exception=True)
+        module.fails = fails
+        run = trainer(
+            RunMeter(tmp_path / "run.json", count_flops=True), save, max_epochs=1, enable_checkpointing=True
+        )
+        run.fit(module, loader(), loader(**VALIDATION), **resume)
+        return json.loads((tmp_path / "run.json").read_text())
+
+    with pytest.raises(RuntimeError, match="stop"):
+        meter(True)
+    content = meter(False, ckpt_path=next(tmp_path.glob("*.ckpt")))
+    assert content["points"][-1]["samples_trained"] == 64
+    assert content["flops_per_step"] == 8 * (FORWARD + BACKWARD)
+
+
+def test_a_batch_that_was_left_out_is_not_counted(tmp_path):
+    class LeavesOut(Classifier):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if batch_idx == 2 else None
+
+    def collate(rows):
+        return None if rows[0][-1]["sample_id"] == 0 else default_collate(rows)
+
+    meter = RunMeter(tmp_path / "run.json")
+    trainer(meter).fit(LeavesOut(), loader(collate_fn=collate, shuffle=False))
+    assert meter.samples == 2 * 8  # the first batch of an epoch is None, the third is left out
+
+
+class Sums(Classifier):
+    """Trains on whatever its batches are."""
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(batch_idx)
+        return self.net[0].weight.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("make", "rows"),
+    [
+        (lambda: CombinedLoader([DataLoader(range(30), 4), DataLoader(range(32), 4)], "min_size"), 28),
+        (lambda: CombinedLoader([DataLoader(range(32), 4), DataLoader(range(64), 8)], "min_size"), 0),
+        (lambda: DataLoader([{"text": "a"}] * 32, 4), 0),
+    ],
+    ids=["another last batch", "other batch sizes", "texts"],
+)
+def test_a_fit_whose_rows_cannot_be_counted_goes_on(tmp_path, make, rows):
+    meter, module = RunMeter(tmp_path / "run.json"), Sums()
+    with pytest.warns(UserWarning, match="RunMeter leaves batches out of `samples_trained` that it cannot count"):
+        trainer(meter, max_epochs=1).fit(module, make())
+    assert len(module.seen) == 8
+    assert meter.samples == rows
 
 
 def test_a_failed_fit_leaves_a_readable_file_that_is_not_finished(tmp_path):
