@@ -1,14 +1,55 @@
 """Histograms, tables and pictures in W&B and TensorBoard; loggers without them are left out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from curation.callbacks.lightning.loop import logging_step
+from curation.files import replacing
+
+
+@contextmanager
+def warn_of_errors(what: str) -> Iterator[None]:
+    """Turn an error of the block into a warning: no picture or table may end a fit, or hide the error that ended it.
+
+    Args:
+        what: What was not done, as a sentence without its end.
+
+    Example:
+        >>> with warn_of_errors("The picture was not drawn"):
+        ...     raise OSError("disk full")
+    """
+    try:
+        yield
+    except Exception as error:  # any error: loggers and plots raise all kinds
+        rank_zero_warn(f"{what}: {type(error).__name__}: {error}")
+
+
+def save_figure(figure: Any, path: str) -> None:
+    """Write a matplotlib figure as PNG.
+
+    Args:
+        figure: The figure.
+        path: The file: a path, or a URL of any file system that Lightning writes its logs to.
+
+    Raises:
+        OSError: If the file cannot be written; the error names it.
+    """
+    if "://" not in path:
+        with replacing(path) as file:
+            figure.savefig(file, dpi=120)
+        return
+    files = get_filesystem(path)
+    files.makedirs(path.rpartition("/")[0], exist_ok=True)
+    with files.open(path, "wb") as file:
+        figure.savefig(file, dpi=120, format="png")
 
 
 def takes_histograms(trainer: Trainer) -> bool:

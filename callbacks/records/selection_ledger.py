@@ -6,10 +6,10 @@ from uuid import uuid4
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from curation.callbacks.lightning.collectives import agree
 from curation.callbacks.lightning.fit_callback import FitCallback
+from curation.callbacks.lightning.loggers import warn_of_errors
 from curation.callbacks.online.choice import Choice, SelectionListener
 from curation.callbacks.records.entries import candidate_entries, check_selection
 from curation.checks import check_path
@@ -105,10 +105,8 @@ class SelectionLedger(FitCallback, SelectionListener):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Close the ledger: no row is lost."""
-        try:
+        with warn_of_errors("The ledger could not be closed"):  # the error that ended the fit is the one to raise
             self.on_train_end(trainer, pl_module)
-        except OSError as error:  # the exception that ended the fit is the one to raise
-            rank_zero_warn(f"The ledger could not be closed: {error}")
 
     def state_dict(self) -> dict[str, Any]:
         """The number of steps, after their rows are written."""

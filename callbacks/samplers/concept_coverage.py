@@ -7,16 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from curation.callbacks.lightning.collectives import gather_rows
-from curation.callbacks.lightning.loggers import log_image
+from curation.callbacks.lightning.loggers import log_image, save_figure, warn_of_errors
 from curation.callbacks.lightning.loop import logs_now, skips_backward
-from curation.callbacks.lightning.seam import SeamClient, check_one_loader
+from curation.callbacks.lightning.seam import SeamClient, check_one_loader, check_training_step
 from curation.callbacks.online.choice import Choice, SelectionListener
 from curation.callbacks.online.online_selection import OnlineSelection
-from curation.files import replacing
 from curation.metrics.concept_coverage import ConceptCoverage, plot_concepts
 from curation.samplers.concept_aware import ConceptAwareSampler
 from curation.samplers.concept_choice import Targets, target_counts
@@ -64,13 +62,14 @@ class ConceptCoverageMonitor(SeamClient, SelectionListener):
         self._index: ConceptIndex | None = None
         self._weights: np.ndarray | None = None
         self._ids: Tensor | None = None
-        self._folder: Path | None = None
+        self._folder: str | None = None
         self._selected = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit; install the seam."""
         super().setup(trainer, pl_module, stage)
         if self.fitting:
+            check_training_step(pl_module)
             self.visits = self._ids = None
             self._index = loaded(self.concepts)
             self._selected = any(isinstance(c, OnlineSelection) for c in trainer.callbacks)  # type: ignore[attr-defined]
@@ -98,7 +97,7 @@ class ConceptCoverageMonitor(SeamClient, SelectionListener):
             )
         check_length(self._index, trainer)
         folder = trainer.log_dir or trainer.default_root_dir  # a broadcast, so not where rank 0 draws
-        self._folder = None if trainer.fast_dev_run or not trainer.loggers else Path(folder)  # type: ignore[attr-defined]
+        self._folder = None if trainer.fast_dev_run or not trainer.loggers else str(folder)  # type: ignore[attr-defined]
         # Only the ratios of the targets matter here.
         self._weights = target_counts(self._index, "uniform" if targets is None else targets, 1)
         visits = torch.zeros(len(self._index), dtype=torch.int32) if self.visits is None else self.visits
@@ -120,7 +119,8 @@ class ConceptCoverageMonitor(SeamClient, SelectionListener):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the batch."""
-        if not self._selected and not skips_backward(trainer):  # the ids would be of an earlier batch
+        # Lightning trains on no batch that is None, nor in the last pass of weight averaging.
+        if not self._selected and batch is not None and not skips_backward(trainer):
             self._count(trainer, pl_module, self._ids)
 
     def _count(self, trainer: Trainer, pl_module: LightningModule, ids: Tensor | None) -> None:
@@ -152,7 +152,8 @@ class ConceptCoverageMonitor(SeamClient, SelectionListener):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the picture."""
-        self._draw(trainer)
+        with warn_of_errors("The picture of the concepts was not drawn"):
+            self._draw(trainer)
 
     def _draw(self, trainer: Trainer) -> None:
         if self.visits is None or self._index is None or self._folder is None or not trainer.is_global_zero:
@@ -166,23 +167,14 @@ class ConceptCoverageMonitor(SeamClient, SelectionListener):
             samples = seen[start : start + SAMPLES_AT_A_TIME]
             rows = self._index.take(samples)
             trained += np.bincount(rows.ids, np.repeat(visits[samples], rows.sizes), len(trained))
-        try:
-            figure = plot_concepts(self._index.frequencies, trained, self._weights)
-        except ImportError as error:
-            rank_zero_warn(str(error))
-            return
-        path = self._folder / "concepts.png"
-        with replacing(path) as file:
-            figure.savefig(file, dpi=120)
-        log_image(trainer, "concepts/picture", path)
+        figure = plot_concepts(self._index.frequencies, trained, self._weights)
+        save_figure(figure, f"{self._folder}/concepts.png")
+        log_image(trainer, "concepts/picture", figure)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove the seam and draw: Lightning calls neither ``teardown`` nor ``on_fit_end`` after an exception."""
         super().on_exception(trainer, pl_module, exception)
-        try:
-            self._draw(trainer)
-        except Exception as error:  # of any kind: it must not hide the exception that ended the fit
-            rank_zero_warn(f"The picture of the concepts was not drawn: {error!r}")
+        self.on_fit_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """The visits; equal on all ranks."""

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from curation.callbacks.lightning.seam import SeamClient, check_one_loader
+from curation.callbacks.lightning.seam import SeamClient, check_one_loader, check_training_step
 from curation.samplers.hard_batches import HardBatchSampler
 
 
@@ -23,7 +23,7 @@ class HardBatchTraining(SeamClient):
 
     Raises:
         ValueError: If the training data loader has no such sampler, or another batch size than it.
-        TypeError: If ``training_step`` returns no loss in a manual optimisation.
+        TypeError: If ``training_step`` returns no loss in a manual optimisation, or fetches its batches itself.
 
     Example:
         >>> from curation.samplers import HardBatchSampler
@@ -40,6 +40,7 @@ class HardBatchTraining(SeamClient):
         """Forget an earlier fit; watch for the training data loader."""
         super().setup(trainer, pl_module, stage)
         if self.fitting:
+            check_training_step(pl_module)
             self.sampler = self._state = None
 
     def watch(self, dataloader: Any) -> None:

@@ -1,17 +1,21 @@
 """Concepts in a Lightning run: what was trained on is counted, and online the sampler's objective chooses it."""
 
+import json
+import os
+
 import numpy as np
 import pytest
 import torch
 from helpers import Classifier, Watch, data, trainer
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from twins import slow_diverse
 
 from curation.batch import SampleIds
-from curation.callbacks import ConceptAwareSelection, ConceptCoverageMonitor, UniformSelection
+from curation.callbacks import ConceptAwareSelection, ConceptCoverageMonitor, RunMeter, UniformSelection
 from curation.callbacks.samplers import concept_coverage
 from curation.samplers.concept_aware import ConceptAwareSampler, ConceptIndex
 
@@ -141,6 +145,36 @@ def test_the_picture_is_saved_after_an_exception_and_missing_matplotlib_is_told(
         fit()
 
 
+def test_a_picture_that_cannot_be_written_is_told_and_ends_no_fit(tmp_path):
+    logger, meter = CSVLogger(tmp_path, "csv"), RunMeter(tmp_path / "run.json")
+    (tmp_path / "csv/version_0/concepts.png").mkdir(parents=True)
+    logger._version = 0
+    run = trainer(ConceptCoverageMonitor(concepts()), meter, logger=logger)
+    with pytest.warns(UserWarning, match=r"The picture of the concepts was not drawn: .*concepts.png"):
+        run.fit(Classifier(), loader())
+    assert json.loads((tmp_path / "run.json").read_text())["finished"]
+
+
+def test_the_picture_lies_where_the_logger_writes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    logger = CSVLogger("memory://coverage")
+    run = trainer(ConceptCoverageMonitor(concepts()), default_root_dir="memory://coverage", logger=logger)
+    run.fit(Classifier(), loader())
+    with get_filesystem(logger.log_dir).open(f"{logger.log_dir}/concepts.png", "rb") as file:
+        assert file.read(4)[1:] == b"PNG"
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("broken", [0, 3])
+def test_a_batch_that_is_none_is_not_counted(broken):
+    def collate(samples):
+        return None if samples[0][-1]["sample_id"] // 8 == broken else default_collate(samples)
+
+    monitor = ConceptCoverageMonitor(concepts())
+    trainer(monitor, max_epochs=1).fit(Classifier(), DataLoader(SampleIds(data()), 8, collate_fn=collate))
+    assert monitor.visits.view(8, 8).sum(1).tolist() == [0 if batch == broken else 8 for batch in range(8)]
+
+
 def test_validation_and_the_last_pass_of_weight_averaging_are_not_counted():
     for callbacks in ([], [StochasticWeightAveraging(0.01, swa_epoch_start=1)]):
         monitor = ConceptCoverageMonitor(concepts())
@@ -160,6 +194,8 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path):
 
 
 def test_rubbish_is_named():
+    with pytest.raises(TypeError, match=r"must be a ConceptIndex or a file, but got \[\['a'\]\]"):
+        ConceptCoverageMonitor([["a"]])
     few, small = ConceptIndex.from_labels([0, 1]), ConceptAwareSampler(concepts(), 4, 16)
     for callback, batches, error, message in (
         (ConceptCoverageMonitor(), loader(), ValueError, "Argument `concepts` must be given where neither"),
@@ -167,7 +203,6 @@ def test_rubbish_is_named():
         (ConceptCoverageMonitor(concepts(), {"x": 1.0}), loader(), ValueError, "`targets` must name concepts"),
         (ConceptCoverageMonitor(concepts()), DataLoader(data(), 8), TypeError, "Monitor needs sample ids"),
         (ConceptCoverageMonitor("missing.arrow"), loader(), ValueError, "must name a file, .*missing"),
-        (ConceptCoverageMonitor([["a"]]), loader(), TypeError, "must be a ConceptIndex or a file, but got list"),
         (ConceptCoverageMonitor(), loader(small), ValueError, "the `batch_size` of its sampler, 4, but has 8"),
         (ConceptCoverageMonitor(concepts()), [loader(), loader()], TypeError, "needs one training data loader"),
         (ConceptAwareSelection(0.5), loader(), ValueError, "Argument `concepts` must be given where the data module"),
