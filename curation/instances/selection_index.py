@@ -8,16 +8,14 @@ from os import PathLike
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from curation import rng
 from curation.batch import leaves
 from curation.checks import check_integer, check_text
-from curation.files import replacing
 from curation.sample_ids import SampleIds
+from curation.tables import read_table, write_table
 
 SAMPLES = 64  # samples that a fingerprint hashes
 
@@ -108,25 +106,24 @@ class SelectionIndex:
         """
         columns = {"index": self.indices, "score": self.scores, "rank": self.ranks}
         metadata = {"size": str(self.size), "fingerprint": self.fingerprint, "config": self.config}
-        with replacing(path) as new:
-            pq.write_table(pa.table(columns).replace_schema_metadata(metadata), new)
+        write_table(path, columns, metadata)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "SelectionIndex":
         """Read a file of :meth:`save`.
 
         Raises:
-            ValueError: If there is no such file, or it was not written by :meth:`save`.
+            ValueError: If there is no such file, or it is damaged or was not written by :meth:`save`.
         """
         try:
-            table = pq.ParquetFile(path).read()
+            table = read_table(path)
             metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
             indices, scores, ranks = (table[name].to_numpy() for name in ("index", "score", "rank"))
             return cls(indices, scores, ranks, int(metadata["size"]), metadata["fingerprint"], metadata["config"])
-        except (OSError, pa.ArrowInvalid, KeyError) as error:
+        except (OSError, ValueError, KeyError) as error:
             reason = "there is no such file" if not os.path.isfile(path) else "that is another"
             raise ValueError(
-                f"A file of `SelectionIndex.save` is needed, but {reason}: {os.fspath(path)!r}."
+                f"A file of `SelectionIndex.save` is needed, but {reason}: {os.fspath(path)!r}. ({error})"
             ) from error
 
 

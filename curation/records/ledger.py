@@ -6,22 +6,23 @@ often the row was trained on in that step) and ``weight`` (float32, 0 where the 
 ``datasets.load_dataset("parquet", data_files="LEDGER/*/*.parquet")`` reads it too, and so does any Parquet reader.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as ds
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from curation.checks import check_integer, check_path
-from curation.files import replacing
+from curation.tables import read_table, write_table
 
 ROWS_PER_FILE = 1 << 18
+ROWS_AT_A_TIME = 1 << 17  # that a reader gets
 COLUMNS = ("step", "sample_id", "score", "kept", "weight")
+_DTYPES = (torch.int64, torch.int64, torch.float32, torch.int32, torch.float32)
 _FILES = "[!.]*.parquet"  # a name that begins with a dot is a file that a killed process did not finish
 _CLOSED = "closed"
 
@@ -29,17 +30,17 @@ _CLOSED = "closed"
 class LedgerWriter:
     """Appends the candidates of one rank to a ledger.
 
-    Rows are gathered on their device and written a file at a time; a file gets its name only when it is whole
-    (:func:`~curation.files.replacing`). A killed process loses the rows since the last :meth:`flush` or full file,
-    never a file.
+    Rows are gathered in buffers on their device and written a file at a time; a file gets its name only when it is
+    whole (:func:`~curation.files.replacing`), and holds checksums (:mod:`curation.tables`). A killed process loses
+    the rows since the last :meth:`flush` or full file, never a file.
 
     Args:
         path: Folder of the ledger.
         rank: Rank of this process.
-        rows_per_file: Rows in a file, 28 bytes each.
+        rows_per_file: Rows in a file; 28 bytes each on the device of the candidates.
 
     Raises:
-        ValueError: If ``rank`` or ``rows_per_file`` is out of its range.
+        ValueError: If ``rank`` or ``rows_per_file`` is out of its range, or a file has the name of the rank's folder.
 
     Example:
         >>> import tempfile
@@ -55,8 +56,10 @@ class LedgerWriter:
     def __init__(self, path: str | Path, rank: int = 0, rows_per_file: int = ROWS_PER_FILE) -> None:
         check_integer("rank", rank, 0)
         self.folder = Path(check_path("path", path)) / f"rank={rank}"
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"Argument `path` must be the folder of a ledger, but {str(self.folder)!r} is a file.")
         self.rows_per_file: int = check_integer("rows_per_file", rows_per_file, 1)
-        self._open: list[tuple[Tensor, ...]] = []
+        self._columns: list[Tensor] = []  # of which the first `_rows` are filled
         self._rows = 0
         self._written = 0
         self._begun = False
@@ -93,26 +96,34 @@ class LedgerWriter:
             raise ValueError(f"The columns of a candidate batch must all be [B], but {shapes}.")
         if not self._begun:
             self.begin()
+        end = self._rows + len(sample_ids)
+        self._reserve(end, sample_ids.device)
         steps = torch.full_like(sample_ids, step)
-        self._open.append((steps, sample_ids, scores.float(), kept.int(), weights.float()))
-        self._rows += len(sample_ids)
+        for column, values in zip(self._columns, (steps, *columns.values()), strict=True):
+            column[self._rows : end] = values.detach()
+        self._rows = end
         if self._rows >= self.rows_per_file:
             self.flush()
-            self._open, self._rows, self._written = [], 0, 0
+            self._rows = self._written = 0
             self._number += 1
+
+    def _reserve(self, rows: int, device: torch.device) -> None:
+        """Make room for this many rows: more than a file's where its last candidate batch goes beyond it."""
+        room = len(self._columns[0]) if self._columns else 0
+        if rows > room:
+            room = max(rows, min(2 * room, self.rows_per_file))
+            new = [torch.empty(room, dtype=dtype, device=device) for dtype in _DTYPES]
+            for column, filled in zip(new, self._columns, strict=False):
+                column[: self._rows] = filled[: self._rows]
+            self._columns = new
 
     def flush(self) -> None:
         """Write the gathered rows; the file is written again when more rows are added."""
         if self._rows == self._written:
             return
-        columns = [torch.cat([part.cpu() for part in column]).numpy() for column in zip(*self._open, strict=True)]
-        self._open = [tuple(torch.from_numpy(column) for column in columns)]
-        self._write(self.folder / f"{self._number:08d}.parquet", dict(zip(COLUMNS, columns, strict=True)))
+        columns = [column[: self._rows].cpu().numpy() for column in self._columns]
+        write_table(self.folder / f"{self._number:08d}.parquet", dict(zip(COLUMNS, columns, strict=True)))
         self._written = self._rows
-
-    def _write(self, file: Path, columns: dict[str, Any]) -> None:
-        with replacing(file) as new:
-            pq.write_table(pa.table(columns), new, compression="zstd")
 
     def close(self) -> None:
         """Write the gathered rows and mark the ledger as complete, if it was begun."""
@@ -129,14 +140,14 @@ class LedgerWriter:
             for part in self.folder.glob(pattern):
                 part.unlink()
         for file in reversed(self._files()):
-            steps = pq.read_table(file, columns=["step"])["step"].to_numpy()
+            steps = read_table(file, ["step"])["step"].to_numpy()
             if steps[-1] < step:
                 break
             if steps[0] >= step:
                 file.unlink()
             else:
-                table = pq.read_table(file).slice(0, int(np.searchsorted(steps, step)))
-                self._write(file, {name: table[name] for name in COLUMNS})
+                table = read_table(file, COLUMNS).slice(0, int(np.searchsorted(steps, step)))
+                write_table(file, {name: table[name] for name in COLUMNS})
         self._number = len(self._files())
 
 
@@ -155,7 +166,6 @@ class Ledger:
         self.files = sorted(self.path.glob(f"rank=*/{_FILES}"))
         if not self.files:
             raise FileNotFoundError(f"Argument `path` must be the folder of a ledger, but got {str(path)!r}.")
-        self._data = ds.dataset(self.files, format="parquet")
 
     def cut_off(self) -> dict[str, int]:
         """Ranks whose fit is running or was killed, with the last step written; later rows may be missing."""
@@ -163,17 +173,21 @@ class Ledger:
         for folder in sorted(self.path.glob("rank=*")):
             if not (folder / _CLOSED).exists():
                 file = max(folder.glob(_FILES), default=None)
-                last[folder.name] = -1 if file is None else pq.read_table(file, columns=["step"])["step"][-1].as_py()
+                last[folder.name] = -1 if file is None else read_table(file, ["step"])["step"][-1].as_py()
         return last
 
     def rows(self) -> Any:
         """All rows, as a ``pyarrow.Table``."""
-        return self._data.to_table(columns=list(COLUMNS))
+        return pa.concat_tables(self._tables(COLUMNS))
+
+    def _tables(self, columns: Sequence[str]) -> Iterator[Any]:
+        for file in self.files:
+            yield read_table(file, columns).replace_schema_metadata(None)
 
     def batches(self, *columns: str) -> Iterator[dict[str, np.ndarray]]:
         """All rows, about 100,000 at a time, rank by rank and in the order of steps."""
-        for batch in self._data.to_batches(columns=list(columns or COLUMNS)):
-            if batch.num_rows:
+        for table in self._tables(columns or COLUMNS):
+            for batch in table.to_batches(ROWS_AT_A_TIME):
                 yield {name: batch[name].to_numpy() for name in batch.schema.names}
 
     def counts(self, size: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -221,6 +235,6 @@ class Ledger:
     def history(self, sample_id: int) -> dict[str, np.ndarray]:
         """Every row of one sample, in the order of steps: a dictionary of columns."""
         check_integer("sample_id", sample_id, 0)
-        of_sample = ds.field("sample_id") == sample_id
-        table = self._data.to_table(columns=list(COLUMNS), filter=of_sample).sort_by("step")
+        tables = [table.filter(pc.equal(table["sample_id"], sample_id)) for table in self._tables(COLUMNS)]
+        table = pa.concat_tables(tables).sort_by("step")
         return {name: table[name].to_numpy() for name in COLUMNS}

@@ -47,7 +47,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "kept.parquet"
     index().save(path)
 
-    def fails(table, part):
+    def fails(table, part, **options):
         open(part, "w").close()
         raise OSError("disk full")
 

@@ -6,6 +6,7 @@ import signal
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -129,6 +130,12 @@ def test_a_folder_without_a_ledger_is_named(tmp_path):
         Ledger(tmp_path / "none")
 
 
+def test_a_file_in_the_place_of_a_rank_is_named(tmp_path):
+    (tmp_path / "rank=0").touch()
+    with pytest.raises(ValueError, match=r"must be the folder of a ledger, but '.*rank=0' is a file"):
+        LedgerWriter(tmp_path)
+
+
 def test_columns_that_do_not_fit_are_named(tmp_path):
     writer, two = LedgerWriter(tmp_path), torch.ones(2)
     with pytest.raises(TypeError, match=r"`sample_ids` must be int64, but got torch.float32"):
@@ -144,3 +151,31 @@ def test_ids_without_a_place_in_the_table_are_named(tmp_path, sample_id, size):
     writer.close()
     with pytest.raises(ValueError, match=rf"`size` must be more than every sample id.* got {size} and ids"):
         Ledger(tmp_path).counts(size)
+
+
+def test_few_candidates_a_step_take_the_memory_of_many(tmp_path):
+    """28 bytes a row, in one tensor a column."""
+    writer = LedgerWriter(tmp_path, rows_per_file=1 << 12)
+    for step in range(1000):
+        writer.append(step, *candidates(step, size=2))
+    assert sum(column.untyped_storage().nbytes() for column in writer._columns) <= 2 * 28 * 2000
+    assert len(writer._columns) == 5
+
+
+@pytest.mark.parametrize("sizes", [[7, 5], [3, 25], [30], [1] * 23], ids=str)
+def test_candidate_batches_may_be_larger_than_a_file(tmp_path, sizes):
+    writer, ids = LedgerWriter(tmp_path, rows_per_file=10), torch.arange(100)
+    for step, size in enumerate(sizes):
+        writer.append(step, ids[:size], *torch.ones(3, size))
+    writer.close()
+    rows = Ledger(tmp_path).rows()
+    assert rows["sample_id"].to_pylist() == [i for size in sizes for i in range(size)]
+    assert rows["step"].to_pylist() == [step for step, size in enumerate(sizes) for _ in range(size)]
+
+
+def test_the_last_file_of_earlier_versions_is_read(tmp_path):
+    write(tmp_path, range(3))
+    expected = Ledger(tmp_path).rows()
+    for file in tmp_path.glob("rank=0/*.parquet"):
+        pq.write_table(pq.read_table(file).replace_schema_metadata(None), file, compression="zstd")
+    assert Ledger(tmp_path).rows().equals(expected)
