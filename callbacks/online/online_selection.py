@@ -195,7 +195,8 @@ class OnlineSelection(SeamClient, ABC):
         rank_zero_info(
             f"{type(self).__name__}: {description}; {sizes}{fewer if choice.trained < choice.size else ''}"
         )
-        if choice.trained == choice.size and self.keep < 1:
+        # Not where only this batch is short, as the last of an epoch is, at which a fit may be resumed.
+        if choice.trained == choice.size >= (self.candidates or 0) and self.keep < 1:
             rank_zero_warn(
                 f"`keep={self.keep}` of a candidate batch of {choice.size} is every row: enlarge the batch to select."
             )

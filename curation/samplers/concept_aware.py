@@ -127,9 +127,11 @@ class ConceptAwareSampler(GlobalBatchSampler):
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch that is iterated next; Lightning calls it."""
         if epoch != self.epoch:
-            self.epoch, self._start, self._yielded = epoch, 0, 0
+            self._start = self._yielded = 0
+        super().set_epoch(epoch)
 
     def __iter__(self) -> Iterator[int]:
+        self._take_epoch()
         rank, processes = self._place
         len(self)  # raises where there are too few samples
         start, self._start, self._yielded = self._start, 0, self._start
@@ -194,7 +196,7 @@ class ConceptAwareSampler(GlobalBatchSampler):
                 "The state is of another stream: samples, batch and super-batch of all processes, penalty and seed "
                 f"were {state['of']} and now are {stream}."
             )
-        self.epoch = state["epoch"]
+        super().set_epoch(state["epoch"])
         self._start = self._yielded = state["batches"]
 
 

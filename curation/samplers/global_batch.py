@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import DistributedSampler
 
 from curation.checks import check_integer
+from curation.samplers.fit_epoch import fit_epoch
 
 
 class GlobalBatchSampler(DistributedSampler):
@@ -24,6 +25,19 @@ class GlobalBatchSampler(DistributedSampler):
     def __init__(self, samples: Any, seed: int) -> None:
         check_integer("seed", seed, 0)
         super().__init__(samples, num_replicas=1, rank=0, seed=seed)
+        self._epoch_is_set = False  # since the last iteration
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that is iterated next; Lightning does."""
+        super().set_epoch(epoch)
+        self._epoch_is_set = True
+
+    def _take_epoch(self) -> None:
+        """Choose the epoch of the fit that begins to iterate, if nobody has chosen one since the last iteration."""
+        epoch = None if self._epoch_is_set else fit_epoch()
+        if epoch is not None:
+            self.set_epoch(epoch)
+        self._epoch_is_set = False
 
     @property
     def _place(self) -> tuple[int, int]:

@@ -59,6 +59,7 @@ class SubsetSampler(GlobalBatchSampler):
         return -(-len(self._indices) // self._place[1])
 
     def __iter__(self) -> Iterator[int]:
+        self._take_epoch()
         rank, processes = self._place
         order = self._indices
         if self.shuffle:

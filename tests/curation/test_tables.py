@@ -31,7 +31,7 @@ def outcome(table, damaged, columns=None):
         return None if str(path) in str(error) else error
     finally:
         path.write_bytes(whole)
-    return got.to_pydict(), got.schema.metadata
+    return got.to_pydict(), (got.schema.metadata or {}).get(b"made")
 
 
 @given(st.integers(0, 2**63), st.integers(0, 7))
@@ -41,8 +41,8 @@ def test_a_flipped_bit_is_never_read_as_another_value(table, place, bit):
     damaged = bytearray(table[1])
     damaged[place % len(damaged)] ^= 1 << bit
     for columns in (None, ["kept"]):
-        values, metadata = outcome(table, table[1], columns)
-        assert outcome(table, damaged, columns) in (None, (values, metadata), (values, {}))
+        values, made = outcome(table, table[1], columns)
+        assert outcome(table, damaged, columns) in (None, (values, made), (values, None))
 
 
 @pytest.mark.parametrize("length", [0, 3, 4, 100, -1])
@@ -51,9 +51,9 @@ def test_a_cut_file_is_refused_by_name(table, length):
 
 
 def test_a_table_is_read_as_it_was_written(table):
-    values, metadata = outcome(table, table[1])
+    values, made = outcome(table, table[1])
     assert values == {name: column.tolist() for name, column in COLUMNS.items()}
-    assert metadata == {b"made": b"by hand"}
+    assert made == b"by hand"
     assert read_table(table[0], ["kept"]).column_names == ["kept"]
     with pytest.raises(ValueError, match="no column 'other'"):
         read_table(table[0], ["kept", "other"])

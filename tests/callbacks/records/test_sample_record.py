@@ -1,9 +1,17 @@
 """The record of a fit, and that the ledger agrees with it."""
 
+import itertools
+import os
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from helpers import Classifier, loader, trainer
+from helpers import Classifier, data, loader, trainer
+from processes import on_two_ranks
+from torch.utils.data import DataLoader
 
+from curation.batch import SampleIds
 from curation.callbacks import HardSampleSelection, SampleRecord, SelectionLedger, UniformSelection
 from curation.records.ledger import Ledger
 
@@ -64,3 +72,32 @@ def test_a_full_step_leaves_the_score_of_the_last_one_that_scored():
     uniform = SampleRecord()
     trainer(UniformSelection(keep=0.5), uniform, max_epochs=1).fit(Classifier(), loader())
     assert uniform.store.scores.isnan().all()
+
+
+def fit_two_ranks(folder):
+    """Each rank has batches of its own, which grow: 4, 8 and 16 candidates on rank 0, one more on rank 1."""
+    rank = int(os.environ["RANK"])
+    sizes = [4 + rank, 8 + rank, 16 + rank]
+    starts = [0, *itertools.accumulate(sizes)]
+    batches = [[2 * row + rank for row in range(starts[i], starts[i + 1])] for i in range(3)]
+    record, module = SampleRecord(), Classifier()
+    run = trainer(
+        UniformSelection(keep=0.5), record, devices=2, strategy="ddp", max_epochs=1, use_distributed_sampler=False
+    )
+    run.fit(module, DataLoader(SampleIds(data()), batch_sampler=batches))
+    torch.save((record.store.seen, record.store.kept, sum(module.seen)), Path(folder) / f"{rank}.pt")
+
+
+def test_ranks_with_unequal_batches_record_every_candidate(tmp_path):
+    on_two_ranks(__file__, tmp_path)
+    (seen, kept, rows), (other_seen, other_kept, other_rows) = (torch.load(tmp_path / f"{i}.pt") for i in (0, 1))
+    assert torch.equal(seen, other_seen)
+    assert torch.equal(kept, other_kept)
+    expected = torch.zeros(64, dtype=torch.int32)
+    expected[0:56:2] = expected[1:62:2] = 1  # 28 samples of rank 0, 31 of rank 1
+    assert seen.tolist() == expected.tolist()
+    assert kept.sum() == rows + other_rows
+
+
+if __name__ == "__main__":
+    fit_two_ranks(sys.argv[1])

@@ -342,3 +342,17 @@ def test_a_stateful_loader_is_warned_of_where_lightning_loses_batches(tmp_path):
     assert "saved after the last batch of an epoch" in warning
     (warning,) = run(Stateful)
     assert "each resume loses a batch" in warning
+
+
+def test_a_fit_that_is_resumed_at_a_short_batch_does_not_ask_for_a_larger_one(tmp_path):
+    """The last batch of an epoch has 4 rows, as many as are kept of the 8 of the others."""
+
+    def fit(**resume):
+        save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=6, save_top_k=-1)
+        run = trainer(UniformSelection(keep=0.5), ExactResume(), save, max_epochs=1, enable_checkpointing=True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run.fit(Classifier(), loader(52), **resume)
+        return [str(w.message) for w in caught if "enlarge the batch" in str(w.message)]
+
+    assert fit() == fit(ckpt_path=tmp_path / "step=6.ckpt") == []
