@@ -1,6 +1,7 @@
 """Checks of arguments: every error names the argument and the value that it got."""
 
 import math
+import re
 from collections.abc import Sequence
 from numbers import Integral, Real
 from os import PathLike
@@ -118,6 +119,16 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     return value
 
 
+def is_url(path: str | PathLike[str]) -> bool:
+    """Whether a path is a URL such as ``s3://bucket/run``, which ``pathlib`` takes for a folder named ``s3:``.
+
+    Example:
+        >>> is_url("s3://bucket/run"), is_url("runs/s3"), is_url("C:/runs")
+        (True, False, False)
+    """
+    return re.match(r"\w{2,}:/", str(path)) is not None
+
+
 def check_path(name: str, value: Any, optional: bool = False) -> Any:
     """Refuse what is not the path of a file or a folder: a string, a ``pathlib.Path``, or None where that is allowed.
 
@@ -125,11 +136,13 @@ def check_path(name: str, value: Any, optional: bool = False) -> Any:
         The path as a string, or None.
 
     Raises:
-        ValueError: If the value is something else.
+        ValueError: If the value is something else, or a URL: files are written and read on this machine only.
 
     Example:
         >>> check_path("path", 3)
         Traceback (most recent call last):
         ValueError: Argument `path` must be a string, but got 3.
     """
+    if isinstance(value, (str, PathLike)) and is_url(value):
+        raise ValueError(f"Argument `{name}` must be a path on this machine, but got the URL {str(value)!r}.")
     return check_text(name, str(value) if isinstance(value, PathLike) else value, optional)

@@ -7,6 +7,8 @@ from os import PathLike
 from pathlib import Path
 from uuid import uuid4
 
+from curation.checks import check_path
+
 
 @contextmanager
 def replacing(path: str | PathLike[str]) -> Iterator[Path]:
@@ -24,6 +26,7 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
 
     Raises:
         OSError: If the file cannot be written; the error names ``path``.
+        ValueError: If ``path`` is a URL.
 
     Example:
         >>> import tempfile
@@ -33,7 +36,7 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
         >>> [file.name for file in folder.iterdir()]
         ['a.txt']
     """
-    target = Path(path).resolve()
+    target = Path(check_path("path", path)).resolve()
     new = target.with_name(f".{target.stem}.{uuid4().hex[:8]}{target.suffix}")  # nodes may share the disk
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

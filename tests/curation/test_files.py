@@ -17,6 +17,17 @@ from curation.records import LedgerWriter
 from curation.samplers import ConceptIndex
 
 
+def test_a_url_is_no_folder_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("s3://bucket/run.json", Path("memory://run.json")):
+        url = "Argument `path` must be a path on this machine, but got the URL"
+        with pytest.raises(ValueError, match=url), replacing(path):
+            pass
+        with pytest.raises(ValueError, match="Argument `path` must be a path on this machine"):
+            LedgerWriter(path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_new_file_and_its_folders_are_made(tmp_path):
     path = tmp_path / "a" / "b" / "kept.txt"
     with replacing(str(path)) as new:
