@@ -45,7 +45,7 @@ class Letters(Puzzles):
         return float("a" in answer)
 
     def question(self, i):
-        return "abc"[i % 3] * (1 + i % 2) + "="
+        return "".join("abc"[i // 3**k % 3] for k in range(3)) + "="
 
 
 def fit(module, *callbacks, data=None, **options):
