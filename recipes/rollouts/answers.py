@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from curation.log_probs import token_log_probs
+from curation.recipes.causal_lm import OwnLogits
 from curation.rollouts.generation import Completions
 
 
@@ -74,12 +74,12 @@ def packed(rows: Tensor, widths: Tensor, token_budget: int) -> Iterator[Tensor]:
 
 
 def answer_log_probs(
-    model: Any, questions: Iterable[Tensor], answers: Iterable[Tensor], temperature: float
+    logits: OwnLogits, questions: Iterable[Tensor], answers: Iterable[Tensor], temperature: float
 ) -> tuple[Tensor, Tensor]:
     """The log-probabilities of the ``N`` tokens of all answers, one answer after the other.
 
     Args:
-        model: A causal language model of transformers.
+        logits: The logits of the model.
         questions: The tokens of each question, int64 ``[T]``, on the CPU.
         answers: The tokens of each answer, int64 ``[T]``, on the CPU; as many as questions.
         temperature: Divisor of the logits.
@@ -87,7 +87,7 @@ def answer_log_probs(
     Returns:
         The log-probabilities, fp32 ``[N]``, and the number of the answer that each token belongs to, int64 ``[N]``.
     """
-    device = model.device
+    device = logits.model.device
     pairs = list(zip(questions, answers, strict=True))
     ids = pad_sequence([torch.cat(pair) for pair in pairs], batch_first=True)
     mask = pad_sequence([torch.ones(len(q) + len(a), dtype=torch.int64) for q, a in pairs], batch_first=True)
@@ -95,8 +95,6 @@ def answer_log_probs(
     # Position t predicts token t + 1.
     positions = torch.cat([torch.arange(len(a)) + len(q) - 1 + i * width for i, (q, a) in enumerate(pairs)])
     answer_index = torch.cat([torch.full((len(a),), i) for i, (_, a) in enumerate(pairs)]).to(device)
-    hidden = model.base_model(ids.to(device), attention_mask=mask.to(device), use_cache=False).last_hidden_state
-    head = model.get_output_embeddings()
-    rows = hidden.flatten(0, 1).index_select(0, positions.to(device))
     targets = torch.cat([a for _, a in pairs]).to(device)
-    return token_log_probs(rows, head.weight, targets, head.bias, temperature), answer_index
+    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    return logits.log_probs(positions.to(device), targets, temperature, **inputs), answer_index

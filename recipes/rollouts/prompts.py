@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from curation.checks import check_integer, check_number
@@ -43,6 +44,9 @@ class Prompts(LightningDataModule):
         check_integer("seen", seen, 0)
         check_integer("batch_size", batch_size, 1)
         first = list({task.question(i): i for i in reversed(range(len(task)))}.values())[::-1]
+        if len(first) == 1 < len(task):
+            rank_zero_warn("Prompts: all questions of the task are equal, so that the one held out is trained on.")
+            first = list(range(len(task)))
         self.task = task if len(first) == len(task) else SomeQuestions(task, first)
         self.train_size = len(first) - max(1, round(holdout * len(first)))
         if self.train_size < 1:

@@ -41,13 +41,13 @@ class Counted(PolicyModule):
 
 
 class Letters(Puzzles):
-    """Easy for a model that knows nothing: one of three letters, or the second question, which nobody solves."""
+    """Easy for a model that knows nothing: three letters; every fourth question nobody solves."""
 
     def score(self, i, answer):
         return float("a" in answer) if i % 4 else 0.0
 
     def question(self, i):
-        return "abc"[i % 3] + "="
+        return "".join("abc"[i // 3**k % 3] for k in range(3)) + "="
 
 
 def prompts(**options):

@@ -263,7 +263,9 @@ def test_a_task_without_repeats_is_left_as_it_is():
     with pytest.raises(ValueError, match="`warmup` must have questions that are not held out"):
         Prompts(task, 4, holdout=0.5, warmup=SomeQuestions(task, range(20, 30)))
     with pytest.raises(ValueError, match="`task` must have 2 different questions or more, but has 1"):
-        Prompts(SomeQuestions(task, [3, 3, 3]), 1)
+        Prompts(SomeQuestions(task, [3]), 1)
+    with pytest.warns(UserWarning, match="all questions of the task are equal"):
+        assert Prompts(SomeQuestions(task, [3, 3, 3]), 2).train_size == 2
 
 
 @pytest.mark.parametrize(
