@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from curation.recipes.causal_lm import OwnLogits
-from curation.rollouts.generation import Completions
+from curation.rollouts.generation import Completions, generate, prefill
+from curation.scoring import side_effect_free
 
 
 @dataclass
@@ -98,3 +99,36 @@ def answer_log_probs(
     targets = torch.cat([a for _, a in pairs]).to(device)
     inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
     return logits.log_probs(positions.to(device), targets, temperature, **inputs), answer_index
+
+
+def check_sampling(logits: OwnLogits, pad_id: int) -> None:
+    """Refuse a model whose answers are sampled with other probabilities than they are learned by.
+
+    Two short prompts of unequal lengths are answered, so that one is padded, and their probabilities compared.
+
+    Args:
+        logits: The logits of the model.
+        pad_id: The padding token.
+
+    Raises:
+        TypeError: If the probabilities differ by more than rounding, or the model cannot be run token by token.
+    """
+    model, name = logits.model, type(logits.model).__name__
+    embedding = model.get_input_embeddings().weight
+    prompts = [torch.arange(2, 2 + n) % len(embedding) for n in (2, 4)]
+    try:
+        cache = prefill(model, prompts, pad_id, 1024)
+        generator = torch.Generator().manual_seed(0)
+        options: dict[str, Any] = {"max_new_tokens": 2, "stop_ids": [], "token_budget": 1024, "generator": generator}
+        sampled = generate(model, cache, torch.ones(2, dtype=torch.int64), **options)
+        with side_effect_free(model):
+            learned, _ = answer_log_probs(logits, prompts, list(sampled.tokens.cpu()), 1.0)
+    except Exception as error:  # models raise anything
+        raise TypeError(f"{name} cannot be sampled from token by token: {type(error).__name__}: {error}") from error
+    assert sampled.log_probs is not None
+    difference = float((learned - sampled.log_probs.flatten()).abs().max())
+    if not difference <= max(1e-2, 64 * torch.finfo(embedding.dtype).eps):
+        raise TypeError(
+            f"{name} samples with other probabilities than those of its logits for a whole text (log-probabilities "
+            f"differ by {difference:.3g}): its positions or masks do not follow `position_ids` and `attention_mask`."
+        )

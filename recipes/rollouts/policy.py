@@ -18,7 +18,7 @@ from curation.callbacks.lightning.loggers import log_table
 from curation.callbacks.lightning.loop import wait_for
 from curation.checks import check_choice, check_integer, check_number, check_seed
 from curation.recipes.causal_lm import OwnLogits, evaluation_mode, own_logits
-from curation.recipes.rollouts.answers import Rollouts, answer_log_probs, packed
+from curation.recipes.rollouts.answers import Rollouts, answer_log_probs, check_sampling, packed
 from curation.recipes.rollouts.evaluation import SolvedPrompts
 from curation.recipes.rollouts.language_models import LanguageModelSource, Text
 from curation.recipes.rollouts.objective import clipped_objective, importance_ratio, kl_estimate
@@ -154,6 +154,7 @@ class PolicyModule(LightningModule):
         if self.model is None:
             self.model, self.text = self.source.build()
             self.logits = own_logits(self.model)
+            check_sampling(self.logits, self.text.pad_id)
         if self.trainer.training and not self._warmed_up:
             self._warmed_up = True
             if self.hparams["warmup_steps"] and self.trainer.ckpt_path is None:

@@ -9,7 +9,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from curation.recipes.causal_lm import own_logits
-from curation.recipes.rollouts.answers import answer_log_probs
+from curation.recipes.rollouts.answers import answer_log_probs, check_sampling
 from curation.rollouts.generation import generate, prefill
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
@@ -24,12 +24,12 @@ FEW = (
     "bert",
     "llama4_text",
     "opt",
-    "mamba2",
+    "bart",
 )
 FAMILIES = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) if NIGHTLY else FEW
 SIZES = {
     "vocab_size": 41, "hidden_size": 32, "d_model": 32, "n_embd": 32, "intermediate_size": 48, "ffn_dim": 48,
-    "moe_intermediate_size": 16, "intermediate_size_mlp": 48, "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2,
+    "moe_intermediate_size": 16, "intermediate_size_mlp": 48, "num_hidden_layers": 4, "n_layer": 2, "n_layers": 2,
     "num_layers": 2, "decoder_layers": 2, "encoder_layers": 1, "num_attention_heads": 4, "n_head": 4, "n_heads": 4,
     "decoder_attention_heads": 4, "encoder_attention_heads": 4, "decoder_ffn_dim": 48, "encoder_ffn_dim": 48,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "n_positions": 64, "n_ctx": 64,
@@ -41,36 +41,45 @@ SIZES = {
     "num_kv_shared_layers": 0,
 }  # fmt: skip
 CHANGES = {  # what is set for a family alone: what its configuration changes after the head
-    "granite": {"logits_scaling": 8.0}, "granitemoe": {"logits_scaling": 8.0}, "falcon_h1": {"lm_head_multiplier": 2.0},
+    "granite": {"logits_scaling": 8.0}, "granitemoe": {"logits_scaling": 8.0},
+    "falcon_h1": {"lm_head_multiplier": 2.0},
     "bert": {"is_decoder": False},
 }  # fmt: skip
 
 
-def tiny_model(family):
-    """A small model of a family with logits of several units; None where these sizes are not for it."""
-    kind = CONFIG_MAPPING[family]
+def tiny_models(family):
+    """Small models of a family with logits of several units; none where these sizes are not for it."""
     torch.manual_seed(0)
+    kind = CONFIG_MAPPING[family]
     for sizes in (SIZES, {k: v for k, v in SIZES.items() if k != "head_dim"}):
         try:
             known = kind().to_dict()
             options = {name: value for name, value in sizes.items() if name in known or hasattr(kind(), name)}
-            model = AutoModelForCausalLM.from_config(kind(**options | CHANGES.get(family, {}))).eval()
+            config = kind(**options | CHANGES.get(family, {}))
+            with torch.device("meta"):
+                size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+            if size > 3e6:
+                continue
+            model = AutoModelForCausalLM.from_config(config).eval()
         except Exception:
-            continue
-        if sum(p.numel() for p in model.parameters()) > 3e7:
             continue
         for weight in model.parameters():
             if weight.dim() == 2:
                 torch.nn.init.normal_(weight, std=0.2)
-        return model
-    return None
+        yield model
 
 
 def outcome(family):
     """What happens with a family: ``"equal"``, ``"no tiny configuration"``, a refusal by name, or what is wrong."""
-    model = tiny_model(family)
-    if model is None:
-        return "no tiny configuration"
+    text = "no tiny configuration"
+    for model in tiny_models(family):
+        text = outcome_of(model)
+        if "cannot be run" not in text:
+            break
+    return text
+
+
+def outcome_of(model):
     name = type(model).__name__
     try:
         logits = own_logits(model)
@@ -93,15 +102,16 @@ def outcome(family):
         if not torch.allclose(*gradients, rtol=1e-3, atol=1e-4 * float(gradients[1].abs().max())):
             return "wrong: gradients of the head differ"
     try:
-        cache = prefill(model, questions, 0, 64)
-        options = {"max_new_tokens": 3, "stop_ids": [], "token_budget": 64, "temperature": 0.7}
-        sampled = generate(model, cache, torch.tensor([2, 2]), generator=generator, **options)
-    except Exception as error:
-        return f"refused in sampling: {name}: {error}"
+        check_sampling(logits, 0)
+    except TypeError as refusal:
+        return f"refused: {refusal}" if name in str(refusal) else f"wrong: {refusal}"
+    cache = prefill(model, questions, 0, 64)
+    options = {"max_new_tokens": 3, "stop_ids": [], "token_budget": 64, "temperature": 0.7}
+    sampled = generate(model, cache, torch.tensor([2, 2]), generator=generator, **options)
     index = sampled.prompt_index.tolist()
     learned, _ = answer_log_probs(logits, [questions[i] for i in index], list(sampled.tokens), 0.7)
     difference = float((learned - sampled.log_probs.flatten()).abs().max())
-    return f"equal, {logits.linear}" if difference < 1e-4 else f"wrong: sampled ones differ by {difference}"
+    return f"equal, {logits.linear}" if difference < 1e-3 else f"wrong: sampled ones differ by {difference}"
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -112,6 +122,9 @@ def test_log_probabilities_are_those_of_the_models_own_logits(family, record_pro
     print(f"OUTCOME {family}: {text}".replace("\n", " ")[:300])
     assert not text.startswith("wrong")
     if not NIGHTLY:
-        refused = {"bert": "refused: BertLMHeadModel looks ahead"}
-        linear = family in ("llama", "gpt2", "llama4_text", "opt", "mamba2")
+        refused = {
+            "bert": "refused: BertLMHeadModel looks ahead",
+            "bart": "refused: BartForCausalLM samples with other",
+        }
+        linear = family in ("llama", "gpt2", "llama4_text", "opt")
         assert text.startswith(refused.get(family, f"equal, {linear}"))
