@@ -25,6 +25,7 @@ FEW = (
     "llama4_text",
     "opt",
     "bart",
+    "roberta",
 )
 FAMILIES = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) if NIGHTLY else FEW
 SIZES = {
