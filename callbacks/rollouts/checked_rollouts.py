@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+ROUNDING = 1e-6  # a reward this far out of [0, 1] counts as 0 or 1
+
 
 def prompt_index(rollouts: Any) -> Any:
     """The row of the batch that each rollout answers, int64 ``[R]``; ``prompts`` is the older name."""
@@ -22,7 +24,8 @@ def check_rollouts(rollouts: Any, counts: np.ndarray) -> Any:
         The rollouts.
 
     Raises:
-        ValueError: If a prompt has another number of rollouts than ``counts`` says, or a reward is not in [0, 1].
+        ValueError: If a prompt has another number of rollouts than ``counts`` says, or a reward is out of
+            [0, 1] by more than rounding (1e-6).
         TypeError: If there is no ``rewards``, ``prompt_index`` or ``pool``, or the first two are not tensors.
     """
     has_index = hasattr(rollouts, "prompt_index") or hasattr(rollouts, "prompts")
@@ -39,7 +42,7 @@ def check_rollouts(rollouts: Any, counts: np.ndarray) -> Any:
             f"`rollout` was asked for {counts.tolist()} rollouts of the prompts 0 to {len(counts) - 1}, but gave "
             f"{list(rewards.shape)} rewards of the prompts {list(index.shape)}, not as many of each."
         )
-    outside = rewards[~((rewards >= 0) & (rewards <= 1))]
+    outside = rewards[~((rewards >= -ROUNDING) & (rewards <= 1 + ROUNDING))]
     if len(outside):
         raise ValueError(f"`rollout(...).rewards` must be in [0, 1], but has {float(outside[0])}.")
     return rollouts
@@ -52,4 +55,5 @@ def successes(rollouts: Any, prompts: int) -> np.ndarray:
         rollouts: Rollouts that :func:`check_rollouts` accepts.
         prompts: ``P``, the number of prompts of the batch.
     """
-    return np.bincount(prompt_index(rollouts).cpu().numpy(), rollouts.rewards.double().cpu().numpy(), prompts)
+    rewards = rollouts.rewards.double().clamp(0, 1).cpu().numpy()
+    return np.bincount(prompt_index(rollouts).cpu().numpy(), rewards, prompts)

@@ -175,8 +175,18 @@ class DifficultyAdaptiveRollouts(FitCallback):
             rank_zero_info("DifficultyAdaptiveRollouts makes no forecast: that needs one map-style data loader.")
             return
         counted = self._first_successes(trainer, pl_module, loader)
+        made = self.n * len(counted)
+        if not counted.any():
+            rank_zero_warn(
+                f"DifficultyAdaptiveRollouts makes no forecast: none of {made} rollouts of {len(counted)} prompts "
+                "earned a reward, and a policy without rewards learns nothing. Warm it up, or take easier prompts."
+            )
+            return
         accuracy = accuracies(counted, self.n)
-        lines = [f"accuracy {accuracy.mean():.2f} over {len(counted)} prompts; expected per prompt and step:"]
+        lines = [
+            f"accuracy {counted.sum() / made:.2f} over {len(counted)} prompts; expected per prompt and step, with "
+            "half a success and half a failure added to each prompt:"
+        ]
         rows: list[list[Any]] = []
         forecasts = compare_schedules(self.schedule, accuracy, self.n, self._total(len(counted)))
         for name, f in forecasts.items():

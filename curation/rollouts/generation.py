@@ -112,7 +112,7 @@ def prefill(model: Any, prompts: Sequence[Tensor], pad_id: int, token_budget: in
     check_integer("token_budget", token_budget, 1)
     embedding = model.get_input_embeddings().weight
     check_integer("pad_id", pad_id, 0, len(embedding))
-    context = _context(model)
+    context = context_length(model)
     for i, prompt in enumerate(prompts):
         if prompt.dtype != torch.int64 or prompt.dim() != 1 or not 0 < len(prompt) <= context:
             raise ValueError(
@@ -182,7 +182,7 @@ def generate(
     expected = torch.zeros(size) if expected_lengths is None else torch.as_tensor(expected_lengths).cpu()
     if expected.shape != (size,):
         raise ValueError(f"Argument `expected_lengths` must be [{size}], but got {list(expected.shape)}.")
-    room = _context(model) - max([0, *cache.lengths.tolist()])
+    room = context_length(model) - max([0, *cache.lengths.tolist()])
     if max_new_tokens > room:
         raise ValueError(
             f"Argument `max_new_tokens` must be in [1, {room}], what the longest prompt leaves of the context, but "
@@ -241,7 +241,7 @@ def from_sequences(
     return Completions.cat([Completions(prompt_index, tokens, kept.sum(1), None, is_stop.any(1), pad_id)])
 
 
-def _context(model: Any) -> float:
+def context_length(model: Any) -> float:
     """The number of tokens that the model can attend to; infinite where its configuration has none."""
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or torch.inf
 

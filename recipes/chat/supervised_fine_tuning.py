@@ -10,18 +10,18 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from curation.checks import check_integer, check_number, check_text
+from curation.recipes.causal_lm import OwnLogits, keep_layers, own_logits
 from curation.recipes.smollm2 import SMOLLM2, SMOLLM2_GGUF
 from curation.recipes.sources import require_extra, resolve
 from curation.scoring import IGNORED
-
-_RESHAPED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 class SupervisedFineTuning(LightningModule):
     """Trains a Hugging Face causal LM on the answers of conversations.
 
-    The loss is the mean cross-entropy per answer token. Logits are formed at the positions that predict an answer
-    token only: with a vocabulary of 49,152 and answers a fifth of the text, that saves most of the head's cost.
+    The loss is the mean cross-entropy per answer token, of the model's own logits with its soft caps and scales. They
+    are formed at the positions that predict an answer token only: with a vocabulary of 49,152 and answers a fifth of
+    the text, that saves most of the head's cost.
 
     Args:
         model: Folder, hub name, or ``package:NAME``.
@@ -33,7 +33,7 @@ class SupervisedFineTuning(LightningModule):
 
     Raises:
         ValueError: If an argument is out of its range, or the model has fewer layers than ``num_layers``.
-        TypeError: If the model changes its logits after the output head, which this module would leave out.
+        TypeError: If the model is none that can be trained so, see :func:`~curation.recipes.causal_lm.own_logits`.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class SupervisedFineTuning(LightningModule):
         check_integer("warmup_steps", warmup_steps, 0)
         self.save_hyperparameters()
         self.model: Any = None
+        self._logits: OwnLogits
         self.sample_weights: Tensor | None = None  # fp32 [B], set by a rule that weighs the rows of a batch
         self.val_loss = MeanMetric()
         self.test_loss = MeanMetric()
@@ -68,16 +69,8 @@ class SupervisedFineTuning(LightningModule):
         model: Any = AutoModelForCausalLM.from_pretrained(
             resolve(self.hparams["model"]), gguf_file=self.hparams["gguf_file"], dtype=torch.float32
         )
-        for name in _RESHAPED_LOGITS:
-            if getattr(model.config, name, None) not in (None, 1):
-                raise TypeError(f"{type(model).__name__} has `{name}`, so its logits are not what its head gives.")
-        n = self.hparams["num_layers"]
-        if n is not None:
-            layers = model.base_model.layers
-            if n > len(layers):
-                raise ValueError(f"Argument `num_layers` must be in [1, {len(layers)}], but got {n!r}.")
-            model.base_model.layers = layers[:n]
-            model.config.num_hidden_layers = n
+        keep_layers(model, self.hparams["num_layers"])
+        self._logits = own_logits(model)
         self.model = model.train()  # `from_pretrained` returns it in evaluation mode
 
     def on_fit_start(self) -> None:
@@ -96,12 +89,11 @@ class SupervisedFineTuning(LightningModule):
             batch: ``input_ids``, ``attention_mask`` and ``labels``, each int64 ``[B, T]``; labels are -100 at every
                 position that is not part of the answer.
         """
-        hidden = self.model.base_model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        ).last_hidden_state
-        targets = batch["labels"][:, 1:]  # position t predicts token t + 1
+        targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # position t predicts token t + 1
         scored = targets.ne(IGNORED)
-        logits = self.model.get_output_embeddings()(hidden[:, :-1][scored])
+        positions = scored.flatten().nonzero()[:, 0]
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        logits = self._logits.at(positions, **inputs)
         if self.sample_weights is None:
             return F.cross_entropy(logits.float(), targets[scored]), scored.sum()
         losses = F.cross_entropy(logits.float(), targets[scored], reduction="none")

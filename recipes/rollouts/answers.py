@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from curation.log_probs import token_log_probs
-from curation.rollouts.generation import Completions
+from curation.recipes.causal_lm import OwnLogits
+from curation.rollouts.generation import Completions, context_length, generate, prefill
+from curation.scoring import side_effect_free
 
 
 @dataclass
@@ -74,12 +75,12 @@ def packed(rows: Tensor, widths: Tensor, token_budget: int) -> Iterator[Tensor]:
 
 
 def answer_log_probs(
-    model: Any, questions: Iterable[Tensor], answers: Iterable[Tensor], temperature: float
+    logits: OwnLogits, questions: Iterable[Tensor], answers: Iterable[Tensor], temperature: float
 ) -> tuple[Tensor, Tensor]:
     """The log-probabilities of the ``N`` tokens of all answers, one answer after the other.
 
     Args:
-        model: A causal language model of transformers.
+        logits: The logits of the model.
         questions: The tokens of each question, int64 ``[T]``, on the CPU.
         answers: The tokens of each answer, int64 ``[T]``, on the CPU; as many as questions.
         temperature: Divisor of the logits.
@@ -87,7 +88,7 @@ def answer_log_probs(
     Returns:
         The log-probabilities, fp32 ``[N]``, and the number of the answer that each token belongs to, int64 ``[N]``.
     """
-    device = model.device
+    device = logits.model.device
     pairs = list(zip(questions, answers, strict=True))
     ids = pad_sequence([torch.cat(pair) for pair in pairs], batch_first=True)
     mask = pad_sequence([torch.ones(len(q) + len(a), dtype=torch.int64) for q, a in pairs], batch_first=True)
@@ -95,8 +96,41 @@ def answer_log_probs(
     # Position t predicts token t + 1.
     positions = torch.cat([torch.arange(len(a)) + len(q) - 1 + i * width for i, (q, a) in enumerate(pairs)])
     answer_index = torch.cat([torch.full((len(a),), i) for i, (_, a) in enumerate(pairs)]).to(device)
-    hidden = model.base_model(ids.to(device), attention_mask=mask.to(device), use_cache=False).last_hidden_state
-    head = model.get_output_embeddings()
-    rows = hidden.flatten(0, 1).index_select(0, positions.to(device))
     targets = torch.cat([a for _, a in pairs]).to(device)
-    return token_log_probs(rows, head.weight, targets, head.bias, temperature), answer_index
+    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    return logits.log_probs(positions.to(device), targets, temperature, **inputs), answer_index
+
+
+def check_sampling(logits: OwnLogits, pad_id: int) -> None:
+    """Refuse a model whose answers are sampled with other probabilities than they are learned by.
+
+    Two short prompts of unequal lengths are answered, so that one is padded, and their probabilities compared.
+
+    Args:
+        logits: The logits of the model.
+        pad_id: The padding token.
+
+    Raises:
+        TypeError: If the probabilities differ by more than rounding, or the model cannot be run token by token.
+    """
+    model, name = logits.model, type(logits.model).__name__
+    embedding = model.get_input_embeddings().weight
+    context = int(min(context_length(model), 14))
+    new_tokens = max(1, min(5, context - context // 2))
+    prompts = [torch.arange(2, 2 + max(1, n)) % len(embedding) for n in (context // 4, context // 2)]
+    try:
+        cache = prefill(model, prompts, pad_id, 1024)
+        generator = torch.Generator().manual_seed(0)
+        options: dict[str, Any] = {"max_new_tokens": new_tokens, "stop_ids": [], "token_budget": 1024}
+        sampled = generate(model, cache, torch.ones(2, dtype=torch.int64), generator=generator, **options)
+        with side_effect_free(model):
+            learned, _ = answer_log_probs(logits, prompts, list(sampled.tokens.cpu()), 1.0)
+    except Exception as error:  # models raise anything
+        raise TypeError(f"{name} cannot be sampled from token by token: {type(error).__name__}: {error}") from error
+    assert sampled.log_probs is not None
+    difference = float((learned - sampled.log_probs.flatten()).abs().max())
+    if not difference <= max(1e-2, 64 * torch.finfo(embedding.dtype).eps):
+        raise TypeError(
+            f"{name} samples token by token with other probabilities than those of a whole text (log-probabilities differ "
+            f"by {difference:.3g}), often since its positions or masks do not follow `position_ids` and `attention_mask`."
+        )

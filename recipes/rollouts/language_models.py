@@ -1,11 +1,13 @@
 """Causal language models, and the part of a tokenizer that rollouts need."""
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from curation.checks import check_integer, check_seed, check_text
+from curation.recipes.causal_lm import keep_layers
 from curation.recipes.seeds import global_seed
 from curation.recipes.smollm2 import SMOLLM2, SMOLLM2_GGUF
 from curation.recipes.sources import require_extra, resolve
@@ -66,29 +68,46 @@ class Pretrained:
         """Load the model and its tokenizer.
 
         Raises:
-            ValueError: If the tokenizer has no chat template or no token that ends an answer.
+            ValueError: If the tokenizer has no chat template or no token that ends an answer, or the model has fewer
+                layers than ``num_layers``.
         """
         require_extra()
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         place = resolve(self.model)
         model: Any = AutoModelForCausalLM.from_pretrained(place, gguf_file=self.gguf_file, dtype=torch.float32)
-        if self.num_layers is not None:
-            model.base_model.layers = model.base_model.layers[: self.num_layers]
-            model.config.num_hidden_layers = self.num_layers
-        return model, _Chat(AutoTokenizer.from_pretrained(place, gguf_file=self.gguf_file), self.model)
+        keep_layers(model, self.num_layers)
+        tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=self.gguf_file)
+        ends = model.generation_config.eos_token_id if model.can_generate() else None
+        return model, _Chat(tokenizer, self.model, [] if ends is None else [ends] if isinstance(ends, int) else ends)
 
 
 class _Chat:
-    """The tokenizer of a model with a chat template."""
+    """The tokenizer of a model with a chat template.
 
-    def __init__(self, tokenizer: Any, name: str) -> None:
+    An answer ends with the end token of the tokenizer or any of those of the model's generation configuration. Of
+    these an answer to learn from has the one that the chat template writes.
+    """
+
+    def __init__(self, tokenizer: Any, name: str, ends: Iterable[int] = ()) -> None:
         if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
             raise ValueError(f"Argument `model` must have a chat template and an end token, but {name!r} lacks one.")
         self.tokenizer = tokenizer
-        self.stop_ids = [tokenizer.eos_token_id]
+        self.stop_ids = list(dict.fromkeys([tokenizer.eos_token_id, *ends]))
+        self.end_id = self._end_of_turn()
         # Padding is masked everywhere, so that any token may be the padding token.
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def _end_of_turn(self) -> int:
+        """The stop token that the chat template writes after an answer, or else that of the tokenizer."""
+        mark = "12321"
+        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+        try:
+            text = self.tokenizer.apply_chat_template(chat, tokenize=False)
+        except Exception:  # templates raise what they like, where they know no assistant
+            return self.stop_ids[0]
+        tokens = self.tokenizer(text.rpartition(mark)[2], add_special_tokens=False)["input_ids"]
+        return next((token for token in tokens if token in self.stop_ids), self.stop_ids[0])
 
     def prompt(self, question: str) -> Tensor:
         chat = [{"role": "user", "content": question}]
@@ -96,10 +115,11 @@ class _Chat:
         return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def answer(self, text: str) -> Tensor:
-        return torch.tensor([*self.tokenizer(text, add_special_tokens=False)["input_ids"], *self.stop_ids])
+        return torch.tensor([*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_id])
 
     def decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+        ended = bool(tokens) and tokens[-1] in self.stop_ids  # an end token need not be a special one
+        return self.tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True)
 
 
 class FromScratch:

@@ -1,6 +1,7 @@
 """Reinforcement learning with verifiable rewards: a policy that learns from groups of its own answers."""
 
 import copy
+import dataclasses
 import time
 from contextlib import nullcontext
 from typing import Any, get_args
@@ -16,7 +17,8 @@ from curation.callbacks.lightning.collectives import gather_rows
 from curation.callbacks.lightning.loggers import log_table
 from curation.callbacks.lightning.loop import wait_for
 from curation.checks import check_choice, check_integer, check_number, check_seed
-from curation.recipes.rollouts.answers import Rollouts, answer_log_probs, packed
+from curation.recipes.causal_lm import OwnLogits, evaluation_mode, own_logits
+from curation.recipes.rollouts.answers import Rollouts, answer_log_probs, check_sampling, packed
 from curation.recipes.rollouts.evaluation import SolvedPrompts
 from curation.recipes.rollouts.language_models import LanguageModelSource, Text
 from curation.recipes.rollouts.objective import clipped_objective, importance_ratio, kl_estimate
@@ -36,6 +38,9 @@ class PolicyModule(LightningModule):
     A step answers every prompt of its batch several times with the current weights, scores the answers with the
     ``task`` of the data module, and updates the weights by the clipped objective of PPO with advantages over the
     group (GRPO, arXiv 2402.03300). A batch holds prompts alone, so nothing is generated ahead of its step.
+
+    Answers are sampled and learned from with the model's own logits, its soft caps, scales and adapters included, and
+    in evaluation mode, without dropout; the supervised warm-up alone runs in training mode.
 
     ``DifficultyAdaptiveRollouts`` decides how many answers a prompt gets; without it every prompt has ``rollouts``.
     The optimization is manual: ``accumulate_grad_batches`` and the trainer's gradient clipping do not apply. Where
@@ -65,7 +70,9 @@ class PolicyModule(LightningModule):
 
     Raises:
         ValueError: If an argument is out of its range.
-        TypeError: If the strategy is neither one device nor DDP, or the data module has no ``task``.
+        TypeError: If the strategy is neither one device nor DDP, the data module has no ``task``, or the model is
+            none that answers can be learned from, see :func:`~curation.recipes.causal_lm.own_logits`.
+        RuntimeError: If none of the first answers can be scored.
     """
 
     def __init__(
@@ -110,9 +117,11 @@ class PolicyModule(LightningModule):
         self.model: Any = None
         self.reference: Any = None
         self.text: Text
+        self.logits: OwnLogits  # of the model
         self.rollouts_made = 0  # in training, by all processes
         self.lengths: dict[int, float] = {}  # question -> running mean of the lengths of its answers
         self.not_scored = 0  # answers whose score failed
+        self._has_scored = False  # any answer, in this process
         self.solved = SolvedPrompts(eval_rollouts)
         self._cache: tuple[Any, PromptCache] | None = None  # a batch, and the keys and values of its prompts
         self._calls = 0  # of `rollout` with that batch
@@ -144,12 +153,14 @@ class PolicyModule(LightningModule):
             )
         if self.model is None:
             self.model, self.text = self.source.build()
+            self.logits = own_logits(self.model)
+            check_sampling(self.logits, self.text.pad_id)
         if self.trainer.training and not self._warmed_up:
             self._warmed_up = True
             if self.hparams["warmup_steps"] and self.trainer.ckpt_path is None:
                 self.model.to(self.trainer.strategy.root_device)
                 loss = warm_up(
-                    self.model, self.text, self.trainer.datamodule.solved, self.hparams["warmup_steps"],  # type: ignore[attr-defined]
+                    self.logits, self.text, self.trainer.datamodule.solved, self.hparams["warmup_steps"],  # type: ignore[attr-defined]
                     self.hparams["warmup_lr"], self.hparams["temperature"], global_seed(self._seed),
                 )  # fmt: skip
                 rank_zero_info(f"PolicyModule: loss {loss:.3f} per token after its warm-up.")
@@ -204,6 +215,12 @@ class PolicyModule(LightningModule):
         limit = self.hparams["reward_seconds"]
         scored = [score(self.task, i, answer, limit) for i, answer in zip(questions, answers, strict=True)]
         errors = [error for _, error in scored if error is not None]
+        if errors and len(errors) == len(scored):
+            said = f"{type(self.task).__name__} could score none of {len(scored)} answers of a batch: {errors[0]}."
+            if not self._has_scored:
+                raise RuntimeError(f"{said} Repair its `score`, or raise `reward_seconds` where that is the limit.")
+            rank_zero_warn(f"{said} They count as wrong, in step {self._steps}.")
+        self._has_scored |= len(errors) < len(scored)
         if errors and not self.not_scored:
             rank_zero_warn(
                 f"An answer could not be scored and counts as wrong: {errors[0]}. Others are counted only."
@@ -223,7 +240,8 @@ class PolicyModule(LightningModule):
         self._update_lengths(batch["ids"], rollouts)
         answered = time.perf_counter()
         self._last = batch["questions"], rollouts
-        statistics = self._learn(batch["questions"], rollouts)
+        with evaluation_mode(self.model):  # dropout would change the probabilities that were sampled from
+            statistics = self._learn(batch["questions"], rollouts)
         wait_for(self.device)
         counts = torch.tensor([len(rollouts.rewards), self.not_scored], device=self.device)
         made, not_scored = self.trainer.strategy.reduce(counts, reduce_op="sum").tolist()
@@ -275,9 +293,9 @@ class PolicyModule(LightningModule):
     ) -> dict[str, Tensor]:
         """One optimizer step on the rollouts of informative groups, in as many passes on every process."""
         index, lengths = rollouts.prompt_index[rows], rollouts.completions.lengths[rows]
-        weights, denominator = loss_weights(
-            advantage[rows], index, len(prompts), lengths, self.hparams["normalizer"], self.hparams["max_new_tokens"]
-        )
+        options = index, len(prompts), lengths, self.hparams["normalizer"], self.hparams["max_new_tokens"]
+        weights, denominator = loss_weights(advantage[rows], *options)
+        kl_weights, _ = loss_weights(torch.ones_like(weights), *options)
         informative = (weights.new_zeros(len(prompts)).index_add_(0, index, weights.abs()) > 0)[index]
         widths = torch.tensor([len(prompt) for prompt in prompts])[index] + lengths
         parts = list(packed(rows[informative], widths[informative], self.hparams["token_budget"]))
@@ -291,7 +309,8 @@ class PolicyModule(LightningModule):
                 optimizer.step()  # without gradients: it counts, and changes nothing
             return {}
         share = processes / total  # DDP takes the mean over processes
-        weight_of = weights.new_zeros(len(advantage)).index_put_((rows,), weights) * share
+        columns = torch.stack([weights, kl_weights]) * share
+        weight_of = weights.new_zeros(2, len(advantage)).index_copy_(1, rows, columns)
         width_of = widths.new_zeros(len(advantage)).index_put_((rows,), widths)
         self.passes_per_step = passes  # GlobalBatchLoadBalancing reads this, and the mask of each pass
         sums: dict[str, Tensor] = {}
@@ -302,7 +321,7 @@ class PolicyModule(LightningModule):
             self.token_mask = (torch.arange(int(width.max())) < width) & (scale > 0)
             accumulates = i < passes - 1 and processes > 1
             with strategy.block_backward_sync() if accumulates else nullcontext():  # type: ignore[attr-defined]
-                loss, statistics = self._loss(prompts, rollouts, part, weight_of[part] * scale, share)
+                loss, statistics = self._loss(prompts, rollouts, part, *(weight_of[:, part] * scale))
                 self.manual_backward(loss)
             for name, value in statistics.items():
                 sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value
@@ -316,21 +335,29 @@ class PolicyModule(LightningModule):
         self._grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.hparams["max_grad_norm"])
 
     def _loss(
-        self, prompts: list[Tensor], rollouts: Rollouts, rows: Tensor, weights: Tensor, share: float
+        self, prompts: list[Tensor], rollouts: Rollouts, rows: Tensor, weights: Tensor, kl_weights: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The negative clipped objective of some rollouts, and sums over their tokens."""
+        """The negative clipped objective of some rollouts, and sums over their tokens.
+
+        Args:
+            prompts: The tokens of each prompt of the step.
+            rollouts: The answers of the step, on the CPU.
+            rows: int64 ``[r]``, the answers of this pass.
+            weights: fp32 ``[r]``, the weighted advantage of each token of an answer.
+            kl_weights: fp32 ``[r]``, the weight of each token of an answer in the mean of the KL divergence.
+        """
         completions, temperature = rollouts.completions, self.hparams["temperature"]
         assert completions.log_probs is not None
         spans = list(zip(rows.tolist(), completions.lengths[rows].tolist(), strict=True))
         answers = [completions.tokens[row, :length] for row, length in spans]
         questions = [prompts[i] for i in rollouts.prompt_index[rows].tolist()]
-        log_probs, answer_index = answer_log_probs(self.model, questions, answers, temperature)
+        log_probs, answer_index = answer_log_probs(self.logits, questions, answers, temperature)
         old_log_probs = torch.cat([completions.log_probs[row, :length] for row, length in spans]).to(self.device)
         advantage = weights.to(self.device)[answer_index]
         ratio = importance_ratio(log_probs, old_log_probs)
         objective = clipped_objective(ratio, advantage, self.hparams["clip_low"], self.hparams["clip_high"])
         loss = -objective.sum()
-        counts = (advantage != 0).float()
+        counts = (kl_weights != 0).float().to(self.device)[answer_index]
         statistics = {
             "tokens": counts.sum(),
             "clipped": ((objective < ratio * advantage) * counts).sum(),
@@ -338,10 +365,12 @@ class PolicyModule(LightningModule):
         }
         if self.reference is not None:
             with torch.no_grad():
-                reference_log_probs, _ = answer_log_probs(self.reference, questions, answers, temperature)
-            kl = (kl_estimate(log_probs, reference_log_probs) * counts).sum()
-            loss = loss + self.hparams["kl"] * share * kl
-            statistics["kl"] = kl.detach()
+                head = self.reference.get_output_embeddings()
+                logits = dataclasses.replace(self.logits, model=self.reference, head=head)
+                reference_log_probs, _ = answer_log_probs(logits, questions, answers, temperature)
+            kl = kl_estimate(log_probs, reference_log_probs)
+            loss = loss + self.hparams["kl"] * (kl * kl_weights.to(self.device)[answer_index]).sum()
+            statistics["kl"] = (kl.detach() * counts).sum()
         return loss, {"loss": loss.detach(), **statistics}
 
     # ------------------------------------------------------------------ evaluation

@@ -4,20 +4,22 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from curation.checks import check_integer, check_number
-from curation.recipes.rollouts.tasks import Task
+from curation.recipes.rollouts.tasks import SomeQuestions, Task
 
 
 class Prompts(LightningDataModule):
     """Batches ``{"ids": int64 [P], "questions": [P]}`` of prompts, from which rollouts are made in the step.
 
     The first questions of the task are for training, the last ones for validation. Some of the first are evaluated,
-    too, to tell what is memorised from what generalises.
+    too, to tell what is memorised from what generalises. A question that is repeated counts once, where it comes
+    first, and the warm-up leaves out all questions that are held out.
 
     Args:
-        task: The questions and their scores.
+        task: The questions and their scores; without repeats it is the attribute ``task``, numbered anew.
         batch_size: Number of prompts of a step, per process.
         holdout: Fraction of the questions that is held out, in (0, 1).
         seen: Number of training questions that are evaluated, too; 0 for none.
@@ -25,7 +27,7 @@ class Prompts(LightningDataModule):
         warmup: The task that a policy is warmed up on; None for the questions for training.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of its range, or no question is left for training or for the warm-up.
     """
 
     def __init__(
@@ -39,12 +41,28 @@ class Prompts(LightningDataModule):
     ) -> None:
         super().__init__()
         check_number("holdout", holdout, "(0, 1)")
-        self.task = task
-        self.train_size = len(task) - max(1, round(holdout * len(task)))
+        check_integer("seen", seen, 0)
+        check_integer("batch_size", batch_size, 1)
+        first = list({task.question(i): i for i in reversed(range(len(task)))}.values())[::-1]
+        if len(first) == 1 < len(task):
+            rank_zero_warn("Prompts: all questions of the task are equal, so that the one held out is trained on.")
+            first = list(range(len(task)))
+        self.task = task if len(first) == len(task) else SomeQuestions(task, first)
+        self.train_size = len(first) - max(1, round(holdout * len(first)))
+        if self.train_size < 1:
+            raise ValueError(f"Argument `task` must have 2 different questions or more, but has {len(first)}.")
         self.seen: int = check_integer("seen", seen, 0, self.train_size + 1)
         self.batch_size: int = check_integer("batch_size", batch_size, 1, self.train_size + 1)
         self.eval_batch_size: int = check_integer("eval_batch_size", eval_batch_size, 1)
-        self.warmup = warmup
+        self.warmup = None if warmup is None else self._not_held_out(warmup)
+
+    def _not_held_out(self, task: Task) -> Task:
+        """The questions of another task that are not among those held out."""
+        held_out = {self.task.question(i) for i in range(self.train_size, len(self.task))}
+        ids = [i for i in range(len(task)) if task.question(i) not in held_out]
+        if not ids:
+            raise ValueError("Argument `warmup` must have questions that are not held out, but has none.")
+        return task if len(ids) == len(task) else SomeQuestions(task, ids)
 
     def solved(self, i: int) -> tuple[str, str]:
         """A question to warm up on, and its solution.

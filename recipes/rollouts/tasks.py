@@ -2,12 +2,15 @@
 
 import json
 import random
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 from curation.checks import check_choice, check_integer, check_text
-from curation.recipes.rollouts.rewards import final_answer, number
+from curation.recipes.rollouts.rewards import final_answer, last_box, number
 from curation.recipes.sources import require_extra
+from curation.replace import replace_attribute
 
 Kind = Literal["sum", "reverse", "sort"]
 
@@ -28,6 +31,42 @@ class Task(Protocol):
     def score(self, i: int, answer: str) -> float:
         """The reward of an answer, in [0, 1]."""
         ...
+
+
+class SomeQuestions:
+    """Some questions of a task, numbered anew; what else the task has stays as it is.
+
+    Args:
+        task: The task.
+        ids: The numbers of the questions in it.
+
+    Example:
+        >>> task = SomeQuestions(Puzzles("reverse", 3, seed=1), [2, 0])
+        >>> len(task), task.question(0), task.solution(0)
+        (2, 'vho=', 'ohv')
+    """
+
+    def __init__(self, task: Task, ids: Sequence[int]) -> None:
+        self.task, self.ids = task, list(ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def question(self, i: int) -> str:
+        """The text of a question."""
+        return self.task.question(self.ids[i])
+
+    def score(self, i: int, answer: str) -> float:
+        """The reward of an answer, in [0, 1]."""
+        return self.task.score(self.ids[i], answer)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("task", "ids"):  # not set yet, while it is copied
+            raise AttributeError(name)
+        value = getattr(self.task, name)
+        if name in ("solution", "difficulty"):
+            return lambda i: value(self.ids[i])
+        return value
 
 
 class Puzzles:
@@ -109,7 +148,8 @@ class ReasoningGym:
     Args:
         name: Name of the family, such as ``"basic_arithmetic"``.
         size: Number of questions.
-        seed: Seed of the questions.
+        seed: Seed of the questions. Question ``i + 1`` of a seed is often question ``i`` of the next seed: for other
+            questions, take seeds that differ by more than ``size``.
         options: Options of the family, such as ``{"min_digits": 1}``.
         instruction: Text before each question.
 
@@ -138,7 +178,7 @@ class ReasoningGym:
             self.data = reasoning_gym.create_dataset(name, size=size, seed=seed, **(options or {}))
         except (ValueError, TypeError, AssertionError) as error:
             raise ValueError(f"Argument `name` must be a task family, with its `options`, but {error}.") from error
-        self.instruction = instruction
+        self.name, self.instruction = name, instruction
 
     def __len__(self) -> int:
         return len(self.data)
@@ -148,12 +188,31 @@ class ReasoningGym:
         return self.instruction + self.data[i]["question"]
 
     def solution(self, i: int) -> str:
-        """The answer of the family."""
-        return str(self.data[i]["answer"])
+        """The answer of the family.
+
+        Raises:
+            ValueError: If the family has no answers, but a scorer only (as ``graph_color``).
+        """
+        answer = self.data[i]["answer"]
+        if answer is None:
+            raise ValueError(
+                f"Argument `name` must be a family with answers to learn from, but {self.name!r} has only a scorer."
+            )
+        return str(answer)
 
     def score(self, i: int, answer: str) -> float:
-        """1 if the family's own scorer finds the final answer right."""
-        return float(self.data.score_answer(final_answer(answer), self.data[i]) >= 0.99)
+        """1 if the family's own scorer gives the final answer the full score, which is 1; else 0.
+
+        The final answer has as many lines as the family's; where that is not one line, it may be the whole text.
+        """
+        item = self.data[i]
+        lines = (
+            1 if item["answer"] is None else max(1, sum(map(bool, map(str.strip, str(item["answer"]).splitlines()))))
+        )
+        candidates = [final_answer(answer, lines)]
+        if lines > 1 or item["answer"] is None:
+            candidates.append(answer.strip())
+        return float(any(self.data.score_answer(candidate, item) == 1 for candidate in candidates))
 
 
 class FinalNumber:
@@ -220,8 +279,15 @@ class Expression:
             )
 
     def _parse(self, text: str) -> list[Any]:
-        # Without its own timeouts: they would take the timer of `rewards.score`.
-        return self._library.parse(text, parsing_timeout=None)
+        """The expressions of a text, in which capital and small letters differ; of its boxes the last one counts."""
+        parser: Any = sys.modules[self._library.parse.__module__]
+        # math-verify 0.9.0 makes all letters small, and has no option for that.
+        undo = replace_attribute(parser, "parse_latex_cached", _parse_latex)
+        try:
+            # Without its own timeouts: they would take the timer of `rewards.score`.
+            return self._library.parse(last_box(text), parsing_timeout=None)
+        finally:
+            undo()
 
     def __len__(self) -> int:
         return len(self.items)
@@ -235,8 +301,28 @@ class Expression:
         return self.items[i][1]
 
     def score(self, i: int, answer: str) -> float:
-        """1 if the answer is equal to the correct one, in any notation, else 0."""
+        r"""1 if the last ``\boxed{}`` of the answer, or else its expression, is equal to the correct one, else 0."""
         return float(self._library.verify(self.expected[i], self._parse(answer), timeout_seconds=None))
+
+
+def _parse_latex(latex: str) -> Any:
+    """The expression of LaTeX, or of its last equation, in which capital and small letters differ."""
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+    from math_verify.parser import get_last_eq, should_treat_as_complex
+
+    def convert(text: str) -> Any:
+        return latex2sympy(
+            text, is_real=not should_treat_as_complex(text), convert_degrees=False, normalization_config=None,
+            conversion_config=ConversionConfig(lowercase_symbols=False),
+        )  # fmt: skip
+
+    try:
+        return convert(latex)
+    except Exception:  # the parser raises anything
+        equation = get_last_eq(latex)
+        if equation == latex:
+            raise
+        return convert(equation)
 
 
 def _questions(data: str, split: str, limit: int | None) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from processes import on_two_ranks
 
 from curation.callbacks import DifficultyAdaptiveRollouts, ExactResume
-from curation.callbacks.rollouts.checked_rollouts import prompt_index
+from curation.callbacks.rollouts.checked_rollouts import check_rollouts, prompt_index, successes
 from curation.recipes.rollouts.language_models import FromScratch
 from curation.recipes.rollouts.policy import PolicyModule
 from curation.recipes.rollouts.prompts import Prompts
@@ -41,13 +41,13 @@ class Counted(PolicyModule):
 
 
 class Letters(Puzzles):
-    """Easy for a model that knows nothing: one of three letters, or the second question, which nobody solves."""
+    """Easy for a model that knows nothing: three letters; every fourth question nobody solves."""
 
     def score(self, i, answer):
         return float("a" in answer) if i % 4 else 0.0
 
     def question(self, i):
-        return "abc"[i % 3] + "="
+        return "".join("abc"[i // 3**k % 3] for k in range(3)) + "="
 
 
 def prompts(**options):
@@ -182,6 +182,28 @@ def test_a_forecast_is_printed_before_training_and_changes_nothing(caplog):
     ]  # fmt: skip
     assert lines["this fit"] == lines["hardness weighted"]
     assert " 4.0 rollouts" in lines["4 each"]
+
+
+class NoneRight(Counted):
+    def rollout(self, batch, counts):
+        made = super().rollout(batch, counts)
+        made.rewards.zero_()
+        return made
+
+
+def test_no_forecast_is_made_where_no_rollout_is_right(caplog):
+    with caplog.at_level(logging.INFO), pytest.warns(UserWarning, match="none of 48 rollouts of 12 prompts earned"):
+        fit(DifficultyAdaptiveRollouts(HardnessWeighted(), 4, preflight=12), NoneRight(), max_epochs=1)
+    assert not [r for r in caplog.records if "expected per prompt and step" in r.message]
+
+
+def test_rewards_of_rounding_count_as_what_they_are():
+    index = torch.arange(2).repeat_interleave(2)
+    rollouts = SimpleNamespace(rewards=torch.tensor([1.0000001, 1, -1e-7, 0]), prompt_index=index, pool=None)
+    assert successes(check_rollouts(rollouts, np.array([2, 2])), 2).tolist() == [2, 0]
+    rollouts.rewards[0] = 1.0001
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\], but has 1.0001"):
+        check_rollouts(rollouts, np.array([2, 2]))
 
 
 @pytest.mark.parametrize(

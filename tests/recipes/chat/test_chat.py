@@ -10,6 +10,7 @@ import torch
 from curation.recipes.chat import Conversations, SupervisedFineTuning, conversations
 from curation.recipes.chat.conversations import _alternate, encode, load
 from curation.recipes.cli import main as cli
+from curation.recipes.rollouts import Pretrained
 from curation.recipes.smollm2 import SMOLLM2, SMOLLM2_GGUF
 from curation.recipes.sources import resolve
 
@@ -92,7 +93,7 @@ def test_logits_are_formed_at_labelled_positions_only(tiny):
     seen = []
     made.model.lm_head.register_forward_hook(lambda m, args, out: seen.append(out.shape))
     made.loss(batch())
-    assert seen == [(4, 50)]
+    assert seen == [(1, 4, 50)]
 
 
 def test_validation_loss_weighs_every_answer_token_the_same(tiny):
@@ -130,10 +131,34 @@ def test_bad_arguments_of_the_data_are_named(name):
         Conversations(seed=-1)
 
 
-def test_a_model_that_reshapes_its_logits_is_refused(tiny, monkeypatch):
-    monkeypatch.setattr(transformers.LlamaConfig, "logit_scale", 0.5, raising=False)
-    with pytest.raises(TypeError, match="LlamaForCausalLM has `logit_scale`"):
-        module(tiny)
+def test_logits_that_a_model_changes_after_its_head_are_trained_as_they_are(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    sizes |= {"num_hidden_layers": 1, "num_key_value_heads": 2, "pad_token_id": 0}
+    changed = (
+        transformers.GraniteConfig(**sizes, logits_scaling=8.0),
+        transformers.CohereConfig(**sizes, logit_scale=4.0),
+        transformers.Gemma2Config(**sizes, head_dim=8, final_logit_softcapping=0.5),
+    )
+    for config in changed:
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / config.model_type)
+        made, rows = module(str(tmp_path / config.model_type)), batch()
+        expected = made.model(**rows).loss
+        loss, _ = made.loss(rows)
+        torch.testing.assert_close(loss, expected)
+        parameters = list(made.model.parameters())
+        gradients = (torch.autograd.grad(value, parameters) for value in (loss, expected))
+        for found, wanted in zip(*gradients, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_layers_that_are_not_there_are_refused(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"Argument `num_layers` must be in \[1, 3\], but got 4"):
+        Pretrained(tiny, gguf_file=None, num_layers=4).build()
+    config = transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`num_layers` must be None for GPT2LMHeadModel, but got 1"):
+        module(str(tmp_path), num_layers=1)
 
 
 def test_learning_rate_rises_and_stays(tiny):

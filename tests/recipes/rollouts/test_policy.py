@@ -45,7 +45,7 @@ class Letters(Puzzles):
         return float("a" in answer)
 
     def question(self, i):
-        return "abc"[i % 3] * (1 + i % 2) + "="
+        return "".join("abc"[i // 3**k % 3] for k in range(3)) + "="
 
 
 def fit(module, *callbacks, data=None, **options):
@@ -131,6 +131,137 @@ def naive(module, batch, rollouts, baseline, normalizer, kl):
     module.model.zero_grad()
     loss.backward()
     return {n: p.grad.clone() for n, p in module.model.named_parameters()}
+
+
+def kl_gradient(normalizer, **options):
+    """The gradient of the KL term alone, at weights that are not those of the reference."""
+    module = Canned(normalizer=normalizer, lr=1e-12, **options)
+    base = module.configure_model
+
+    def moved():
+        base()
+        generator = torch.Generator().manual_seed(5)
+        for p in module.reference.parameters() if module.reference is not None else ():
+            p.add_(0.3 * torch.randn(p.shape, generator=generator))
+
+    module.configure_model = moved
+    fit(module, max_steps=1, limit_val_batches=0)
+    return module
+
+
+@pytest.mark.parametrize("normalizer", ["token", "rollout", "prompt"])
+def test_the_kl_term_has_the_weights_of_the_objective(normalizer):
+    weight = 0.5
+    without, module = kl_gradient(normalizer), kl_gradient(normalizer, kl=weight)
+    batches = []
+
+    class Keep(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            batches.append(batch)
+
+    fit(Canned(lr=1e-12), Keep(), max_steps=1, limit_val_batches=0)
+    batch, rollouts = batches[0], module.rollout(batches[0], None)
+    index, lengths = rollouts.prompt_index.tolist(), rollouts.completions.lengths.tolist()
+    advantage = advantages(rollouts.rewards, rollouts.prompt_index, len(batch["ids"]), "centred").tolist()
+    taught = {p for p, a in zip(index, advantage, strict=True) if a}
+    tokens = sum(n for p, n in zip(index, lengths, strict=True) if p in taught)
+    whole = {"token": tokens, "rollout": 3 * sum(p in taught for p in index), "prompt": 3 * len(taught)}[normalizer]
+    fresh, _ = FromScratch("abc=", hidden=16, layers=1, heads=2, context=16).build()
+    module.model.load_state_dict(fresh.state_dict())
+    loss = 0.0
+    for r, p in enumerate(index):
+        if p in taught:
+            question, answer = module.text.prompt(batch["questions"][p]), rollouts.completions.tokens[r, : lengths[r]]
+            new, old = (
+                m(torch.cat([question, answer])[None]).logits[0, len(question) - 1 : -1].log_softmax(-1)
+                .gather(1, answer[:, None])[:, 0] for m in (module.model, module.reference)
+            )  # fmt: skip
+            share = index.count(p) if normalizer == "prompt" else 1
+            loss = loss + weight * ((old - new).exp() - (old - new) - 1).sum() / share / whole
+    module.model.zero_grad()
+    loss.backward()
+    expected = {n: p.grad + without.gradient[n] for n, p in module.model.named_parameters()}
+    assert_close(module.gradient, expected, 1e-4)
+
+
+def test_learning_has_no_dropout_whatever_the_mode_that_a_model_comes_in():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    class Dropout(FromScratch):
+        def build(self):
+            torch.manual_seed(0)
+            sizes = {"vocab_size": 29, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+            config = GPT2Config(**sizes, resid_pdrop=0.5, bos_token_id=None, eos_token_id=1)
+            return GPT2LMHeadModel(config).train(training), super().build()[1]
+
+    for training, warmup in ((True, 0), (False, 0), (False, 1)):
+        module, ratios = policy(warmup_steps=warmup), Ratios()
+        module.source = Dropout("abcdefghijklmnopqrstuvwxyz=")
+        fit(module, ratios, max_steps=2, max_epochs=-1, limit_val_batches=0)
+        assert ratios.values == pytest.approx([1.0] * len(ratios.values), abs=1e-4)
+        assert module.model.training == training
+
+
+def test_adapters_are_learned_from_and_trained():
+    peft = pytest.importorskip("peft", reason="needs peft, from the [test] extra")
+
+    class Adapted(FromScratch):
+        def __init__(self, make):
+            super().__init__("abc=", hidden=16, layers=1, heads=2, context=16)
+            self.make = make
+
+        def build(self):
+            model, text = super().build()
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+            return self.make(model), text
+
+    names = ["q_proj", "lm_head"]
+    lora = peft.LoraConfig(r=2, target_modules=names, init_lora_weights=False)
+    for make in (lambda m: peft.inject_adapter_in_model(lora, m), lambda m: peft.get_peft_model(m, lora)):
+        module, ratios = policy(lr=2e-2), Ratios()
+        module.source = Adapted(make)
+        run = fit(module, ratios, max_epochs=2)
+        assert ratios.values == pytest.approx([1.0] * len(ratios.values), abs=1e-4)
+        trained = {n for n, p in module.model.named_parameters() if p in run.optimizers[0].state}
+        assert all(any(name in t for t in trained) for name in names)
+        assert all("lora" in name for name in trained)
+    module = policy()
+    virtual = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    module.source = Adapted(lambda m: peft.get_peft_model(m, virtual))
+    with pytest.raises(TypeError, match="PeftModelForCausalLM has virtual tokens"):
+        fit(module)
+
+
+class Unscored(Letters):
+    def score(self, i, answer):
+        raise KeyError("no judge")
+
+
+def test_a_task_that_can_score_no_answer_ends_the_run_by_name():
+    with pytest.raises(RuntimeError, match=r"Unscored could score none of 36 answers .*: KeyError\('no judge'\)"):
+        fit(policy(), data=Prompts(Unscored(), batch_size=6), limit_val_batches=0)
+
+
+def test_answers_end_where_the_model_and_its_template_say(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", "<end>", "user", "assistant", "yes", "12321", "?"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    saved = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    for template, end in (("{{ m.role }} {{ m.content }} <end> ", 2), ("{{ m.role }} {{ m.content }} ", 1)):
+        saved.chat_template = f"{{% for m in messages %}}{template}{{% endfor %}}"
+        saved.save_pretrained(tmp_path)
+        model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+        ))  # fmt: skip
+        model.generation_config = GenerationConfig(eos_token_id=[1, 2], pad_token_id=0)
+        model.save_pretrained(tmp_path)
+        _, text = Pretrained(str(tmp_path), gguf_file=None).build()
+        assert text.stop_ids == [1, 2]
+        assert text.answer("yes").tolist() == [5, end]
+        assert text.decode([5, 2]) == text.decode([5, 1]) == text.decode([5]) == "yes"
 
 
 def assert_close(found, expected, tolerance=1e-5):
