@@ -26,25 +26,11 @@ __all__ = [
 ENCODINGS = "encodings of the tokenizer"
 
 # Fields of a text batch whose second dimension is that of `input_ids`.
-TOKEN_FIELDS = frozenset(
-    [
-        "input_ids",
-        "attention_mask",
-        "labels",
-        "token_type_ids",
-        "position_ids",
-        "special_tokens_mask",
-        "inputs_embeds",
-        "offset_mapping",
-        "loss_mask",
-        "completion_mask",
-        "prompt_mask",
-        "assistant_masks",
-        "global_attention_mask",
-        "bbox",
-        "mm_token_type_ids",
-    ]
-)
+TOKEN_FIELDS = {
+    *("input_ids", "attention_mask", "labels", "token_type_ids", "position_ids", "special_tokens_mask"),
+    *("inputs_embeds", "offset_mapping", "loss_mask", "completion_mask", "prompt_mask", "assistant_masks"),
+    *("global_attention_mask", "bbox", "mm_token_type_ids"),
+}
 
 
 def _is_namedtuple(node: Any) -> bool:
@@ -210,8 +196,8 @@ def batch_size(batch: Any) -> int:
 class Columns:
     """Tells lists with an entry per row from those that belong to the batch as a whole, over several batches.
 
-    A list, tuple or NumPy array is a column of rows where it is as long as the batch. One of another length belongs to
-    the batch as a whole, and so it does in a batch that happens to have as many rows.
+    A list, tuple or NumPy array is a column of rows where it is as long as the batch. One of another length belongs
+    to the batch as a whole, and so it does in a batch that happens to have as many rows.
 
     Example:
         >>> columns = Columns()
@@ -305,8 +291,8 @@ def trim_padding(batch: Any) -> Any:
     Applies to mappings with ``input_ids`` and ``attention_mask`` of shape ``[B, T]`` and without inputs for a
     decoder; other batches are returned as they are. A column is padding where ``attention_mask`` is 0 and ``labels``,
     if they have that shape, are -100. The fields that go with the tokens are cut, known by their names
-    (``TOKEN_FIELDS``). Where a field of another name is ``[B, T, ...]`` too, nothing is cut: it may go with the tokens
-    or have as many columns by chance. Costs one host synchronisation.
+    (``TOKEN_FIELDS``). Where a field of another name is ``[B, T, ...]`` too, nothing is cut: it may go with the
+    tokens or have as many columns by chance. Costs one host synchronisation.
 
     Example:
         >>> trim_padding({"input_ids": torch.tensor([[5, 0, 0]]), "attention_mask": torch.tensor([[1, 0, 0]])})
