@@ -30,8 +30,14 @@ class SeamClient(FitCallback):
     """A callback that the seam calls, in the order of the trainer's callbacks."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Install the seam, in every stage: sample ids are stripped in evaluation, too."""
+        """Install the seam, in every stage: sample ids are stripped in evaluation, too.
+
+        Raises:
+            TypeError: If the client reads batches, and the module fetches its own.
+        """
         super().setup(trainer, pl_module, stage)
+        if self.fitting and type(self).curate is not SeamClient.curate:
+            check_training_step(pl_module)
         BatchSeam.attach(trainer, self)
 
     def before_transfer(self) -> None:
@@ -154,8 +160,8 @@ def check_training_step(pl_module: LightningModule) -> None:
     """Raise a TypeError if the module fetches its own batches, which no callback can curate."""
     if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
         raise TypeError(
-            f"`{type(pl_module).__name__}.training_step(dataloader_iter)` fetches its own batches, so none can be "
-            "curated. Take `batch` as the argument of `training_step` instead."
+            f"`{type(pl_module).__name__}.training_step(dataloader_iter)` fetches its own batches, so no callback "
+            "can choose or record what is in them. Take `batch` as the argument of `training_step` instead."
         )
 
 

@@ -11,20 +11,22 @@ from torch.utils.hooks import RemovableHandle
 from curation.scoring import IGNORED, Criterion, Route, check_outputs, per_sample_loss
 
 TOLERANCE = 0.05  # relative; a small auxiliary loss changes no ranking
+STEPS = 8  # class weights do not show in rows of one class
 
 
 class LossCheck:
-    """Compares the loss of the first training step with the cross-entropy of the logits that this step makes.
+    """Compares the losses of the first training steps with the cross-entropy of the logits that they make.
 
     They differ where ``forward`` returns embeddings, or where the step's loss weights classes, ignores another index
     or is another loss. The user is then told once what is scored. A ``score_step`` is not checked.
 
     Attributes:
-        done: Whether the losses were compared.
+        done: Whether enough losses were compared.
     """
 
     def __init__(self) -> None:
         self.done = False
+        self._steps = 0
         self._losses: tuple[Tensor, Tensor] | None = None
         self._hook: RemovableHandle | None = None
 
@@ -73,8 +75,10 @@ class LossCheck:
         step, rows, positions = torch.stack([loss.detach().float().mean(), *losses]).tolist()
         if not all(value < float("inf") for value in (step, rows, positions)):  # a batch without labels
             return
-        self.done = True
+        self._steps += 1
+        self.done = self._steps == STEPS
         if min(abs(step - rows), abs(step - positions)) > TOLERANCE * abs(step) + 1e-3:
+            self.done = True
             step_name = f"{type(module).__name__}.training_step"
             rank_zero_warn(
                 f"The loss of `{step_name}` is {step:.4g}, but the cross-entropy of {name} of the same rows, which "
