@@ -509,7 +509,7 @@ def test_a_logger_that_fails_hides_no_error_and_stops_no_other_callback(tmp_path
     later, run = Later(), None
     run = trainer(HardSampleSelection(keep=0.5), later, logger=Dies(save_dir=tmp_path, mode="disabled"))
     with (
-        pytest.raises(ConnectionError, match="^away$"),
+        pytest.raises(ConnectionError, match=r"^away$"),
         pytest.warns(UserWarning, match="'curation/samples' was not"),
     ):
         run.fit(Classifier(), loader())
