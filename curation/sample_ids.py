@@ -4,6 +4,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
@@ -40,16 +41,20 @@ class SampleIds(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Any:
-        return self._with_id(self.dataset[index], index)
+    def __getitem__(self, index: Any) -> Any:
+        """A sample with its id; or, for a list of indices, a whole batch with theirs (``batch_size=None``)."""
+        if isinstance(index, (list, tuple, np.ndarray)) or (isinstance(index, Tensor) and index.dim() > 0):
+            ids = torch.as_tensor(index, dtype=torch.int64)
+            return self._with_id(self.dataset[index], torch.where(ids < 0, ids + len(self), ids))
+        return self._with_id(self.dataset[index], int(index) + (len(self) if index < 0 else 0))
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
         fetch = getattr(self.dataset, "__getitems__", None)
         samples = fetch(indices) if fetch is not None else [self.dataset[i] for i in indices]
-        return [self._with_id(sample, i) for sample, i in zip(samples, indices, strict=True)]
+        ids = [int(i) + (len(self) if i < 0 else 0) for i in indices]
+        return [self._with_id(sample, i) for sample, i in zip(samples, ids, strict=True)]
 
-    def _with_id(self, sample: Any, index: int) -> Any:
-        index = int(index) + (len(self) if index < 0 else 0)
+    def _with_id(self, sample: Any, index: int | Tensor) -> Any:
         if isinstance(sample, Mapping):
             if SAMPLE_ID in sample:
                 raise ValueError(

@@ -83,15 +83,33 @@ def log_histogram(trainer: Trainer, name: str, values: Sequence[float], **wandb_
             logger.experiment.add_histogram(name, torch.as_tensor(values), step)
 
 
+@contextmanager
+def not_essential(what: str) -> Iterator[None]:
+    """Turn any error into a warning: no fit fails, or hides its own error, for the sake of a table or a picture.
+
+    Args:
+        what: What is written, for the warning.
+    """
+    try:
+        yield
+    except Exception as error:  # a logger may raise anything
+        rank_zero_warn(f"{what} was not written: {type(error).__name__}: {error}")
+
+
 def log_table(trainer: Trainer, name: str, columns: list[str], rows: Sequence[list[Any]]) -> None:
-    """Log a table to W&B, if it has rows."""
+    """Log a table to W&B, if it has rows; a warning where that fails."""
     for logger in trainer.loggers if rows and trainer.is_global_zero else []:
         if isinstance(logger, WandbLogger):
-            logger.log_table(name, columns=columns, data=list(rows))
+            with not_essential(f"The table {name!r}"):
+                logger.log_table(name, columns=columns, data=list(rows))
 
 
 def log_image(trainer: Trainer, name: str, image: Any) -> None:
-    """Log a picture to W&B: a file, a matplotlib figure, or whatever ``wandb.Image`` takes."""
+    """Log a picture to W&B: a file, a matplotlib figure, or whatever ``wandb.Image`` takes.
+
+    Where that fails there is a warning.
+    """
     for logger in trainer.loggers if trainer.is_global_zero else []:
         if isinstance(logger, WandbLogger):
-            logger.log_image(name, [str(image) if isinstance(image, Path) else image])
+            with not_essential(f"The picture {name!r}"):
+                logger.log_image(name, [str(image) if isinstance(image, Path) else image])

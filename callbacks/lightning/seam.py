@@ -30,8 +30,14 @@ class SeamClient(FitCallback):
     """A callback that the seam calls, in the order of the trainer's callbacks."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Install the seam, in every stage: sample ids are stripped in evaluation, too."""
+        """Install the seam, in every stage: sample ids are stripped in evaluation, too.
+
+        Raises:
+            TypeError: If the client reads batches, and the module fetches its own.
+        """
         super().setup(trainer, pl_module, stage)
+        if self.fitting and type(self).curate is not SeamClient.curate:
+            check_training_step(pl_module)
         BatchSeam.attach(trainer, self)
 
     def before_transfer(self) -> None:

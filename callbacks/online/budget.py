@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from curation.online.top import keep_count
 
@@ -26,6 +27,8 @@ class Budget:
         self.candidates: int | None = None
         self.k: int | None = None
         self._fixed_for: list[Any] = []
+        self._batches = self._rows = self._kept = 0
+        self._warned = False
 
     def rows_to_keep(self, trainer: Trainer, size: int) -> int:
         """Rows to keep of a batch of ``size`` rows; the first call is a collective.
@@ -38,7 +41,23 @@ class Budget:
             self.candidates = int(trainer.strategy.reduce(largest, reduce_op="max"))
             self.k = keep_count(self.keep, self.candidates)
             self._fixed_for = conditions
+        self._watch(size)
         return self.k
+
+    def _watch(self, size: int) -> None:
+        """Warn once where batches of varying size let the kept fraction differ from ``keep``."""
+        assert self.k is not None
+        assert self.candidates is not None
+        self._batches, self._rows, self._kept = self._batches + 1, self._rows + size, self._kept + min(self.k, size)
+        off = abs(self._kept / self._rows / (self.k / self.candidates) - 1)
+        if self._warned or not (size > self.candidates or (self._batches >= 20 and off > 0.25)):
+            return
+        self._warned = True
+        rank_zero_warn(
+            f"`keep={self.keep}` is that of the first batch of {self.candidates} candidates: {self.k} rows of every "
+            f"batch, equal for all ranks and micro-batches. Batches vary in size: of the {self._rows} candidates so "
+            f"far {self._kept / self._rows:.2f} are kept. Batches of equal size keep what `keep` says."
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The numbers, and the ``keep`` and batch size that they are fixed for."""

@@ -48,6 +48,7 @@ class ConceptAwareSelection(OnlineSelection):
     """
 
     has_scores = False
+    guarded = False  # the module is not called
 
     def __init__(
         self,

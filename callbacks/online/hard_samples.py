@@ -1,5 +1,6 @@
 """Hard-sample selection and the rules it is compared with, as a callback."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from curation.callbacks.lightning.collectives import gather_rows
 from curation.callbacks.lightning.loop import logging_step
@@ -26,7 +27,13 @@ from curation.online.hard_samples import (
     variance_reduction,
 )
 from curation.online.top import top_rows
-from curation.scoring import find_logits_maker, per_sample_from_hidden, per_sample_grad_norm, per_sample_loss
+from curation.scoring import (
+    find_logits_maker,
+    hugging_face_models,
+    per_sample_from_hidden,
+    per_sample_grad_norm,
+    per_sample_loss,
+)
 
 POOL = 1024
 RULES = ("top", "rank", "selective_backprop", "importance")
@@ -46,7 +53,8 @@ class HardSampleSelection(OnlineSelection):
     - ``"importance"`` draws in proportion to the score and weighs the kept rows, so that the expected gradient is
       that of the whole candidate batch (arXiv 1803.00942, by priority sampling), for losses that are means over rows,
       or over the scored positions of sequences. Use it with ``score="grad_norm"``. A module with another loss takes
-      the weights from an attribute ``sample_weights``.
+      the weights from an attribute ``sample_weights`` and multiplies its per-sample losses by them: for a mean over
+      rows, or for a mean over scored positions where the batch is that of a Hugging Face model.
 
     Args:
         keep: Fraction of each candidate batch that is trained on, in (0, 1].
@@ -76,6 +84,8 @@ class HardSampleSelection(OnlineSelection):
         >>> rows
         tensor([1, 2])
     """
+
+    guarded = False  # `outputs` is
 
     def __init__(
         self,
@@ -110,6 +120,8 @@ class HardSampleSelection(OnlineSelection):
         self.pool = torch.full((0,), torch.nan)
         self.head_route = HeadRoute("auto")
         self.row_weights: RowWeights | None = None
+        self._mean_over_positions: bool | None = None
+        self._unsized = False
         self._irreducible: Tensor | None = None
         self._steps = float("inf")
 
@@ -127,7 +139,9 @@ class HardSampleSelection(OnlineSelection):
             if self._steps == float("inf"):
                 rank_zero_warn("The length of the fit is unknown, so the selection pressure stays where it starts.")
         if self._irreducible is not None:
-            size = len(trainer.train_dataloader.dataset)  # type: ignore[union-attr]
+            dataset = trainer.train_dataloader.dataset  # type: ignore[union-attr]
+            self._unsized = not hasattr(dataset, "__len__")  # a stream, whose ids are checked as they come
+            size = 0 if self._unsized else len(dataset)
             if len(self._irreducible) < size:
                 raise ValueError(
                     f"Argument `irreducible` must name a file with one loss for each of the {size} training samples, "
@@ -139,9 +153,13 @@ class HardSampleSelection(OnlineSelection):
         head = self.head_route.find(self, trainer, pl_module, batch)
         outputs, targets = self.outputs(trainer, pl_module, batch, head)
         if self.rule == "importance" and self.row_weights is None:
-            self.row_weights = RowWeights(pl_module, find_logits_maker(pl_module, batch))
+            over_positions = isinstance(batch, Mapping) and len(hugging_face_models(pl_module)) == 1
+            self.row_weights = RowWeights(pl_module, find_logits_maker(pl_module, batch), over_positions)
+            if self._mean_over_positions is not None:
+                self.row_weights.positions = self._mean_over_positions
         with torch.no_grad(), trainer.precision_plugin.forward_context():
-            score = per_sample_grad_norm if self.score_name == "grad_norm" else per_sample_loss
+            value = per_sample_grad_norm if self.score_name == "grad_norm" else per_sample_loss
+            score = self.scoring_pass.criterion.bind(value)
             scores = (
                 score(outputs, targets) if head is None else per_sample_from_hidden(score, outputs, targets, head)
             )
@@ -151,6 +169,12 @@ class HardSampleSelection(OnlineSelection):
                 raise TypeError(
                     "`score='reducible_loss'` needs sample ids: wrap the training data set in "
                     "`curation.sample_ids.SampleIds`."
+                )
+            if (self._unsized or sample_ids.device.type == "cpu") and int(sample_ids.max()) >= len(self._irreducible):
+                raise ValueError(
+                    f"Argument `irreducible` must name a file with a loss for every sample id, but "
+                    f"{self.irreducible!r} has {len(self._irreducible)}, and a sample has the id "
+                    f"{int(sample_ids.max())}."
                 )
             self._irreducible = self._irreducible.to(scores.device)
             return scores - self._irreducible[sample_ids]
@@ -174,14 +198,22 @@ class HardSampleSelection(OnlineSelection):
             pool = torch.cat([self.pool.to(scores), scores])
             beta = min(1 / self.keep - 1, 1e6) if self.beta is None else self.beta
             return pareto_sample(cdf_power(scores, pool, beta), k, uniform), None
-        # The loss of sequences is a mean over positions, of which a long sequence has more.
-        lengths = torch.ones_like(scores) if self.scored.lengths is None else self.scored.lengths
-        rows, weights = priority_sample(scores * lengths, k, uniform)
-        weights = weights * (lengths[rows].mean() / lengths.mean())
         assert self.row_weights is not None
+        lengths, ratio = self.scored.lengths, None
+        if lengths is None or self.row_weights.positions is False:
+            rows, weights = priority_sample(scores, k, uniform)
+        else:  # the loss is a mean over positions, of which a long sequence has more
+            rows, weights = priority_sample(scores * lengths, k, uniform)
+            ratio = torch.where(lengths[rows].sum() > 0, lengths[rows].mean() / lengths.mean(), 1.0)
+            weights = weights * ratio
         if not self._probing:
-            self.row_weights.set(weights)
+            self.row_weights.set(weights, ratio)
         return rows, weights
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Raise if a part of the loss cannot be weighted."""
+        if self.row_weights is not None:
+            self.row_weights.inspect(loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise, before the optimizer's step, if the weights do not reach the loss."""
@@ -193,7 +225,8 @@ class HardSampleSelection(OnlineSelection):
     ) -> None:
         """As in the base; the weights are those of one step only."""
         if self.row_weights is not None:
-            self.row_weights.check()  # a manual optimisation may call no hook
+            if not pl_module.automatic_optimization:  # it may call no hook; a step that returns None has no gradient
+                self.row_weights.check()
             self.row_weights.set(None)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -202,17 +235,15 @@ class HardSampleSelection(OnlineSelection):
         if self.rule != "selective_backprop":
             return
         assert self.scored.scores is not None
-        assert self.candidates is not None
-        scores = self.scored.scores[: self.candidates]
-        # Each batch takes the same number of places in the pool; NaN in those of a short batch is never compared.
-        scores = nn.functional.pad(scores, (0, self.candidates - len(scores)), value=torch.nan)
-        self.pool = torch.cat([self.pool.to(scores), gather_rows(trainer, scores)])[-POOL:]
+        scores = gather_rows(trainer, self.scored.scores)
+        self.pool = torch.cat([self.pool.to(scores), scores])[-POOL:]
 
     def rule_statistics(self, choice: Choice) -> dict[str, Tensor | float]:
         """The variance that importance sampling takes out of the gradient, as a factor."""
         if self.rule != "importance" or choice.scores is None:
             return {}
-        scores = choice.scores if choice.lengths is None else choice.scores * choice.lengths
+        by_row = self.row_weights is not None and self.row_weights.positions is False
+        scores = choice.scores if choice.lengths is None or by_row else choice.scores * choice.lengths
         return {"variance_reduction": variance_reduction(scores)}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -230,6 +261,7 @@ class HardSampleSelection(OnlineSelection):
             "score": self.score_name,
             "pool": self.pool,
             "by_head": self.head_route.used,
+            "mean_over_positions": None if self.row_weights is None else self.row_weights.positions,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -238,6 +270,7 @@ class HardSampleSelection(OnlineSelection):
         if state["score"] == self.score_name:  # scores of another kind cannot be compared
             self.pool = state["pool"]
         self.head_route.used = state["by_head"]
+        self._mean_over_positions = state.get("mean_over_positions")
 
 
 def read_irreducible(file: str) -> Tensor:

@@ -70,7 +70,8 @@ class HeadRoute:
         """Whether the head makes the logits of the longest sample; None where that has no scored position."""
         try:
             _, targets = selection.outputs(trainer, pl_module, batch, head)
-            longest = take_rows(batch, targets.reshape(len(targets), -1).ne(IGNORED).sum(1).argmax()[None])
+            scored = targets.ne(IGNORED)
+            longest = take_rows(batch, (scored.sum(1) if scored.dim() == 2 else scored.long()).argmax()[None])
             hidden, targets = selection.outputs(trainer, pl_module, longest, head)
             logits, _ = selection.outputs(trainer, pl_module, longest)
             scored = targets.ne(IGNORED)

@@ -1,7 +1,8 @@
 """The base of every online rule: score a candidate batch, keep k of its rows, train on those."""
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from curation.batch import batch_size, take_rows, trim_padding
+from curation.batch import Columns, batch_size, copied, refuse_samples, take_rows, trim_padding
 from curation.callbacks.lightning.loop import muted
 from curation.callbacks.lightning.seam import (
     BatchSeam,
@@ -22,6 +23,7 @@ from curation.callbacks.lightning.seam import (
 )
 from curation.callbacks.online.budget import Budget
 from curation.callbacks.online.choice import Choice, SelectionListener
+from curation.callbacks.online.loss_check import LossCheck
 from curation.callbacks.online.scoring_pass import Scoring, ScoringPass
 from curation.callbacks.online.statistics import SelectionStatistics
 from curation.callbacks.online.step_timer import StepTimer
@@ -47,6 +49,9 @@ class OnlineSelection(SeamClient, ABC):
 
     Attributes:
         has_scores: Whether the rule's scores describe the samples; False where they are random numbers or ranks.
+        guarded: Whether :meth:`score` gets a copy of the batch and runs without side effects: in evaluation mode,
+            without gradients and logs. A rule that needs gradients sets it to False and calls the module in
+            :meth:`scoring`.
         batches: Candidate batches that were trained on.
 
     Raises:
@@ -65,6 +70,7 @@ class OnlineSelection(SeamClient, ABC):
     """
 
     has_scores = True
+    guarded = True
 
     def __init__(
         self, keep: float, when: Literal["always", "pays"] = "always", seed: int = 0, trim: bool = True
@@ -83,6 +89,8 @@ class OnlineSelection(SeamClient, ABC):
         self.statistics = SelectionStatistics(self._further_statistics)
         self.scoring_pass = ScoringPass()
         self.scored = Scoring()
+        self.loss_check = LossCheck()
+        self._columns = Columns()
         self._choice: Choice | None = None
         self._probing = False
         self._described = False
@@ -118,8 +126,9 @@ class OnlineSelection(SeamClient, ABC):
     def score(self, trainer: Trainer, pl_module: LightningModule, batch: Any, sample_ids: Tensor | None) -> Tensor:
         """Scores of the candidates: floating ``[B]``, the highest are kept.
 
-        Take the module's outputs for the batch from :meth:`outputs`; call the module in another way only inside
-        :meth:`scoring`, or its buffers and random streams change.
+        The module may be called as in a training step: this runs without side effects, unless :attr:`guarded` is
+        False. :meth:`outputs` gives logits and targets of most modules. Random numbers come from a generator of the
+        rule's own, made of :attr:`seed` and :attr:`batches`.
 
         Args:
             trainer: The trainer.
@@ -157,7 +166,8 @@ class OnlineSelection(SeamClient, ABC):
         """The rows of a candidate batch to train on."""
         # The tuners run the training loop with other callbacks; their steps must leave no trace.
         self._probing = self not in trainer.callbacks  # type: ignore[attr-defined]
-        size = batch_size(batch)
+        size = self._size(trainer, batch)
+        self._columns.observe(batch)
         k = keep_count(self.keep, size) if self._probing else self.budget.rows_to_keep(trainer, size)
         choice = Choice(size, k, has_scores=self.has_scores, sample_ids=sample_ids)
         kept = batch
@@ -166,19 +176,38 @@ class OnlineSelection(SeamClient, ABC):
         elif self.keep < 1:
             rows = self._select(trainer, pl_module, batch, choice)
             if choice.k < size:
-                kept = take_rows(batch, rows)
+                kept = take_rows(batch, rows, self._columns)
                 kept = trim_padding(kept) if self.trim else kept
+            if not (self.loss_check.done or self._probing):
+                self.loss_check.watch(
+                    self.scoring_pass.route, self.scoring_pass.criterion, copy.copy(kept), choice.trained
+                )
         if not (self._described or self._probing):
             self._described = True
             self._log_description(choice)
         self._choice = None if self._probing else choice
         return kept
 
+    def _size(self, trainer: Trainer, batch: Any) -> int:
+        try:
+            size = batch_size(batch)
+            refuse_samples(batch, size, getattr(trainer.train_dataloader, "batch_size", None))
+        except TypeError as error:
+            raise TypeError(
+                f"{type(self).__name__} keeps rows of tensors. {error} Let `collate_fn` make tensors [B, ...] of the "
+                "samples."
+            ) from error
+        return size
+
     def _select(self, trainer: Trainer, pl_module: LightningModule, batch: Any, choice: Choice) -> Tensor:
         """The rows to keep of a batch; they and their scores are entered into ``choice``."""
         self.scored = Scoring()
         with trainer.profiler.profile(f"[Callback]{type(self).__name__}.score"):  # type: ignore[attr-defined]
-            scores = self.score(trainer, pl_module, batch, choice.sample_ids)
+            if self.guarded:
+                with self._guard(trainer, pl_module):
+                    scores = self.score(trainer, pl_module, copied(batch), choice.sample_ids)
+            else:
+                scores = self.score(trainer, pl_module, batch, choice.sample_ids)
         if not (isinstance(scores, Tensor) and scores.is_floating_point() and scores.shape == (choice.size,)):
             got = f"{scores.dtype} {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(f"`score` must give one floating number per row, [{choice.size}], but gave {got}.")
@@ -219,6 +248,13 @@ class OnlineSelection(SeamClient, ABC):
         return outputs, targets
 
     @contextmanager
+    def _guard(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+        """As :meth:`scoring`, but a rule that draws from the global streams does not draw the same at each step."""
+        guard = side_effect_free(pl_module, random_streams=False)
+        with muted(pl_module), guard, trainer.precision_plugin.forward_context():
+            yield
+
+    @contextmanager
     def scoring(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
         """Run the module without side effects, in the precision of the fit; ``self.log`` in it is ignored."""
         with muted(pl_module), side_effect_free(pl_module), trainer.precision_plugin.forward_context():
@@ -245,6 +281,7 @@ class OnlineSelection(SeamClient, ABC):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the seam and release the module."""
         super().teardown(trainer, pl_module, stage)
+        self.loss_check.stop()
         self.scoring_pass.forget()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -269,6 +306,11 @@ class OnlineSelection(SeamClient, ABC):
         choice, self._choice = self._choice, None
         if choice is None:
             return
+        weighted = choice.weights is not None and hasattr(pl_module, "sample_weights")
+        if not (self.loss_check.done or weighted):
+            loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+            loss = loss * trainer.accumulate_grad_batches if isinstance(loss, Tensor) else None
+            self.loss_check.compare(pl_module, loss, f"`{self.scoring_pass.name}`")
         listeners = [c for c in trainer.callbacks if isinstance(c, SelectionListener)]  # type: ignore[attr-defined]
         for listener in (*listeners, self.statistics):
             listener.on_selection(trainer, pl_module, self.batches, choice)

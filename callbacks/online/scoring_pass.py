@@ -11,7 +11,9 @@ from curation.batch import batch_size
 from curation.callbacks.lightning.loop import logs_now
 from curation.scoring import (
     IGNORED,
+    Criterion,
     Route,
+    find_criterion,
     find_route,
     head_as_identity,
     per_sample_from_hidden,
@@ -40,11 +42,14 @@ class ScoringPass:
 
     Attributes:
         name: Name of the route, for the log line at the start of the fit; None before the first pass.
+        route: The route; None before the first pass.
+        criterion: Settings of the module's cross-entropy, as far as they are known.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self._route: Route | None = None
+        self.route: Route | None = None
+        self.criterion = Criterion()
 
     def run(
         self,
@@ -67,21 +72,25 @@ class ScoringPass:
             ``[B, T, V]`` with int64 ``[B, T]``, or ``[B, C]`` with ``[B]``, and a :class:`Scoring` without scores.
 
         Raises:
-            TypeError: If the module gives no per-sample outputs; the message names the method to add.
+            TypeError: If the module gives no per-sample outputs, or targets that are no classes of its logits
+                (checked on a CPU); the message names the method to add.
             ValueError: If it gives another number of rows than the batch has.
         """
-        if self._route is None:
-            self._route = find_route(pl_module, batch)
-            self.name = self._route.name
+        if self.route is None:
+            self.route = find_route(pl_module, batch)
+            self.criterion = find_criterion(pl_module)
+            self.name = self.route.name + self.criterion.describe()
         scoring = Scoring()
         with context:
             with head_as_identity(head):
-                outputs, targets = self._route(batch)
+                outputs, targets = self.route(batch)
+            targets = self.criterion.mask(targets)
+            if head is None and targets.device.type == "cpu":
+                _check_classes(outputs, targets)
             if logs_now(trainer):
+                loss = self.criterion.bind(per_sample_loss)
                 losses = (
-                    per_sample_loss(outputs, targets)
-                    if head is None
-                    else per_sample_from_hidden(per_sample_loss, outputs, targets, head)
+                    loss(outputs, targets) if head is None else per_sample_from_hidden(loss, outputs, targets, head)
                 )
                 scoring.candidate_loss = losses.nanmean()
         if len(outputs) != batch_size(batch):
@@ -91,4 +100,16 @@ class ScoringPass:
 
     def forget(self) -> None:
         """Release the module; the name of the route stays."""
-        self._route = None
+        self.route = None
+        self.criterion = Criterion()
+
+
+def _check_classes(logits: Tensor, targets: Tensor) -> None:
+    classes = logits.size(-1)
+    wrong = targets[targets.ne(IGNORED) & (targets.lt(0) | targets.ge(classes))]
+    if len(wrong):
+        raise TypeError(
+            f"The outputs to score must have a logit for every class, but {classes} logits came with a target "
+            f"{int(wrong[0])}. Add a method `score_step(self, batch)` that returns the `(logits, targets)` of the "
+            "loss; target -100 marks positions to ignore."
+        )

@@ -32,6 +32,7 @@ class UniformSelection(OnlineSelection):
     """
 
     has_scores = False
+    guarded = False  # the module is not called
 
     def score(self, trainer: Trainer, pl_module: LightningModule, batch: Any, sample_ids: Tensor | None) -> Tensor:
         """Random numbers, uniform in [0, 1): fp32 ``[B]``."""

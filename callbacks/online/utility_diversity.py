@@ -48,6 +48,8 @@ class UtilityDiversitySelection(OnlineSelection):
         (2.0, None)
     """
 
+    guarded = False  # `outputs` is
+
     def __init__(
         self,
         keep: float,

@@ -162,8 +162,12 @@ class UtilityDiversityScorer:
             mask: bool ``[B, T]`` or ``[B]``, true where a position is scored.
 
         Returns:
-            ``[B]``, fp32 or fp64; NaN for a sample whose outputs are not finite.
+            ``[B]``, fp32 or fp64; NaN for a sample whose outputs are not finite, and with ``"paper"``, which scores
+            every position, for one whose mask is false everywhere.
         """
+        labelled = mask if mask.dim() == 1 else mask.any(1)
+        if outputs.dim() == 3 and outputs.size(1) == 0:  # no position at all is none that is scored
+            outputs, mask = outputs.new_zeros(len(outputs), 1, outputs.size(2)), mask.new_zeros(len(mask), 1)
         rows, counts = self._rows(outputs, mask)
         utility = self._utility(rows, counts)
         self.sketches = self._sketch(rows, TOKEN_ROWS if outputs.dim() == 3 else 1)
@@ -175,7 +179,8 @@ class UtilityDiversityScorer:
             self.memory = SketchMemory(CAPACITY, self.sketches.size(1), self.sketches.device)
         self.memory.to(self.sketches.device)
         diversity = self.memory.mean_distance(self.sketches)
-        return utility_diversity(utility, diversity, self.alpha, self.normalization)
+        scores = utility_diversity(utility, diversity, self.alpha, self.normalization)
+        return scores.masked_fill(~labelled, torch.nan) if self.normalization == "paper" else scores
 
     def remember(self, sketches: Tensor, moments: Tensor) -> None:
         """Remember what was kept.

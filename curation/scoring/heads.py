@@ -49,14 +49,15 @@ def _identity(hidden: Tensor) -> Tensor:
 
 
 def find_logits_maker(module: nn.Module, batch: Any) -> nn.Module | None:
-    """The module whose output are the logits that the loss is computed from, or None if that is not known."""
-    if isinstance(batch, Mapping):
-        models = hugging_face_models(module)
-        if len(models) != 1:
-            return None
+    """The module whose output are the logits that the loss is computed from, or None if that is not known.
+
+    With a ``score_step`` it is the module itself: the logits are made in its ``forward``, if it has one.
+    """
+    models = hugging_face_models(module) if isinstance(batch, Mapping) else []
+    if len(models) == 1:
         model: Any = module.get_submodule(models[0])
         return model.get_output_embeddings() or model
-    return module if is_classification(batch) else None
+    return module if is_classification(batch) or hasattr(module, "score_step") else None
 
 
 @contextmanager

@@ -32,12 +32,16 @@ def _scored_first(mask: Tensor) -> Tensor:
     return mask.int().argsort(dim=1, descending=True, stable=True)[:, :n]
 
 
-def per_sample_loss(logits: Tensor, targets: Tensor) -> Tensor:
+def per_sample_loss(
+    logits: Tensor, targets: Tensor, weight: Tensor | None = None, label_smoothing: float = 0.0
+) -> Tensor:
     """Cross-entropy of each sample, averaged over its scored positions.
 
     Args:
         logits: ``[B, T, V]`` or ``[B, C]``, any floating dtype; computed in fp32, one sample ``[T, V]`` at a time.
         targets: int64 ``[B, T]`` or ``[B]``; -100 is ignored.
+        weight: Floating ``[V]``, weights of the classes; None for equal ones.
+        label_smoothing: Share of the target that is spread over all classes, in [0, 1].
 
     Returns:
         fp32 ``[B]``; NaN for a sample with no scored position.
@@ -47,13 +51,26 @@ def per_sample_loss(logits: Tensor, targets: Tensor) -> Tensor:
         tensor([2.0794, 2.0794])
     """
     if targets.dim() == 1:
-        return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none")
-    return torch.stack(
-        [F.cross_entropy(x.float(), t, ignore_index=IGNORED) for x, t in zip(logits, targets, strict=True)]
+        return _cross_entropy(logits, targets, weight, label_smoothing, "none")
+    if weight is None:
+        losses = [_cross_entropy(x, t, None, label_smoothing, "mean") for x, t in zip(logits, targets, strict=True)]
+        return torch.stack(losses)
+    losses = [_cross_entropy(x, t, weight, label_smoothing, "sum") for x, t in zip(logits, targets, strict=True)]
+    return torch.stack(losses) / targets.ne(IGNORED).sum(1)
+
+
+def _cross_entropy(
+    logits: Tensor, targets: Tensor, weight: Tensor | None, smoothing: float, reduction: str
+) -> Tensor:
+    weight = None if weight is None else weight.float()
+    return F.cross_entropy(
+        logits.float(), targets, weight, ignore_index=IGNORED, reduction=reduction, label_smoothing=smoothing
     )
 
 
-def per_sample_grad_norm(logits: Tensor, targets: Tensor) -> Tensor:
+def per_sample_grad_norm(
+    logits: Tensor, targets: Tensor, weight: Tensor | None = None, label_smoothing: float = 0.0
+) -> Tensor:
     """Norm of the gradient of each sample's loss with respect to its logits, ``||softmax - onehot|| / n``.
 
     Up to a constant an upper bound of the norm with respect to all parameters (arXiv 1803.00942, sec. 3.2).
@@ -61,6 +78,8 @@ def per_sample_grad_norm(logits: Tensor, targets: Tensor) -> Tensor:
     Args:
         logits: ``[B, T, V]`` or ``[B, C]``, any floating dtype; computed in fp32, one sample ``[T, V]`` at a time.
         targets: int64 ``[B, T]`` or ``[B]``; -100 is ignored.
+        weight: Floating ``[V]``, weights of the classes; None for equal ones.
+        label_smoothing: Share of the target that is spread over all classes, in [0, 1].
 
     Returns:
         fp32 ``[B]``; NaN for a sample with no scored position.
@@ -73,8 +92,15 @@ def per_sample_grad_norm(logits: Tensor, targets: Tensor) -> Tensor:
     def squares(x: Tensor, t: Tensor) -> Tensor:
         p = x.float().softmax(-1)
         scored = t.ne(IGNORED)
-        p_target = p.gather(-1, t.masked_fill(~scored, 0)[..., None])[..., 0]
-        return (p.square().sum(-1) - 2 * p_target + 1).clamp(min=0) * scored
+        t = t.masked_fill(~scored, 0)
+        p_target = p.gather(-1, t[..., None])[..., 0]
+        if weight is None and not label_smoothing:
+            return (p.square().sum(-1) - 2 * p_target + 1).clamp(min=0) * scored
+        # The loss is -sum_c a_c log p_c, and its gradient is p sum_c a_c - a.
+        w = p.new_ones(p.size(-1)) if weight is None else weight.float()
+        spread = w * (label_smoothing / p.size(-1))
+        a = spread.expand_as(p).scatter_add(-1, t[..., None], (1 - label_smoothing) * w[t][..., None])
+        return (p * a.sum(-1, keepdim=True) - a).square().sum(-1) * scored
 
     scored = targets.ne(IGNORED)
     if targets.dim() == 1:
@@ -91,7 +117,7 @@ def per_sample_from_hidden(
     Costs one host synchronisation.
 
     Args:
-        value: :func:`per_sample_loss` or :func:`per_sample_grad_norm`.
+        value: :func:`per_sample_loss` or :func:`per_sample_grad_norm`, or a partial application of one of them.
         hidden: ``[B, T, d]`` or ``[B, d]``, the head's input.
         targets: int64 ``[B, T]`` or ``[B]``.
         head: The output layer.

@@ -8,17 +8,19 @@ one of three routes:
 3. ``module(x)`` for classification batches ``(x, y)`` with integer ``y``.
 """
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from curation import rng
+from curation.batch import copied
 from curation.scoring.losses import IGNORED
 
 _PACKED_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
@@ -31,10 +33,14 @@ class Route:
     Attributes:
         name: Name in the log line at the start of the fit.
         take: Function from a batch to outputs and targets, not yet checked.
+        source: Submodule whose output holds the logits; None with ``score_step``.
+        align: Function from an output of ``source`` and its batch to what ``take`` gives; None with ``score_step``.
     """
 
     name: str
     take: Callable[[Any], Any]
+    source: nn.Module | None = None
+    align: Callable[[Any, Any], Any] | None = None
 
     def __call__(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Outputs ``[B, T, V]`` or ``[B, C]`` and aligned int64 targets ``[B, T]`` or ``[B]``; -100 is not scored.
@@ -42,25 +48,71 @@ class Route:
         Raises:
             TypeError: If the module returns something else.
         """
-        return _check_outputs(self.take(copy.copy(batch)))  # a step may take things out of its batch
+        return check_outputs(self.take(copied(batch)))  # a step may take things out of its batch or change them
 
 
 @contextmanager
-def side_effect_free(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for every submodule, no gradients, and every random stream left as it was.
+def side_effect_free(module: nn.Module, random_streams: bool = True) -> Iterator[None]:
+    """Evaluation mode for every submodule, no gradients, and what a forward pass changes left as it was.
 
-    Buffers of normalisation layers stay as they are, because evaluation mode does not update them. The mode of each
-    submodule is restored one by one, since parts of a module may be frozen in evaluation mode.
+    Buffers of normalisation layers stay as they are, because evaluation mode does not update them. Buffers of modules
+    that are not torch's, and the states of metrics, are restored. So is the mode of each submodule, one by one, since
+    parts of a module may be frozen in evaluation mode.
+
+    Args:
+        module: The module that is run.
+        random_streams: Restore the random streams, too.
     """
     training = [m for m in module.modules() if m.training]
     for m in training:
         m.training = False
     try:
-        with torch.no_grad(), rng.isolated():
+        with ExitStack() as stack:
+            for m in module.modules():
+                if isinstance(m, Metric):
+                    stack.callback(_restore_metric(m))
+                elif m._buffers and not type(m).__module__.startswith("torch.nn."):
+                    stack.callback(_restore_buffers(m))
+            stack.enter_context(torch.no_grad())
+            if random_streams:
+                stack.enter_context(rng.isolated())
             yield
     finally:
         for m in training:
             m.training = True
+
+
+def _restore_metric(metric: Metric) -> Callable[[], None]:
+    """Let a metric work on a copy of its state; the function that is returned puts the state back."""
+    before = dict(vars(metric))
+    vars(metric).update(copied(dict(metric.metric_state)))
+
+    def restore() -> None:
+        vars(metric).clear()
+        vars(metric).update(before)
+
+    return restore
+
+
+def _restore_buffers(module: nn.Module) -> Callable[[], None]:
+    """A function that restores the buffers of a module, and the attributes set with them, where they changed."""
+    before, buffers = dict(vars(module)), dict(module._buffers)
+    values = {name: (b.clone(), b._version) for name, b in buffers.items() if b is not None}
+
+    def restore() -> None:
+        changed = [name for name, (_, version) in values.items() if buffers[name]._version != version]  # type: ignore[union-attr]
+        replaced = module._buffers.keys() != buffers.keys() or any(
+            module._buffers[n] is not buffers[n] for n in buffers
+        )
+        for name in changed:
+            buffers[name].copy_(values[name][0])  # type: ignore[union-attr]
+        if changed or replaced:
+            vars(module).clear()
+            vars(module).update(before)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+
+    return restore
 
 
 def find_route(module: nn.Module, batch: Any) -> Route:
@@ -88,16 +140,17 @@ def find_route(module: nn.Module, batch: Any) -> Route:
         model = _hugging_face_model(module)
         if model is not None:
             _refuse_packed(batch)
-            return Route(f"Hugging Face {type(model).__name__}", lambda b: _run_hugging_face(model, b))
+            take, align = partial(_run_hugging_face, model), partial(_align_hugging_face, model)
+            return Route(f"Hugging Face {type(model).__name__}", take, model, align)
     if is_classification(batch):
 
-        def take(b: Any) -> tuple[Any, Tensor]:
+        def take_forward(b: Any) -> tuple[Any, Tensor]:
             try:
                 return _logits(module(b[0])), b[1]
             except NotImplementedError as error:
                 raise _no_route(module, b) from error
 
-        return Route("forward(x)", take)
+        return Route("forward(x)", take_forward, module, lambda output, b: (_logits(output), b[1]))
     raise _no_route(module, batch)
 
 
@@ -157,36 +210,60 @@ def _logits(output: Any) -> Any:
     return getattr(output, "logits", output)
 
 
+def _predicts_next_token(model: Any) -> bool:
+    encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
+    return bool(getattr(model, "can_generate", bool)()) and not encoder_decoder
+
+
 def _run_hugging_face(model: Any, batch: Mapping) -> tuple[Any, Any]:
+    labels = _labels(model, batch)
     parameters = inspect.signature(model.forward).parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "label") and (takes_all or k in parameters)}
-    labels = batch.get("labels", batch.get("label"))
-    config = model.config
-    encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-    generates = bool(getattr(model, "can_generate", bool)())
-    if generates:
+    if getattr(model, "can_generate", bool)():
         inputs["use_cache"] = False
-    if encoder_decoder and "decoder_input_ids" not in inputs and labels is not None:
+    if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" not in inputs:
         if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
             raise TypeError(
                 f"{type(model).__name__} does not tell how its decoder's input follows from `labels`; put "
                 "`decoder_input_ids` into the batch, or add a method `score_step`."
             )
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+    return _align_hugging_face(model, model(**inputs), {**batch, "labels": labels})
+
+
+def _labels(model: Any, batch: Mapping) -> Any:
+    """Labels of a batch before they are shifted: those it has, or its tokens."""
+    labels = batch.get("labels", batch.get("label"))
+    next_token = _predicts_next_token(model)
     if labels is None:
-        if not generates or encoder_decoder:
+        if not next_token:
             raise TypeError("The batch has no `labels`, so its targets are unknown; add `labels` or a `score_step`.")
         labels = batch["input_ids"]
         if "attention_mask" in batch:
             labels = labels.masked_fill(batch["attention_mask"].eq(0), IGNORED)
-    logits = _logits(model(**inputs))
-    if generates and not encoder_decoder:  # position t predicts token t + 1
+    if next_token and (not isinstance(labels, Tensor) or labels.dim() != 2):
+        shape = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(
+            f"{type(model).__name__} predicts tokens, so `labels` must be [B, T], but got {shape}. If another head "
+            "is trained, add a method `score_step(self, batch)` that returns its `(logits, targets)`."
+        )
+    return labels
+
+
+def _align_hugging_face(model: Any, output: Any, batch: Mapping) -> tuple[Any, Any]:
+    logits, labels = _logits(output), _labels(model, batch)
+    if _predicts_next_token(model):  # position t predicts token t + 1
         return logits[:, :-1], labels[:, 1:]
     return logits, labels
 
 
-def _check_outputs(outputs: Any) -> tuple[Tensor, Tensor]:
+def check_outputs(outputs: Any) -> tuple[Tensor, Tensor]:
+    """Outputs and int64 targets, if they are of the shapes that a route promises.
+
+    Raises:
+        TypeError: If they are not.
+    """
     hint = "must be (logits, targets): floating [B, T, V] with integer [B, T], or [B, C] with [B]"
     if not isinstance(outputs, tuple):
         raise TypeError(f"The outputs to score {hint}, but got {type(outputs).__name__}.")
@@ -204,5 +281,10 @@ def _check_outputs(outputs: Any) -> tuple[Tensor, Tensor]:
         raise TypeError(
             f"The outputs to score {hint}, but got {logits.dtype} {list(logits.shape)} with {targets.dtype} "
             f"{list(targets.shape)}. A method `score_step` of the module can give them."
+        )
+    if logits.size(-1) == 1:
+        raise TypeError(
+            f"The outputs to score {hint}, but got a single logit, {list(logits.shape)}, of which a softmax is 1. "
+            "Add a method `score_step` that returns the logits of both classes, `torch.cat([0 * z, z], -1)`."
         )
     return logits, targets.long()

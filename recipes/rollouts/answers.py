@@ -131,6 +131,7 @@ def check_sampling(logits: OwnLogits, pad_id: int) -> None:
     difference = float((learned - sampled.log_probs.flatten()).abs().max())
     if not difference <= max(1e-2, 64 * torch.finfo(embedding.dtype).eps):
         raise TypeError(
-            f"{name} samples token by token with other probabilities than those of a whole text (log-probabilities differ "
-            f"by {difference:.3g}), often since its positions or masks do not follow `position_ids` and `attention_mask`."
+            f"{name} samples token by token with other probabilities than those of a whole text (log-probabilities "
+            f"differ by {difference:.3g}), often since its positions or masks do not follow `position_ids` and "
+            "`attention_mask`."
         )

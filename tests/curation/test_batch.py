@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from curation.batch import batch_size, take_rows, trim_padding
+from curation.batch import Columns, batch_size, copied, refuse_samples, take_rows, trim_padding
 
 Pair = namedtuple("Pair", ["x", "y"])
 
@@ -109,14 +109,14 @@ def test_trimming_keeps_every_used_column():
         "input_ids": mask * 7,
         "attention_mask": mask,
         "label": torch.zeros(2),
-        "h": torch.zeros(2, 5, 4),
+        "inputs_embeds": torch.zeros(2, 5, 4),
     }
     out = trim_padding(batch)
     assert {k: tuple(v.shape) for k, v in out.items()} == {
         "input_ids": (2, 3),
         "attention_mask": (2, 3),
         "label": (2,),
-        "h": (2, 3, 4),
+        "inputs_embeds": (2, 3, 4),
     }
     assert batch["input_ids"].shape == (2, 5)
     left_padded = {"input_ids": mask.flip(1), "attention_mask": mask.flip(1)}
@@ -163,3 +163,74 @@ def test_a_shape_is_no_column():
 def test_texts_without_a_column_are_not_trimmed():
     batch = {"input_ids": torch.zeros(4, 0), "attention_mask": torch.zeros(4, 0)}
     assert trim_padding(batch) is batch
+
+
+def test_a_field_that_may_not_go_with_the_tokens_is_not_cut():
+    mask = torch.tensor([[1, 1, 0, 0, 0], [1, 0, 0, 0, 0]])
+    batch = {"input_ids": mask * 7, "attention_mask": mask, "patches": torch.zeros(2, 5, 4)}
+    assert trim_padding(batch) is batch
+    batch["patches"] = torch.zeros(2, 6, 4)
+    assert [v.size(1) for v in trim_padding(batch).values()] == [2, 2, 6]
+
+
+@pytest.mark.parametrize("dims", [(), (3,)], ids=["a number", "a vector"])
+def test_lists_of_samples_are_refused_where_they_show(dims):
+    samples = [{"signal": torch.zeros(16), "label": torch.zeros(dims)} for _ in range(8)]
+    if dims:
+        samples = [{"signal": torch.zeros(16), "label": torch.zeros(16)} for _ in range(8)]
+        assert batch_size(samples) == 16  # as of eight views of a batch of sixteen rows
+        with pytest.raises(TypeError, match="is a list of 8 samples"):
+            refuse_samples(samples, 16, expected=8)
+        refuse_samples(samples, 16, expected=16)
+        return
+    for batch in (samples, tuple(samples), [(s["signal"], 1) for s in samples]):
+        with pytest.raises(TypeError, match=f"is a {type(batch).__name__} of 8 samples.* collate the samples"):
+            batch_size(batch)
+    views = [{"x": X, "y": Y}, {"x": X, "y": Y}]
+    assert batch_size(views) == 4
+    refuse_samples([X, Y], 4, expected=2)
+    refuse_samples([X[:1], X[:1]], 1, expected=2)  # the last rows of a data set
+
+
+def test_a_list_of_another_length_in_one_batch_belongs_to_the_batch_in_all():
+    columns = Columns()
+    columns.observe({"x": X, "size": [4, 6], "name": NAMES})
+    short = {"x": X[:2], "size": [4, 6], "name": NAMES[:2]}
+    columns.observe(short)
+    kept = take_rows(short, torch.tensor([1]), columns)
+    assert kept["size"] == [4, 6]
+    assert kept["name"] == ["b"]
+    late = Columns()
+    late.observe(short)
+    take_rows(short, torch.tensor([1]), late)
+    with pytest.raises(TypeError, match=r"batch\.size has 2 entries for 4 rows, but had one per row"):
+        late.observe({"x": X, "size": [4, 6], "name": NAMES})
+
+
+def test_the_encodings_of_a_tokenizer_are_rows():
+    from transformers import BatchEncoding
+
+    def encode(encodings):
+        encoding = BatchEncoding({"input_ids": X})
+        encoding._encodings = encodings
+        return encoding
+
+    for batch, inside in ((encode(NAMES), lambda b: b), ((encode(NAMES), Y), lambda b: b[0])):
+        assert inside(take_rows(batch, ROWS)).encodings == ["d", "b"]
+        assert inside(batch).encodings == NAMES
+    assert take_rows(encode(NAMES[:3]), ROWS).encodings is None  # not one per row
+
+
+def test_a_copy_shares_no_container_and_no_tensor():
+    array = np.zeros(4)
+    batch = {"a": [X.clone(), Pair(Y.clone(), array)], "b": Sample(X.clone(), [{"i": 1}] * 4), "c": [["d"]] * 4}
+    copy = copied(batch)
+    copy["a"][0].zero_()
+    copy["a"][1].y[:] = 1
+    copy["b"].name[0].pop("i")
+    copy["c"][0].pop()
+    copy.pop("c")
+    assert torch.equal(batch["a"][0], X)
+    assert array.sum() == 0
+    assert batch["b"].name == [{"i": 1}] * 4
+    assert batch["c"] == [["d"]] * 4

@@ -2,9 +2,10 @@
 
 from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
 
 import curation.batch
 from curation.sample_ids import SampleIds, split_sample_ids
@@ -105,3 +106,13 @@ def test_a_sample_counted_from_the_end_has_its_own_id():
 def test_ids_that_name_no_sample_are_refused(ids, error, found):
     with pytest.raises(error, match=f"`sample_id` must hold .* but the batch has .*{found}"):
         split_sample_ids({"x": X, "sample_id": ids})
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_a_batch_that_is_asked_for_at_once_has_an_id_per_row(kind):
+    pairs = SampleIds(TensorDataset(torch.arange(10) * 2))
+    (x,), ids = split_sample_ids(pairs[kind([3, -1, 0])])
+    assert ids.tolist() == [3, 9, 0]
+    assert x.tolist() == [6, 18, 0]
+    bulk = DataLoader(pairs, sampler=BatchSampler(SequentialSampler(pairs), 4, drop_last=False), batch_size=None)
+    assert [split_sample_ids(batch)[1].tolist() for batch in bulk] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]

@@ -9,8 +9,9 @@ from lightning.pytorch.profilers import SimpleProfiler
 from torch.utils.data import DataLoader
 
 from curation.batch import batch_size
-from curation.callbacks import UniformSelection, UtilityDiversitySelection
+from curation.callbacks import ConceptCoverageMonitor, UniformSelection, UtilityDiversitySelection
 from curation.callbacks.lightning.seam import BatchSeam
+from curation.samplers.concept_index import ConceptIndex
 
 
 def installed(run) -> bool:
@@ -142,8 +143,10 @@ def test_a_step_that_fetches_its_own_batches_is_refused_before_training():
         def training_step(self, dataloader_iter):
             raise AssertionError("must not run")
 
-    with pytest.raises(TypeError, match=r"Fetches\.training_step\(dataloader_iter\)"):
-        trainer(UniformSelection(keep=0.5)).fit(Fetches(), loader())
+    concepts = ConceptIndex.from_lists([["a"]] * 64)
+    for callback in (UniformSelection(keep=0.5), ConceptCoverageMonitor(concepts)):
+        with pytest.raises(TypeError, match=r"Fetches\.training_step\(dataloader_iter\)"):
+            trainer(callback).fit(Fetches(), loader())
 
 
 def test_the_canary_stops_a_batch_that_went_around_the_seam():

@@ -264,3 +264,147 @@ def test_the_gradient_of_sequences_of_unequal_length_is_unbiased():
     off = estimates.mean() - losses.sum() / lengths.sum()
     assert abs(float(off)) < 3 * float(estimates.std()) / 4000**0.5
     assert float(estimates.std() / estimates.mean()) < 0.5
+
+
+class Sequences(Classifier):
+    """Every token of a row has logits of its own, so the gradients of rows do not mix."""
+
+    def __init__(self, mean, weighs_itself=False):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = torch.nn.Embedding(4, 3)
+        self.mean, self.gradients = mean, []
+        if weighs_itself:
+            self.sample_weights = None
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        if self.mean == "torch":
+            return F.cross_entropy(self(x).mT, y)
+        losses = F.cross_entropy(self(x).mT, y, reduction="none")
+        if self.mean == "positions":
+            return losses.sum() / y.ne(-100).sum()
+        losses = losses.sum(1) / y.ne(-100).sum(1)
+        weights = getattr(self, "sample_weights", None)
+        return (losses if weights is None else losses * weights).mean()
+
+    def on_after_backward(self):
+        self.gradients.append(self.net.weight.grad.clone())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+@pytest.mark.parametrize(
+    ("mean", "k", "weighs_itself"),
+    [
+        ("rows", 1, False),
+        ("rows", 1, True),
+        ("rows", 3, False),
+        ("torch", 1, False),
+        ("torch", 3, False),
+        ("positions", 3, False),
+    ],
+)
+def test_every_row_of_unequal_length_gets_its_gradient_in_expectation(mean, k, weighs_itself):
+    lengths = torch.tensor([2, 18, 5, 9])
+    x = torch.arange(4)[:, None].expand(4, 18)
+    y = torch.zeros(4, 18, dtype=torch.long).masked_fill(torch.arange(18) >= lengths[:, None], -100)
+    module, steps = Sequences(mean, weighs_itself), 1000
+    (whole,) = torch.autograd.grad(module.training_step((x, y), 0), [module.net.weight])
+    selection = HardSampleSelection(keep=k / 4, rule="importance", score="grad_norm")
+    batches = DataLoader(torch.utils.data.TensorDataset(x.repeat(steps, 1), y.repeat(steps, 1)), 4)
+    trainer(selection, max_epochs=1, log_every_n_steps=0).fit(module, batches)
+    gradients = (torch.stack(module.gradients) * whole).sum(2) / whole.square().sum(1)
+    error = gradients.std(0) / steps**0.5
+    assert bool(((gradients.mean(0) - 1).abs() < 4 * error + 1e-4).all())
+
+
+def test_a_loss_that_is_not_all_made_of_the_logits_is_refused():
+    class Auxiliary(Plain):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + self.net.weight.square().mean()
+
+    class Weighted(Plain):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            return F.cross_entropy(self(x), y, torch.tensor([1.0, 2.0, 3.0, 4.0]))
+
+    for module, text in ((Auxiliary(), "a part of it is not made of the logits"), (Weighted(), "class weights")):
+        before = weights(module)
+        with pytest.raises(TypeError, match=rf"{text}.* Add an attribute `sample_weights`"):
+            trainer(HardSampleSelection(keep=0.5, rule="importance")).fit(module, loader(ids=False))
+        assert_same_weights(before, weights(module))
+
+
+def test_a_step_that_skips_its_batch_is_skipped():
+    class Skips(Plain):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return None if batch_idx == 1 else loss
+
+    module = Skips()
+    trainer(HardSampleSelection(keep=0.5, rule="importance"), max_epochs=1).fit(module, loader(ids=False))
+    assert len(module.seen) == 8
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_batch_without_labels_breaks_no_weight(rule):
+    batches = [next(iter(DataLoader(texts(), 8))) for _ in range(3)]
+    batches[1]["labels"] = torch.full_like(batches[1]["labels"], -100)
+    module = LanguageModel(lr=0.1)
+    trainer(HardSampleSelection(keep=0.5, rule=rule), max_epochs=1).fit(module, DataLoader(batches, batch_size=None))
+    assert all(bool(p.isfinite().all()) for p in module.parameters())
+
+
+def test_weights_reach_logits_that_forward_makes_beside_a_score_step():
+    class Both(Plain):
+        def score_step(self, batch):
+            return self.net(batch["x"]), batch["y"]
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch["x"], batch["y"]), batch_idx)
+
+    x, y = data().tensors
+    batches = DataLoader([{"x": a, "y": b} for a, b in zip(x, y, strict=True)], 8)
+    module, selection = Both(), HardSampleSelection(keep=0.5, rule="importance", score="grad_norm")
+    trainer(selection, max_epochs=1).fit(module, batches)
+    assert module.seen == [4] * 8
+
+
+def test_irreducible_losses_of_a_stream_are_found_by_id(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([{"x": x, "y": y, "sample_id": i} for i, (x, y) in enumerate(data(16))])
+
+    class Steps(Plain):
+        def score_step(self, batch):
+            return self.net(batch["x"]), batch["y"]
+
+        def training_step(self, batch, batch_idx):
+            self.kept = batch["x"]
+            return F.cross_entropy(*self.score_step(batch))
+
+    x, y = data(16).tensors
+    table = torch.rand(16, generator=torch.Generator().manual_seed(0))
+    losses = F.cross_entropy(Plain().net(x), y, reduction="none") - table
+    for size in (16, 15):
+        torch.save(table[:size], tmp_path / "table.pt")
+        rule = HardSampleSelection(keep=0.25, score="reducible_loss", irreducible=str(tmp_path / "table.pt"))
+        module, fit = Steps(), trainer(rule, max_epochs=1)
+        if size == 16:
+            fit.fit(module, DataLoader(Stream(), 16))
+            assert torch.equal(module.kept, x[losses.topk(4).indices.sort().values])
+        else:
+            with pytest.raises(ValueError, match=r"`irreducible` must name a file .* a sample has the id 15"):
+                fit.fit(module, DataLoader(Stream(), 16))
+
+
+def test_the_pool_takes_every_score_of_batches_that_grow():
+    sizes = [2, 6, 4]
+    batches = [list(range(sum(sizes[:i]), sum(sizes[: i + 1]))) for i in range(3)]
+    selection = HardSampleSelection(keep=0.5, rule="selective_backprop")
+    trainer(selection, max_epochs=1).fit(Classifier(), DataLoader(data(12), batch_sampler=batches))
+    assert selection.pool.shape == (12,)
+    assert selection.pool.isfinite().all()

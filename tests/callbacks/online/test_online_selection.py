@@ -9,7 +9,9 @@ from helpers import AnyBatch, Classifier, ManualClassifier, Watch, data, loader,
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from torch import nn
 from torch.utils.data import DataLoader, default_collate
+from torchmetrics import SumMetric
 
 from curation.callbacks import (
     ExactResume,
@@ -393,3 +395,123 @@ def test_a_window_of_accumulation_is_all_selected_or_all_full(monkeypatch):
 def test_when_is_checked():
     with pytest.raises(ValueError, match="Argument `when` must be 'always' or 'pays', but got 'never'"):
         UniformSelection(keep=0.5, when="never")
+
+
+class ChangesThings(Classifier):
+    """A forward that works in place, updates a metric and a buffer, and takes its labels out of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.passes, self.largest = SumMetric(), nn.Module(), 0.0
+        self.total = Total()
+
+    def forward(self, x):
+        x.div_(100)
+        self.rows.update(len(x))
+        self.total(len(x))
+        if torch.is_grad_enabled():
+            self.largest = max(self.largest, float(x.max()))
+        return super().forward(x)
+
+    def score_step(self, batch):
+        inputs = batch["inputs"]
+        return self(inputs["x"]), inputs.pop("y")
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch["inputs"]["x"], batch["inputs"].pop("y")
+        return super().training_step((x, y), batch_idx)
+
+
+class Total(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(()))
+        self.cached = 0
+
+    def forward(self, rows):
+        self.rows += rows
+        self.last = torch.tensor(float(rows))  # goes with the attribute, as in a cache of positions
+        self.cached = rows
+
+
+class OwnMargin(OnlineSelection):
+    def score(self, trainer, pl_module, batch, sample_ids):
+        logits = pl_module(batch["inputs"]["x"])
+        batch["inputs"].clear()
+        return -logits.topk(2).values.diff()[:, 0]
+
+
+@pytest.mark.parametrize("rule", [HardSampleSelection, UtilityDiversitySelection, OwnMargin])
+def test_a_scoring_pass_leaves_no_trace(rule):
+    samples = [{"inputs": {"x": torch.full((8,), 100.0), "y": i % 4}} for i in range(32)]
+    module = ChangesThings()
+    trainer(rule(keep=0.25), max_epochs=1).fit(module, DataLoader(samples, 8))
+    assert module.seen == [2] * 4
+    assert module.largest == 1.0
+    assert int(module.rows.compute()) == int(module.total.rows) == 8
+    assert int(module.total.last) == module.total.cached == 2
+    assert int(module.net[1].num_batches_tracked) == 4
+
+
+def test_a_rule_may_ask_for_gradients():
+    class GradNorm(OnlineSelection):
+        guarded = False
+
+        def score(self, trainer, pl_module, batch, sample_ids):
+            x = batch[0].clone().requires_grad_()
+            with self.scoring(trainer, pl_module), torch.enable_grad():
+                loss = torch.nn.functional.cross_entropy(pl_module(x), batch[1], reduction="sum")
+            return torch.autograd.grad(loss, x)[0].norm(dim=1)
+
+    module = Classifier()
+    trainer(GradNorm(keep=0.25), max_epochs=1).fit(module, loader())
+    assert module.seen == [2] * 8
+    assert int(module.net[1].num_batches_tracked) == 8
+
+
+@pytest.mark.parametrize(("sizes", "kept"), [([8, 32, 4, 64], 0.25), ([32] + [4] * 30, 0.25)])
+def test_batches_that_miss_the_budget_are_said(sizes, kept):
+    ends = np.cumsum(sizes).tolist()
+    batches = [list(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+    with pytest.warns(UserWarning, match=rf"`keep={kept}` is that of the first batch of {sizes[0]} candidates"):
+        trainer(UniformSelection(keep=kept), max_epochs=1).fit(
+            Classifier(), DataLoader(data(ends[-1]), batch_sampler=batches)
+        )
+
+
+def test_a_batch_without_rows_names_the_callback_and_the_remedy():
+    for batches in (
+        DataLoader(range(8), batch_size=None),
+        DataLoader([{"a": torch.zeros(3), "b": 1}] * 8, 4, collate_fn=list),
+    ):
+        with pytest.raises(
+            TypeError, match=r"UniformSelection keeps rows of tensors\..* Let `collate_fn` make tensors"
+        ):
+            trainer(UniformSelection(keep=0.5)).fit(AnyBatch(), batches)
+
+
+def test_a_logger_that_fails_hides_no_error_and_stops_no_other_callback(tmp_path):
+    class Dies(WandbLogger):
+        def log_metrics(self, metrics, step=None):
+            if step and step >= 4:
+                raise ConnectionError("away")
+
+        def log_table(self, *args, **kwargs):
+            raise ConnectionError("still away")
+
+    class Later(Callback):
+        saw = None
+
+        def on_exception(self, trainer, pl_module, exception):
+            self.saw = exception
+
+    later, run = Later(), None
+    run = trainer(HardSampleSelection(keep=0.5), later, logger=Dies(save_dir=tmp_path, mode="disabled"))
+    with (
+        pytest.raises(ConnectionError, match=r"^away$"),
+        pytest.warns(UserWarning, match="'curation/samples' was not"),
+    ):
+        run.fit(Classifier(), loader())
+    assert str(later.saw) == "away"
+    assert "batch_to_device" not in vars(run.strategy)

@@ -280,3 +280,18 @@ def test_where_every_sample_is_one_position_the_trend_changes_nothing():
         trend.update(trend.moments_of(torch.rand(8), ones))
     u = torch.rand(8)
     assert torch.equal(trend.remove(u, ones), u)
+
+
+def test_a_row_without_labels_ranks_last_by_the_formula_of_the_paper():
+    mask = torch.ones(4, 6, dtype=torch.bool)
+    mask[2] = False
+    scores = UtilityDiversityScorer(normalization="paper").score(torch.randn(4, 6, 30), mask)
+    assert scores.isnan().tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("normalization", ["length", "none", "paper"])
+def test_sequences_without_a_position_have_no_scored_position(normalization):
+    scorer = UtilityDiversityScorer(normalization=normalization)
+    scores = scorer.score(torch.randn(3, 0, 30), torch.ones(3, 0, dtype=torch.bool))
+    assert scores.shape == (3,)
+    assert scores.isnan().all() if normalization == "paper" else (scores == 0).all()

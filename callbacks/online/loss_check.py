@@ -1,0 +1,109 @@
+"""Whether the loss that is scored is the loss of the training step."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from curation.scoring import IGNORED, Criterion, Route, check_outputs, per_sample_loss
+
+TOLERANCE = 0.05  # relative; a small auxiliary loss changes no ranking
+STEPS = 8  # class weights do not show in rows of one class
+
+
+class LossCheck:
+    """Compares the losses of the first training steps with the cross-entropy of the logits that they make.
+
+    They differ where ``forward`` returns embeddings, or where the step's loss weights classes, ignores another index
+    or is another loss. The user is then told once what is scored. A ``score_step`` is not checked.
+
+    Attributes:
+        done: Whether enough losses were compared.
+    """
+
+    def __init__(self) -> None:
+        self.done = False
+        self._steps = 0
+        self._losses: tuple[Tensor, Tensor] | None = None
+        self._hook: RemovableHandle | None = None
+
+    def watch(self, route: Route | None, criterion: Criterion, batch: Any, rows: int) -> None:
+        """Compute the losses of the logits of the next training step.
+
+        Args:
+            route: The route of the scores; None where the rule scores no outputs.
+            criterion: The criterion of the scores.
+            batch: The batch that is trained on.
+            rows: Number of its rows.
+        """
+        self.stop()
+        if route is None or route.source is None or route.align is None:
+            return
+        align = route.align
+
+        def compute(source: nn.Module, inputs: Any, output: Any) -> None:
+            if torch.compiler.is_compiling() or self._losses is not None or not torch.is_grad_enabled():
+                return
+            try:
+                logits, targets = check_outputs(align(output, batch))
+            except (TypeError, IndexError, KeyError):  # this call of the model makes no logits for the batch
+                return
+            if len(logits) == rows and logits.requires_grad:
+                with torch.no_grad():
+                    self._losses = mean_losses(logits.detach(), criterion.mask(targets), criterion)
+
+        self._hook = route.source.register_forward_hook(compute)
+
+    def compare(self, module: LightningModule, loss: Any, name: str) -> None:
+        """Warn if the loss of a step is neither the mean over rows nor that over scored positions.
+
+        Args:
+            module: The module that is trained.
+            loss: Loss of the step, before it is divided for accumulation; anything but a tensor is left out.
+            name: Name of the route of the scores.
+        """
+        losses, self._losses = self._losses, None
+        self.stop()
+        if not isinstance(loss, Tensor):  # the step skipped its batch
+            return
+        if losses is None:  # the step makes its logits in another way
+            self.done = True
+            return
+        step, rows, positions = torch.stack([loss.detach().float().mean(), *losses]).tolist()
+        if not all(value < float("inf") for value in (step, rows, positions)):  # a batch without labels
+            return
+        self._steps += 1
+        self.done = self._steps == STEPS
+        if min(abs(step - rows), abs(step - positions)) > TOLERANCE * abs(step) + 1e-3:
+            self.done = True
+            step_name = f"{type(module).__name__}.training_step"
+            rank_zero_warn(
+                f"The loss of `{step_name}` is {step:.4g}, but the cross-entropy of {name} of the same rows, which "
+                f"is scored, is {rows:.4g}. If the outputs are no logits, or the loss has class weights, another "
+                "`ignore_index`, label smoothing or further terms, add a method `score_step(self, batch)` that "
+                "returns `(logits, targets)`; the settings of the module's only `torch.nn.CrossEntropyLoss` are used."
+            )
+
+    def stop(self) -> None:
+        """Remove the hook."""
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None
+
+
+def mean_losses(logits: Tensor, targets: Tensor, criterion: Criterion) -> tuple[Tensor, Tensor]:
+    """Mean losses over rows, and over scored positions: two fp32 scalars.
+
+    Args:
+        logits: ``[B, T, V]`` or ``[B, C]``.
+        targets: int64 ``[B, T]`` or ``[B]``; -100 is not scored.
+        criterion: Weights of the classes and label smoothing.
+    """
+    losses = criterion.bind(per_sample_loss)(logits, targets)
+    scored = targets.ne(IGNORED)
+    counts = scored.sum(1) if targets.dim() == 2 else scored.long()
+    total = counts.sum() if criterion.weight is None else (criterion.weight[targets.clamp(min=0)] * scored).sum()
+    return losses.nanmean(), (losses.nan_to_num() * counts).sum() / total
