@@ -1,12 +1,13 @@
 """Retention: the accuracy that a probe keeps when it is trained on a subset. Needs scikit-learn."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from curation.checks import check_integer
+from curation.checks import check_integer, check_number
 
 Part = tuple[np.ndarray, np.ndarray]  # features [N, D], labels [N]
 
@@ -43,6 +44,40 @@ class Retention:
         """``A_random / A_full``: fp64 ``[R]``."""
         return np.array(self.random) / self.full
 
+    def difference(self, confidence: float = 0.95) -> tuple[float, float, float]:
+        """Retention of the selection less that of random samples: the mean, and its prediction interval.
+
+        The selection is one; the random samples of each seed are others. So this is Student's prediction interval of
+        one more random selection, the mean ± ``t_{R - 1} s sqrt(1 + 1 / R)`` with the standard deviation ``s`` over
+        the random samples: it holds 0 with at least this confidence if the selection is a random one, too. An
+        interval of the mean over seeds would leave out the chance of the one selection.
+
+        Args:
+            confidence: Confidence level, in (0, 1).
+
+        Returns:
+            Mean, lower and upper end. The ends are infinite where the random accuracies are all equal, since nothing
+            is known of their spread then.
+
+        Raises:
+            ValueError: If there are fewer than two repeats, or ``confidence`` is outside (0, 1).
+
+        Example:
+            >>> [round(x, 2) for x in Retention(1.0, (0.8, 0.8, 0.8), (0.6, 0.7, 0.65), 0.9).difference()]
+            [0.15, -0.1, 0.4]
+        """
+        from scipy import stats
+
+        check_number("confidence", confidence, "(0, 1)")
+        repeats = len(self.random)
+        if repeats < 2:
+            raise ValueError(f"An interval needs at least two repeats, but there are {repeats}.")
+        mean = float(self.of_selected.mean() - self.of_random.mean())
+        if len(set(self.random)) == 1:
+            return mean, -math.inf, math.inf
+        width = stats.t.ppf((1 + confidence) / 2, repeats - 1) * self.of_random.std(ddof=1) * (1 + 1 / repeats) ** 0.5
+        return mean, mean - float(width), mean + float(width)
+
     @property
     def effectiveness(self) -> float:
         """Mean of ``A_S`` times the reduction (arXiv 2502.20293); high for any small selection, random ones too."""
@@ -67,8 +102,9 @@ def retention(
 ) -> Retention:
     """Measure the accuracy of probes trained on all samples, on a selection, and on as many random samples.
 
-    The random samples are stratified by class. The two probes of a repeat have the same seed. Costs one fit on all
-    samples and ``2 R`` fits on the size of the selection.
+    The random samples are stratified by class, except where the selection has fewer samples than there are classes.
+    The two probes of a repeat have the same seed. Costs one fit on all samples and ``2 R`` fits on the size of the
+    selection.
 
     Args:
         train: Features ``[N, D]`` and labels ``[N]`` from which the selection was made.
@@ -98,7 +134,11 @@ def retention(
 
     fits: list[tuple[Any, int]] = [(slice(None), seed)]
     for s in range(seed, seed + repeats):
-        chance = StratifiedRandomSelector(len(indices) / len(y), random_state=s).fit(np.zeros((len(y), 1)), y)
-        fits += [(indices, s), (chance.sample_indices_, s)]
+        if len(indices) < len(np.unique(y)):  # a stratified draw would have more samples than the selection
+            chance = np.sort(np.random.default_rng(s).choice(len(y), len(indices), replace=False))
+        else:
+            draw = StratifiedRandomSelector(len(indices) / len(y), random_state=s)
+            chance = draw.fit(np.zeros((len(y), 1)), y).sample_indices_
+        fits += [(indices, s), (chance, s)]
     full, *repeated = [accuracy(rows, s) for rows, s in track(fits)]
     return Retention(full, tuple(repeated[::2]), tuple(repeated[1::2]), 1 - len(indices) / len(y))

@@ -32,7 +32,8 @@ def cover(graph: Graph, weights: Tensor, m: int) -> tuple[np.ndarray, np.ndarray
 
     Raises:
         ImportError: If numba is missing.
-        ValueError: If ``m`` is not an integer in [0, N].
+        ValueError: If ``m`` is not an integer in [0, N], the graph names samples that it does not have, or the
+            weights are not ``[N]`` finite numbers >= 0.
 
     Example:
         >>> far = torch.inf
@@ -40,7 +41,14 @@ def cover(graph: Graph, weights: Tensor, m: int) -> tuple[np.ndarray, np.ndarray
         >>> cover(line, torch.ones(3), 1)[0].tolist()
         [1]
     """
-    check_integer("m", m, 0, len(graph.ids) + 1)
+    n = len(graph.ids)
+    check_integer("m", m, 0, n + 1)
+    if graph.distances.shape != graph.ids.shape or (
+        graph.ids.numel() and not -1 <= graph.ids.min() <= graph.ids.max() < n
+    ):
+        raise ValueError(f"Argument `graph` must have neighbours in [-1, {n}) and as many distances, but has not.")
+    if weights.shape != (n,) or not ((weights >= 0) & (weights < torch.inf)).all():
+        raise ValueError(f"Argument `weights` must be [{n}] finite numbers >= 0, but got {weights}.")
     chosen, gains = np.empty(m, np.int64), np.empty(m)
     _greedy()(
         graph.ids.cpu().numpy(),

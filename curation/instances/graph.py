@@ -73,7 +73,7 @@ def group_neighbours(x: Tensor, groups: Tensor, k: int) -> Graph:
     itself = torch.eye(size, dtype=torch.bool, device=x.device)
     for part in groups.split(max(1, BLOCK // size**2)) if kept else []:
         empty = part < 0
-        rows = x[part.clamp(min=0)]
+        rows = _centred(x[part.clamp(min=0)], ~empty)
         squares = rows.square().sum(-1)
         partial = torch.baddbmm(squares[:, None], rows, rows.mT, alpha=-2)  # without the square of the row's sample
         partial.masked_fill_(itself, torch.inf)
@@ -85,6 +85,15 @@ def group_neighbours(x: Tensor, groups: Tensor, k: int) -> Graph:
         ids[samples, :kept] = neighbours
         distances[samples, :kept] = (nearest + squares[..., None]).clamp_(min=0)
     return Graph(ids[:n], distances[:n])
+
+
+def _centred(rows: Tensor, present: Tensor) -> Tensor:
+    """Groups ``[G, S, D]``, less their means where these are so large that squares would cancel in the distances."""
+    counts = present.sum(1)[:, None, None].clamp(min=1)
+    shown = rows * present[..., None]
+    centre = shown.sum(1, keepdim=True) / counts
+    spread = shown.square().sum((1, 2), keepdim=True) / counts - centre.square().sum(2, keepdim=True)
+    return rows - centre * (centre.square().sum(2, keepdim=True) > 100 * spread)
 
 
 def nearest_of(a: Graph, b: Graph) -> Graph:

@@ -1,5 +1,6 @@
 """Base class of the instance selectors, with the conventions of scikit-learn, and the budgets of the classes."""
 
+import warnings
 from collections.abc import Mapping
 from time import perf_counter
 from typing import Any, Literal, Self
@@ -59,16 +60,22 @@ class InstanceSelector(BaseEstimator):
         """Select.
 
         Args:
-            X: Features ``[N, D]``: an array, a tensor, a memory map, a data frame. Standardised; computed in fp32.
+            X: Features ``[N, D]``: an array, a tensor, a memory map, a data frame; dates are numbers. Standardised in
+                their own precision, so that a common offset changes nothing, and computed in fp32.
             y: Classes ``[N]``.
 
         Raises:
-            ValueError: If there is nothing to select from, a value is not finite, or a parameter is out of its range.
+            ValueError: If there is nothing to select from, a value is missing or not finite, or a parameter is out of
+                its range.
+
+        Warns:
+            UserWarning: If more samples stay than the budget asks for, one of each class.
         """
         start = perf_counter()
         X, y = (v.detach().cpu() if isinstance(v, Tensor) else v for v in (X, y))
         X = X.float() if isinstance(X, Tensor) else X  # NumPy has no bf16
-        X, y = validate_data(self, X, y, dtype=[np.float32, np.float64])
+        X, y = validate_data(self, X, y, dtype="numeric")
+        X, resolution = _floating(X)
         largest = float(np.abs(X).max())
         if largest > 1e35:
             raise ValueError(
@@ -77,7 +84,7 @@ class InstanceSelector(BaseEstimator):
         check_classification_targets(y)
         self.classes_, codes = np.unique(y, return_inverse=True)
         self._check()
-        x = _standardised(X)
+        x = _standardised(X, resolution)
         del X
         order, gains = self._select(x, codes)
         self.ranking_ = order
@@ -138,6 +145,9 @@ def class_budgets(y: np.ndarray, budget: float, strategy: Strategy, classes: np.
         ValueError: If the strategy is unknown, names an unknown class, or asks for more samples than there are, or
             ``budget`` is outside (0, 1].
 
+    Warns:
+        UserWarning: If there are more classes than the budget has samples.
+
     Example:
         >>> class_budgets(np.array([0] * 90 + [1] * 10), 0.1, "proportional", np.arange(2)).tolist()
         [9, 1]
@@ -146,7 +156,8 @@ def class_budgets(y: np.ndarray, budget: float, strategy: Strategy, classes: np.
     """
     check_number("budget", budget, "(0, 1]")
     counts = np.bincount(y, minlength=len(classes))
-    total = max(round(budget * len(y)), len(counts))
+    asked = round(budget * len(y))
+    total = max(asked, len(counts))
     if isinstance(strategy, Mapping):
         unknown = [name for name in strategy if name not in classes]
         if unknown:
@@ -177,6 +188,12 @@ def class_budgets(y: np.ndarray, budget: float, strategy: Strategy, classes: np.
         raise ValueError(
             f"Argument `sampling_strategy` must be 'proportional', 'equal' or a dict, but got {strategy!r}."
         )
+    if total > max(asked, 1):
+        warnings.warn(
+            f"Argument `budget` of {budget} asks for {asked} of {len(y)} samples, but {total} stay, one of each "
+            "class. The targets of a regression are no classes: put them in bins first.",
+            stacklevel=2,
+        )
     whole = np.maximum(np.floor(ideal + 1e-9).astype(np.int64), 1)
     while whole.sum() != total:  # largest remainder; at most one step a class
         if whole.sum() < total:
@@ -186,11 +203,31 @@ def class_budgets(y: np.ndarray, budget: float, strategy: Strategy, classes: np.
     return whole
 
 
-def _standardised(x: np.ndarray) -> np.ndarray:
+def _floating(x: np.ndarray) -> tuple[np.ndarray, float]:
+    """Features as floats that hold every difference, and the relative deviation up to which one is rounding.
+
+    Integers and dates are exact; those beyond the integers of fp32 are counted from the smallest of their feature.
+    """
+    if x.dtype.kind in "mM":
+        if np.isnat(x).any():
+            raise ValueError("Input X contains NaT.")
+        x = x.astype(np.int64)
+    if x.dtype.kind in "iub":
+        low, high = x.min(0), x.max(0)
+        if max(-float(low.min()), float(high.max())) <= 2**24:
+            return x.astype(np.float32), 0.0
+        if (high.astype(np.float64) - low.astype(np.float64)).max() < 2**62:
+            x = x - low
+    wide = x.dtype.kind in "iu" or x.dtype.itemsize > 4
+    return x.astype(np.float64 if wide else np.float32, copy=False), 2e-15 if wide else 1e-7
+
+
+def _standardised(x: np.ndarray, resolution: float) -> np.ndarray:
     """fp32 ``[N, D]`` of mean 0 and deviation 1; a constant feature is 0."""
     mean = x.mean(0, dtype=np.float64)
     out = (x - mean.astype(x.dtype)).astype(np.float32, copy=False)
     deviation = out.std(0, dtype=np.float64)
     out -= out.mean(0)
-    out /= np.where(deviation > 1e-7 * np.maximum(np.abs(mean), 1e-30), deviation, np.inf).astype(np.float32)
+    varies = deviation > resolution * np.maximum(np.abs(mean), 1e-30)
+    out /= np.where(varies, deviation, np.inf).astype(np.float32)
     return out

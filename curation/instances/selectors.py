@@ -27,16 +27,52 @@ def _by_class(order_of: list[np.ndarray], budgets: np.ndarray) -> np.ndarray:
 def _cover_classes(
     x: Tensor, y: np.ndarray, weights: Tensor, budgets: np.ndarray, seed: int, n_neighbors: int, n_views: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """:func:`cover` of each class by its samples: the samples that stay, best first, and gains fp32 ``[N]``."""
+    """:func:`cover` of each class by its samples: the samples that stay, best first, and gains fp32 ``[N]``.
+
+    Copies of a sample count as one of their common weight: a graph of few neighbours cannot cover many copies. They
+    stay when all samples that differ do, second copies before third ones.
+    """
     gains, order_of = np.zeros(len(x), np.float32), []
     for c, m in enumerate(budgets):
         rows = np.flatnonzero(y == c)
         generator = torch.Generator().manual_seed(seed + c)
-        graph = hashing.multi_view(x[torch.from_numpy(rows).to(x.device)], n_neighbors, n_views, CAPACITY, generator)
-        chosen, gain = cover(graph, weights[rows], m)
-        gains[rows[chosen]] = gain
-        order_of.append(rows[chosen])
+        points, share = x[torch.from_numpy(rows).to(x.device)], weights[rows]
+        point_of, copy = _copies(points)
+        first = np.flatnonzero(copy == 0)
+        if len(first) < len(rows):
+            points = points[torch.from_numpy(first).to(x.device)]
+            share = torch.zeros(len(first), dtype=share.dtype).index_add_(0, torch.from_numpy(point_of), share.cpu())
+        graph = hashing.multi_view(points, n_neighbors, n_views, CAPACITY, generator)
+        chosen, gain = cover(graph, share, min(m, len(first)))
+        gains[rows[first[chosen]]] = gain
+        copies = np.argsort(copy, kind="stable")[len(first) :][: m - len(chosen)]
+        order_of.append(rows[np.concatenate([first[chosen], copies])])
     return _by_class(order_of, budgets), gains
+
+
+def _copies(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The point of each sample, and the number of the earlier samples at this point: int64 ``[N]`` both.
+
+    Points are numbered by their first samples. Equal rows are found by a hash of their bits, then compared.
+
+    Args:
+        x: fp32 ``[N, D]``.
+    """
+    words = (x + 0.0).view(torch.int32)  # one zero
+    hashes = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    for word in words.unbind(1):
+        hashes = (hashes ^ word) * -7046029254386353131  # 2^64 over the golden ratio
+        hashes ^= (hashes >> 32) & 0xFFFFFFFF
+    _, first, group = np.unique(hashes.cpu().numpy(), return_index=True, return_inverse=True)
+    if len(first) == len(x):
+        return np.arange(len(x)), np.zeros(len(x), np.int64)
+    same = (words == words[torch.from_numpy(first[group]).to(x.device)]).all(1).cpu().numpy()
+    group = np.where(same, first[group], np.arange(len(x)))  # two points of one hash are no copies
+    order = np.argsort(group, kind="stable")
+    starts, point_of = np.unique(group[order], return_index=True)[1], np.unique(group, return_inverse=True)[1]
+    copy = np.empty(len(x), np.int64)
+    copy[order] = np.arange(len(x)) - starts[point_of[order]]
+    return point_of, copy
 
 
 class StratifiedRandomSelector(InstanceSelector):
@@ -73,8 +109,9 @@ class CoverageInstanceSelector(InstanceSelector):
     """The samples of each class that cover the other samples of their class best.
 
     Greedy facility location (:func:`~curation.instances.coverage.cover`) on a graph of nearest neighbours by hashing
-    (:func:`~curation.instances.hashing.multi_view`). The scores are the gains, 0 for samples that do not stay. Time
-    and memory are about linear in the number of samples.
+    (:func:`~curation.instances.hashing.multi_view`). The scores are the gains, 0 for samples that do not stay. Copies
+    of a sample stay when all samples of the class that differ do. Time and memory are about linear in the number of
+    samples.
 
     Args:
         budget: Fraction of the samples that stay, in (0, 1]; at least one sample of each class stays.

@@ -55,7 +55,13 @@ class ConceptCoverage(Metric):
         self.register_buffer("targets", weights / weights.sum(), persistent=False)
 
     def update(self, concepts: Tensor) -> None:
-        """Count concepts: integers of any shape, negative ones are left out."""
+        """Count concepts: integers of any shape below ``num_concepts``, negative ones are left out.
+
+        Raises:
+            ValueError: If the concepts are no integers.
+        """
+        if concepts.is_floating_point() or concepts.is_complex() or concepts.dtype == torch.bool:
+            raise ValueError(f"Argument `concepts` must be integers, but got {concepts.dtype}.")
         flat = concepts.flatten().long()
         self.counts.index_add_(0, flat.clamp(min=0), (flat >= 0).long())
 

@@ -1,7 +1,6 @@
 """Index of the concepts of every sample of a data set, in compressed rows that may lie on disk."""
 
 import json
-import math
 import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -10,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from curation.files import replacing
-
-_CHUNK = 2**24  # concepts counted at a time, so that a memory-mapped index is read in pieces
+from curation.samplers.concept_rows import CHUNK, check_parts, checksum, is_missing, plain_names, ranges, unique_rows
 
 
 class ConceptIndex:
@@ -44,21 +43,7 @@ class ConceptIndex:
                 "Arguments `offsets` and `ids` must be integers in one dimension, but got "
                 f"{offsets.dtype} {list(offsets.shape)} and {ids.dtype} {list(ids.shape)}."
             )
-        if not (len(offsets) and offsets[0] == 0 and offsets[-1] == len(ids) and (np.diff(offsets) >= 0).all()):
-            raise ValueError(
-                f"Argument `offsets` must rise from 0 to the number of `ids`, {len(ids)}, but got {offsets}."
-            )
-        if len(ids) and not 0 <= ids.min() <= ids.max() < len(names):
-            raise ValueError(
-                f"Argument `ids` must be in [0, {len(names)}), the concepts with a name, but got {ids.min()} to "
-                f"{ids.max()}."
-            )
-        rises = np.diff(ids) > 0
-        rises[offsets[(offsets > 0) & (offsets < len(ids))] - 1] = True
-        if not rises.all():
-            raise ValueError("Argument `ids` must rise strictly within each sample, but does not.")
-        if not isinstance(names, range) and len(set(names)) < len(names):
-            raise ValueError("Argument `names` must have each name once, but has one several times.")
+        check_parts(offsets, ids, names)
         self._set(offsets.astype(np.int64, copy=False), ids.astype(np.int32, copy=False), names)
 
     def _set(self, offsets: np.ndarray, ids: np.ndarray, names: Sequence[Hashable]) -> "ConceptIndex":
@@ -66,15 +51,16 @@ class ConceptIndex:
         self.ids = ids
         self.names = names
         self._path: str | None = None
+        self._checksum: int | None = None  # of the file
         return self
 
     def __reduce__(self) -> Any:
-        """A memory-mapped index stays on disk when it goes to another process."""
-        return (
-            (ConceptIndex.load, (self._path,))
-            if self._path
-            else (ConceptIndex._of, (self.offsets, self.ids, self.names))
-        )
+        """A memory-mapped index stays on disk when it goes to another process, which does not check it again."""
+        if self._path is not None and self._checksum is not None:
+            return ConceptIndex._reload, (self._path, self._checksum)
+        if self._path is not None:
+            return ConceptIndex.load, (self._path,)
+        return ConceptIndex._of, (self.offsets, self.ids, self.names)
 
     @classmethod
     def _of(cls, offsets: np.ndarray, ids: np.ndarray, names: Sequence[Hashable]) -> "ConceptIndex":
@@ -99,8 +85,8 @@ class ConceptIndex:
     def frequencies(self) -> np.ndarray:
         """Samples with each concept: int64 ``[V]``. Reads the whole index once."""
         counts = np.zeros(len(self.names), np.int64)
-        for start in range(0, len(self.ids), _CHUNK):
-            counts += np.bincount(self.ids[start : start + _CHUNK], minlength=len(counts))
+        for start in range(0, len(self.ids), CHUNK):
+            counts += np.bincount(self.ids[start : start + CHUNK], minlength=len(counts))
         return counts
 
     def take(self, samples: np.ndarray) -> "ConceptIndex":
@@ -124,7 +110,7 @@ class ConceptIndex:
         starts = self.offsets[samples]
         sizes = self.offsets[samples + 1] - starts
         offsets = np.concatenate([[0], np.cumsum(sizes)])
-        return self._of(offsets, self.ids[_ranges(starts, sizes, offsets)], self.names)
+        return self._of(offsets, self.ids[ranges(starts, sizes, offsets)], self.names)
 
     def padded(self) -> np.ndarray:
         """Concepts as int32 ``[N, max(1, max |C_i|)]``, -1 where a sample has fewer."""
@@ -144,7 +130,7 @@ class ConceptIndex:
 
         Raises:
             TypeError: If a sample is a string or no iterable.
-            ValueError: If there are no samples, or a name is None or NaN.
+            ValueError: If there are no samples, or a name is missing: None, NaN, or ``NA`` and ``NaT`` of pandas.
 
         Example:
             >>> index = ConceptIndex.from_lists([["cat", "sofa", "cat"], ["dog"], []])
@@ -158,8 +144,9 @@ class ConceptIndex:
             if isinstance(names, (str, bytes, Mapping)) or not isinstance(names, Iterable):
                 raise TypeError(f"The concepts of sample {i} must be a list of names, but got {names!r}.")
             row = set()
-            for name in names.tolist() if hasattr(names, "tolist") else names:  # tensors are hashed by identity
-                _check_name(name, i)
+            for name in plain_names(names):
+                if is_missing(name):
+                    raise ValueError(f"The concepts of sample {i} must be names, but one is {name!r}.")
                 row.add(id_of.setdefault(name, len(id_of)))
             ids += sorted(row)
             offsets.append(len(ids))
@@ -174,8 +161,8 @@ class ConceptIndex:
             names: Names of the classes, ``[V]``; None for the numbers up to the largest label.
 
         Raises:
-            ValueError: If there are no samples, a label is no class, or the largest label is far above the number of
-                samples.
+            ValueError: If there are no samples, a label is missing or no class, or the largest label is far above
+                the number of samples.
 
         Example:
             >>> ConceptIndex.from_labels([1, 0, 1], ["cat", "dog"]).frequencies.tolist()
@@ -191,11 +178,11 @@ class ConceptIndex:
                 raise ValueError(f"Argument `labels` must be integers or names, but got {array.dtype}.")
             if names is not None:
                 place = {name: i for i, name in enumerate(names)}
-                unknown = next((label for label in array.tolist() if label not in place), None)
-                if unknown is not None:
-                    raise ValueError(f"Argument `names` must hold every label, but lacks {unknown!r}.")
-                return cls.from_labels(np.array([place[label] for label in array.tolist()], np.int32), names)
-            return cls.from_lists([[label] for label in array.tolist()])
+                unknown = [label for label in plain_names(array) if label not in place]
+                if unknown:
+                    raise ValueError(f"Argument `names` must hold every label, but lacks {unknown[0]!r}.")
+                return cls.from_labels(np.array([place[label] for label in plain_names(array)], np.int32), names)
+            return cls.from_lists([[label] for label in plain_names(array)])
         count = int(array.max()) + 1 if names is None else len(names)
         if names is None and count > 1_000_000 + len(array):  # there is an entry for every class in many places
             raise ValueError(
@@ -211,17 +198,19 @@ class ConceptIndex:
     def from_column(cls, dataset: Any, column: str) -> "ConceptIndex":
         """From a column of a ``datasets.Dataset`` with names, class labels, or lists of either.
 
-        Works on Arrow buffers, without a Python object per sample. A null is a sample without concepts.
+        Works on Arrow buffers, without a Python object per sample. A null is a sample without concepts. Lists may
+        have a fixed length, and names any Arrow type of strings, also as a dictionary.
 
         Args:
             dataset: The data set, one split.
             column: Name of the column.
 
         Raises:
-            TypeError: If ``dataset`` is no ``datasets.Dataset``, but several splits, say.
+            TypeError: If ``dataset`` is no ``datasets.Dataset``, but a stream or several splits, say.
             ValueError: If there is no such column, the column has another type, or a list holds a null.
         """
-        if not hasattr(dataset, "select_columns") or not isinstance(dataset.column_names, list):
+        sized = hasattr(dataset, "select_columns") and hasattr(dataset, "__len__")
+        if not sized or not isinstance(dataset.column_names, list):
             raise TypeError(
                 f"Argument `dataset` must be a datasets.Dataset, one split, but got {type(dataset).__name__}."
             )
@@ -232,8 +221,9 @@ class ConceptIndex:
         chunks = dataset.select_columns([column]).with_format("arrow")[:][column]
         sizes, values = [np.zeros(1, np.int64)], []
         for chunk in chunks.chunks:
-            if pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type):
-                sizes.append(chunk.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64))
+            if any(check(chunk.type) for check in _LISTS):
+                lengths = pc.list_value_length(chunk).fill_null(0)
+                sizes.append(lengths.to_numpy(zero_copy_only=False).astype(np.int64))
                 values.append(chunk.flatten())
             else:
                 sizes.append(chunk.is_valid().to_numpy(zero_copy_only=False).astype(np.int64))
@@ -241,10 +231,14 @@ class ConceptIndex:
         flat = pa.chunked_array(values, type=values[0].type if values else pa.null())
         if pa.types.is_null(flat.type) and not len(flat):
             flat = flat.cast(pa.int64())  # no sample has a concept
+        if pa.types.is_dictionary(flat.type):
+            flat = flat.cast(flat.type.value_type)
         if flat.null_count:
             raise ValueError(f"Column {column!r} has a list with a null in it.")
-        if not any(check(flat.type) for check in (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string)):
+        if not (pa.types.is_integer(flat.type) or flat.type in (pa.string(), pa.large_string(), pa.string_view())):
             raise ValueError(f"Column {column!r} must hold names or integers, but holds {flat.type}.")
+        if flat.type == pa.string_view():  # which Arrow cannot encode
+            flat = flat.cast(pa.large_string())
         coded = flat.dictionary_encode().unify_dictionaries()
         names = coded.chunk(0).dictionary.to_pylist() if coded.num_chunks else []
         ids = np.concatenate([c.indices.to_numpy() for c in coded.chunks] or [np.zeros(0, np.int32)])
@@ -252,7 +246,7 @@ class ConceptIndex:
             ids, names = np.asarray(names, np.int32)[ids], list(feature.names)
             if ids.min(initial=0) < 0:
                 raise ValueError(f"Column {column!r} must hold labels in [0, {len(names)}), but has {ids.min()}.")
-        return cls(*_unique_rows(*_check_samples(np.cumsum(np.concatenate(sizes)), ids)), names)
+        return cls(*unique_rows(*_check_samples(np.cumsum(np.concatenate(sizes)), ids)), names)
 
     # ------------------------------------------------------------------ on disk
 
@@ -274,7 +268,8 @@ class ConceptIndex:
         if unsupported is not None:
             raise TypeError(f"Only names that are strings or numbers can be saved, but got {unsupported!r}.")
         names = json.dumps(plain)
-        schema = pa.schema([("concepts", rows.type)], metadata={"names": names})
+        metadata = {"names": names, "checksum": str(checksum(self.offsets, self.ids, names))}
+        schema = pa.schema([("concepts", rows.type)], metadata=metadata)
         with replacing(path) as new, pa.OSFile(str(new), "wb") as file, pa.ipc.new_file(file, schema) as writer:
             writer.write_batch(pa.record_batch([rows], schema=schema))
 
@@ -282,43 +277,66 @@ class ConceptIndex:
     def load(cls, path: str | PathLike[str]) -> "ConceptIndex":
         """Memory-map a file of :meth:`save`; its pages are read on demand.
 
+        The file is read once, in pieces, to check it; files of earlier versions have no checksum, and only their
+        structure is checked.
+
         Raises:
-            OSError: If there is no such file.
-            ValueError: If the file was not written by :meth:`save`.
+            OSError: If there is no such file, or it cannot be read.
+            ValueError: If the file was not written by :meth:`save`, or is damaged; the error names it.
         """
+        index, names = cls._map(path)
         try:
-            reader = pa.ipc.open_file(pa.memory_map(str(path)))
-            names = json.loads((reader.schema.metadata or {})[b"names"])
+            check_parts(index.offsets, index.ids, index.names)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)} is damaged, or no index of concepts: {error}") from error
+        if index._checksum is not None and index._checksum != checksum(index.offsets, index.ids, names):
+            raise ValueError(f"{os.fspath(path)} is damaged: its checksum differs. Make it again.")
+        return index
+
+    @classmethod
+    def _map(cls, path: str | PathLike[str]) -> tuple["ConceptIndex", str]:
+        """The index in a file, not checked, and its names as JSON."""
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(os.fspath(path)))
+            metadata = reader.schema.metadata or {}
+            text = metadata[b"names"].decode()
+            names, stored = json.loads(text), metadata.get(b"checksum")
             rows = reader.get_batch(0).column("concepts")
+            rows.validate()
+            if (
+                reader.num_record_batches != 1
+                or rows.type != pa.large_list(pa.int32())
+                or not isinstance(names, list)
+            ):
+                raise ValueError("another table")
+            if any(isinstance(name, (list, dict)) for name in names):
+                raise ValueError("names that are lists")
             index = cls._of(rows.offsets.to_numpy(), rows.values.to_numpy(), names)
-            index._path = os.path.abspath(path)
-            return index
-        except (pa.ArrowInvalid, KeyError) as error:
-            raise ValueError(f"{path} was not written by `ConceptIndex.save`.") from error
+            index._checksum = None if stored is None else int(stored)
+        except (pa.ArrowException, ValueError, KeyError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # no such file, no permission
+                raise
+            raise ValueError(f"{os.fspath(path)} was not written by `ConceptIndex.save`, or is damaged.") from error
+        index._path = os.path.abspath(path)
+        return index, text
+
+    @classmethod
+    def _reload(cls, path: str, checksum: int) -> "ConceptIndex":
+        """The index in a file that another process has checked.
+
+        Raises:
+            ValueError: If the file is another one by now.
+        """
+        index, _ = cls._map(path)
+        if index._checksum != checksum:
+            raise ValueError(f"{path} is no longer the index that was loaded from it.")
+        return index
+
+
+_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 
 
 def _check_samples(offsets: Any, ids: Any) -> tuple[np.ndarray, np.ndarray]:
     if len(offsets) < 2:
         raise ValueError("There are no samples.")
-    return np.asarray(offsets, np.int64), np.asarray(ids, np.int32)
-
-
-def _check_name(name: Any, sample: int) -> None:
-    if name is None or (isinstance(name, float) and math.isnan(name)):
-        raise ValueError(f"The concepts of sample {sample} must be names, but one is {name!r}.")
-
-
-def _ranges(starts: np.ndarray, sizes: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """``[starts[0], starts[0] + 1, ..., starts[0] + sizes[0] - 1, starts[1], ...]``."""
-    return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], sizes)
-
-
-def _unique_rows(offsets: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows in ascending order, without repeats."""
-    rows = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-    order = np.lexsort((ids, rows))
-    ids = ids[order]  # `rows` is sorted already
-    new = np.ones(len(ids), bool)
-    new[1:] = (ids[1:] != ids[:-1]) | (rows[1:] != rows[:-1])
-    sizes = np.bincount(rows[new], minlength=len(offsets) - 1)
-    return np.concatenate([[0], np.cumsum(sizes)]), ids[new]
+    return np.asarray(offsets, np.int64), ids if isinstance(ids, np.ndarray) else np.asarray(ids, np.int64)

@@ -1,11 +1,14 @@
 """``curation select``: the samples of a recipe's training set that are worth training on, in an index file.
 
 ``curation select --config RECIPE --output FILE.parquet`` keeps 4 %, and says what a probe that is trained on them
-retains, beside as many at random. ``curation.callbacks.InstanceSelection(index="FILE.parquet")`` trains on them.
+retains, beside as many at random. ``curation.callbacks.InstanceSelection(index="FILE.parquet")`` trains on them. The
+same command again, after it was interrupted, goes on with the index that is there.
 """
 
 import argparse
+import hashlib
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,18 +16,20 @@ from typing import Any
 import numpy as np
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from curation.callbacks.lightning.loggers import log_image, takes_media
 from curation.checks import check_integer, check_number
 from curation.evaluation.retention import Part, Retention, retention
-from curation.instances.selection_index import SelectionIndex
+from curation.instances.selection_index import SelectionIndex, fingerprint
 from curation.recipes.cli.lightning_cli import run
-from curation.recipes.instance_selection.features import features_and_labels, in_order, load_weights
+from curation.recipes.instance_selection.features import features_and_labels, in_order, load_weights, read_features
 from curation.recipes.instance_selection.retention_report import draw_retention, retention_report
 from curation.recipes.instance_selection.selecting import make_object, selection_index
 from curation.recipes.pictures import save_picture
 
 BUDGET = 0.04
+REPORT = ("output", "picture", "probe", "repeats")  # options that change the report, but not the selection
 
 
 def main(args: list[str]) -> None:
@@ -37,6 +42,8 @@ def main(args: list[str]) -> None:
     options, overrides = parse(args)
     selector = make_selector(options)
     make_object("probe", options.probe, {}, {})
+    if options.output.exists():
+        made_before(options, overrides, selector)  # raises now
     trainer, module, data = make_recipe(overrides)
     for file in filter(None, (options.output, options.picture)):
         file.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is said before the work
@@ -45,14 +52,18 @@ def main(args: list[str]) -> None:
         load_weights(module, options.ckpt_path)
     elif options.layer is not None:
         print(f"layer {options.layer} of the model as the recipe makes it; --ckpt_path takes a trained one")
-    train_loader, val_loader = in_order(data.train_dataloader()), in_order(data.val_dataloader())
+    train_loader, val_loader = (in_order(loader(data, part)) for part in ("train", "val"))
     train = features_and_labels(trainer, module, train_loader, options.layer, "training")
     validation = features_and_labels(trainer, module, val_loader, options.layer, "validation")
-    features = read_features(options.features, train)
+    features = train[0] if options.features is None else read_features(options.features, len(train[1]))
     read = time.perf_counter()
-    index = select(options, overrides, selector, features, train[1], train_loader.dataset)
-    print(f"{options.selector}: features in {read - began:.1f} s, selected in {time.perf_counter() - read:.1f} s")
-    print(f"index: {options.output}", flush=True)
+    if options.output.exists():
+        index = made_before(options, overrides, selector, train_loader.dataset)
+        print(f"index: {options.output}, made before by this command", flush=True)
+    else:
+        index = select(options, overrides, selector, features, train[1], train_loader.dataset)
+        print(f"{options.selector}: features in {read - began:.1f} s, selected in {time.perf_counter() - read:.1f} s")
+        print(f"index: {options.output}", flush=True)
     retained = measure(options, train, validation, index)
     name = f"{options.probe}, on {len(validation[1]):,} validation samples"
     print(retention_report(train[1], index.indices, retained, name))
@@ -69,13 +80,11 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
     Raises:
         ValueError: If an option is out of its range.
-        OSError: If a file to write exists.
+        OSError: If the picture exists.
     """
     options, overrides = parser().parse_known_args(args)
-    for name in ("output", "picture"):
-        file = getattr(options, name)
-        if file is not None and file.exists():
-            raise FileExistsError(f"Argument `--{name}` must name a new file, but {str(file)!r} exists.")
+    if options.picture is not None and options.picture.exists():
+        raise FileExistsError(f"Argument `--picture` must name a new file, but {str(options.picture)!r} exists.")
     for name in ("ckpt_path", "features"):
         file = getattr(options, name)
         if file is not None and not Path(file).is_file():
@@ -148,23 +157,6 @@ def make_recipe(overrides: list[str]) -> tuple[Trainer, LightningModule, Lightni
     return cli.trainer, cli.model, cli.datamodule
 
 
-def read_features(file: str | None, train: Part) -> np.ndarray:
-    """What is selected by: the features in a file, or those of the training part.
-
-    Raises:
-        ValueError: If the file does not hold a row for each training sample.
-    """
-    if file is None:
-        return train[0]
-    features = np.load(file)
-    if features.ndim != 2 or len(features) != len(train[1]):
-        raise ValueError(
-            f"Argument `--features` must hold [{len(train[1])}, D], a row for each training sample, but "
-            f"{file!r} has {list(features.shape)}."
-        )
-    return features
-
-
 def select(
     options: argparse.Namespace,
     overrides: list[str],
@@ -183,10 +175,57 @@ def select(
         raise ValueError(
             f"Argument `--selector` must have `sample_indices_` after `fit`, but {options.selector} has not."
         )
-    config = vars(options) | {"budget": getattr(selector, "budget", None), "recipe": overrides}
-    index = selection_index(selector, dataset, config)
+    index = selection_index(selector, dataset, configuration(options, overrides, selector))
     index.save(options.output)
     return index
+
+
+def configuration(options: argparse.Namespace, overrides: list[str], selector: Any) -> dict[str, Any]:
+    """How a selection is made: options, recipe, and hashes of the files that they name."""
+    named = [text.rpartition("=")[2] for text in (*overrides, options.ckpt_path, options.features) if text]
+    hashes = {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in named if os.path.isfile(file)}
+    return vars(options) | {"budget": getattr(selector, "budget", None), "recipe": overrides, "files": hashes}
+
+
+def made_before(
+    options: argparse.Namespace, overrides: list[str], selector: Any, dataset: Any = None
+) -> SelectionIndex:
+    """The index that an earlier, interrupted run of the same command has written.
+
+    Args:
+        options: Options of the command.
+        overrides: Arguments for the recipe.
+        selector: The selector, which has not been fitted.
+        dataset: The training set; None where it is not made yet.
+
+    Raises:
+        OSError: If the file is another, or its selection was made in another way.
+    """
+    wanted = json.loads(json.dumps(configuration(options, overrides, selector), default=str))
+    try:
+        index = SelectionIndex.load(options.output)
+        config = json.loads(index.config)
+        same = all(config.get(name) == wanted[name] for name in wanted if name not in REPORT)
+    except (ValueError, AttributeError):
+        same = False
+    if not same or (dataset is not None and (index.size, index.fingerprint) != (len(dataset), fingerprint(dataset))):
+        raise FileExistsError(
+            f"Argument `--output` must name a new file, but {str(options.output)!r} exists, and this command did not "
+            "make it."
+        )
+    return index
+
+
+def loader(data: LightningDataModule, part: str) -> Any:
+    """The loader of a data module for ``"train"`` or ``"val"``.
+
+    Raises:
+        ValueError: If the data module has none.
+    """
+    try:
+        return getattr(data, f"{part}_dataloader")()
+    except MisconfigurationException as error:
+        raise ValueError(f"{type(data).__name__} must have a `{part}_dataloader`. {error}") from error
 
 
 def measure(options: argparse.Namespace, train: Part, validation: Part, index: SelectionIndex) -> Retention:

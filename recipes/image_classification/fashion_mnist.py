@@ -1,6 +1,7 @@
 """Where Fashion-MNIST, MNIST and handwritten digits are read: files, scikit-learn, or the Hugging Face hub."""
 
 import gzip
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ def load_images(data: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         Images fp32 ``[N, C, H, W]`` in [0, 1] and labels int64 ``[N]`` to train on, and the same to test on.
 
     Raises:
-        ValueError: If the folder lacks a file.
+        ValueError: If the folder lacks a file, or one is damaged.
         ImportError: If scikit-learn or datasets is missing for what is asked.
     """
     if data == "digits":
@@ -70,7 +71,12 @@ def _read_idx(folder: Path, name: str) -> Tensor:
         raise ValueError(
             f"Argument `data` must be 'digits', a hub name, or a folder with {name}.gz, but got {folder}."
         )
-    content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    dimensions = content[3]
-    shape = np.frombuffer(content, ">i4", dimensions, offset=4)
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy())
+    try:
+        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        if content[:3] != b"\0\0\x08":
+            raise ValueError("it does not begin as an array of bytes")
+        dimensions = content[3]
+        shape = np.frombuffer(content, ">i4", dimensions, offset=4)
+        return torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy())
+    except (gzip.BadGzipFile, zlib.error, EOFError, ValueError, IndexError) as error:
+        raise ValueError(f"The file {str(file)!r} is damaged, or another: {error}") from error

@@ -1,7 +1,9 @@
 """What a selector sees of a recipe's data: features and labels of all samples, in order."""
 
+import pickle
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
@@ -19,10 +21,10 @@ def in_order(loader: Any) -> DataLoader:
         loader: The loader of a data module.
 
     Raises:
-        TypeError: If it is no ``DataLoader`` of a map-style data set.
+        ValueError: If it is no ``DataLoader`` of a map-style data set.
     """
     if not isinstance(loader, DataLoader) or not hasattr(loader.dataset, "__len__"):
-        raise TypeError(
+        raise ValueError(
             f"A selection needs one map-style `DataLoader` of each part, but got {type(loader).__name__}."
         )
     return DataLoader(
@@ -46,21 +48,61 @@ def features_and_labels(
         Features fp32 ``[N, D]`` and labels int64 ``[N]``.
 
     Raises:
-        TypeError: If a batch has no labels, or its inputs are not one tensor and there is no layer.
-        ValueError: As :func:`~curation.callbacks.instances.embed.embed`.
+        ValueError: If there are no samples, a batch has no labels, its inputs are not one tensor and there is no
+            layer, or the module has no such layer; and as :func:`~curation.callbacks.instances.embed.embed`.
     """
     from rich.progress import track
 
+    if layer is not None and layer not in dict(module.named_modules()):
+        raise ValueError(f"Argument `--layer` must name a submodule of {type(module).__name__}, but got {layer!r}.")
     features, labels = [], []
     for batch in track(loader, f"reading {title} samples"):
-        inputs, y = inputs_and_labels(split_sample_ids(batch)[0])
+        try:
+            inputs, y = inputs_and_labels(split_sample_ids(batch)[0])
+            if layer is None:
+                features.append(flatten_inputs(inputs))
+        except TypeError as error:
+            raise ValueError(f"The {title} samples cannot be selected from. {error}") from error
         labels.append(y)
-        if layer is None:
-            features.append(flatten_inputs(inputs))
+    if not labels:
+        raise ValueError(f"There are no {title} samples.")
     x = torch.cat(features) if layer is None else embed(trainer, module, loader, layer)
     return x.numpy(), torch.cat(labels).numpy()
 
 
 def load_weights(module: LightningModule, ckpt_path: str) -> None:
-    """Load the weights of a checkpoint into a module, on the CPU."""
-    module.load_state_dict(torch.load(ckpt_path, map_location="cpu", weights_only=True)["state_dict"])
+    """Load the weights of a checkpoint into a module, on the CPU.
+
+    Raises:
+        ValueError: If the file is no checkpoint, or one of another module.
+    """
+    try:
+        module.load_state_dict(torch.load(ckpt_path, map_location="cpu", weights_only=True)["state_dict"])
+    except (pickle.UnpicklingError, EOFError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"Argument `--ckpt_path` must name a checkpoint of {type(module).__name__}, but got {ckpt_path!r}: "
+            f"{' '.join(str(error).split())[:300]}"  # all missing weights may be listed
+        ) from error
+
+
+def read_features(file: str, count: int) -> np.ndarray:
+    """Features ``[N, D]`` in a ``.npy`` file.
+
+    Raises:
+        ValueError: If the file does not hold a row of numbers for each of ``count`` training samples.
+    """
+    try:
+        features: Any = np.load(file)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(
+            f"Argument `--features` must name a .npy file of numbers, but got {file!r}: {error}"
+        ) from error
+    if not isinstance(features, np.ndarray) or features.dtype.kind not in "iufb":
+        kind = features.dtype if isinstance(features, np.ndarray) else type(features).__name__
+        raise ValueError(f"Argument `--features` must name a .npy file of numbers, but {file!r} holds {kind}.")
+    if features.ndim != 2 or len(features) != count:
+        raise ValueError(
+            f"Argument `--features` must hold [{count}, D], a row for each training sample, but "
+            f"{file!r} has {list(features.shape)}."
+        )
+    return features

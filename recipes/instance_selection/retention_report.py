@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 
 from curation.evaluation.retention import Retention
-from curation.evaluation.statistics import paired_interval
 
 LARGEST_TSNE = 5000  # samples
 NAMED_CLASSES = 20  # more classes are summed up
@@ -25,7 +24,7 @@ def retention_report(y: np.ndarray, indices: np.ndarray, retained: Retention, pr
     kept = ", ".join(f"{c}: {count} of {size}" for c, count, size in zip(classes, counts, sizes, strict=True))
     if len(classes) > NAMED_CLASSES:
         kept = f"{counts.min()} to {counts.max()} of {sizes.min()} to {sizes.max()}, in {len(classes)} classes"
-    mean, low, high = paired_interval((retained.of_selected - retained.of_random).tolist())
+    mean, low, high = retained.difference()
     verdict = "better than random" if low > 0 else "worse than random" if high < 0 else "no different from random"
     rows = [("all samples", [retained.full], retained.of_selected * 0 + 1, 0.0)] + [
         (name, accuracies, shares, retained.reduction)
@@ -44,7 +43,8 @@ def retention_report(y: np.ndarray, indices: np.ndarray, retained: Retention, pr
             f"{np.mean(accuracies) * reduction:14.4f}"
             for name, accuracies, shares, reduction in rows
         ),
-        f"retention, selected minus random: {mean:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}: {verdict}",
+        f"retention, selected minus random: {mean:+.4f}, 95 % prediction interval {low:+.4f} to {high:+.4f}: "
+        f"{verdict}",
     ]
     return "\n".join(lines)
 

@@ -120,10 +120,11 @@ class TextEmbeddings(LightningDataModule):
             fp32 ``[N, D]`` on the CPU.
 
         Raises:
-            ValueError: If the cache holds the embeddings of other texts, or by another embedder.
+            ValueError: If the cache holds the embeddings of other texts, or by another embedder, or is damaged; or if
+                a text has no token.
         """
         inputs = "\0".join((self.embedder, str(self.max_length), *texts))
-        digest = np.frombuffer(hashlib.sha256(inputs.encode()).digest(), np.uint8)
+        digest = _digest(inputs.encode())
         if self.cache is not None and Path(self.cache).exists():
             return self._read_cache(self.cache, digest)
         device = "cpu" if self.trainer is None else self.trainer.strategy.root_device
@@ -131,17 +132,30 @@ class TextEmbeddings(LightningDataModule):
         if self.cache is not None:
             with replacing(self.cache) as new, new.open("wb") as file:
                 np.save(file, vectors.numpy())
-                np.save(file, digest)  # a second array in the same file, which `np.load` of a name does not read
+                np.save(file, digest)  # further arrays in the same file, which `np.load` of a name does not read
+                np.save(file, _digest(vectors.numpy().tobytes()))
         return vectors
 
     def _read_cache(self, cache: str, digest: np.ndarray) -> Tensor:
-        with open(cache, "rb") as file:
-            vectors = np.load(file)
-            if not file.peek(1) or not np.array_equal(np.load(file), digest):
-                raise ValueError(
-                    "Argument `cache` must name a new file, or one with the embeddings of these texts by this "
-                    f"`embedder` and `max_length`, but {cache!r} has others."
-                )
+        try:
+            with open(cache, "rb") as file:
+                arrays = [np.load(file)]
+                while file.peek(1):
+                    arrays.append(np.load(file))
+        except (ValueError, EOFError) as error:
+            raise ValueError(
+                f"Argument `cache` must name a new file, but {cache!r} is damaged or another: {error}"
+            ) from error
+        vectors, *digests = arrays
+        if not digests or not np.array_equal(digests[0], digest):
+            raise ValueError(
+                "Argument `cache` must name a new file, or one with the embeddings of these texts by this "
+                f"`embedder` and `max_length`, but {cache!r} has others."
+            )
+        if digests[1:] and not np.array_equal(digests[1], _digest(vectors.tobytes())):
+            raise ValueError(
+                f"Argument `cache` must name a new file, but {cache!r} is damaged: its checksum differs."
+            )
         return torch.from_numpy(vectors)
 
     def train_dataloader(self) -> DataLoader:
@@ -158,6 +172,11 @@ class TextEmbeddings(LightningDataModule):
         return DataLoader(self.test, 1000, num_workers=self.num_workers)
 
 
+def _digest(content: bytes) -> np.ndarray:
+    """SHA-256: uint8 ``[32]``."""
+    return np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
+
+
 def embeddings(texts: Sequence[str], embedder: str, max_length: int, device: torch.device | str = "cpu") -> Tensor:
     """Mean of a transformer's last hidden states over the tokens of each text, scaled to length 1.
 
@@ -169,7 +188,12 @@ def embeddings(texts: Sequence[str], embedder: str, max_length: int, device: tor
 
     Returns:
         fp32 ``[N, D]`` on the CPU.
+
+    Raises:
+        ValueError: If there are no texts, or a text has no token, as an empty one of many tokenizers.
     """
+    if not len(texts):
+        raise ValueError("Argument `texts` must hold a text, but holds none.")
     require_extra()
     from rich.progress import track
     from transformers import AutoModel, AutoTokenizer
@@ -186,6 +210,10 @@ def embeddings(texts: Sequence[str], embedder: str, max_length: int, device: tor
         batch = tokenizer(
             [texts[i] for i in rows], padding=True, truncation=True, max_length=max_length, return_tensors="pt"
         ).to(device)
+        without = [i for i, count in zip(rows, batch["attention_mask"].sum(1).tolist(), strict=True) if not count]
+        if without:
+            shown = f"text {without[0]}, {texts[without[0]]!r}"
+            raise ValueError(f"Argument `texts` must hold texts with a token, but {shown}, has none.")
         with torch.inference_mode():
             hidden = model(**batch).last_hidden_state
             mask = batch["attention_mask"][..., None]

@@ -79,6 +79,45 @@ def test_progress_is_by_fit(digits):
     assert seen == [(1200, 2), (50, 2), (50, 2), (50, 3), (50, 3)]
 
 
+@pytest.mark.parametrize(("repeats", "paired"), [(2, 0.0), (5, 0.0), (5, 0.7), (10, 0.7)])
+def test_a_selection_that_is_a_random_one_is_seldom_told_from_random(repeats, paired):
+    """Draws of samples vary by 1, probes by ``paired``; the interval holds 0 at least as often as it says."""
+    draw = np.random.default_rng(0)
+    told, n = 0, 4000
+    for _ in range(n):
+        probes = paired * draw.normal(size=repeats)
+        selected = tuple(50 + draw.normal() + probes)
+        random = tuple(50 + draw.normal(size=repeats) + probes)
+        _, low, high = Retention(50.0, selected, random, 0.9).difference()
+        told += low > 0 or high < 0
+    assert told / n <= 0.05 + 3 * (0.05 * 0.95 / n) ** 0.5
+    assert paired or told / n >= 0.05 - 3 * (0.05 * 0.95 / n) ** 0.5
+
+
+def test_the_difference_and_its_interval():
+    mean, low, high = Retention(0.5, (0.4, 0.5), (0.2, 0.3), 0.9).difference(0.5)
+    assert mean == pytest.approx(0.4)
+    half = 1.0 * np.std([0.4, 0.6], ddof=1) * 1.5**0.5  # the quartile of Student's t of one degree of freedom is 1
+    assert (low, high) == pytest.approx((0.4 - half, 0.4 + half))
+    assert Retention(1.0, (0.5, 0.6), (0.3, 0.3), 0.9).difference()[1:] == (-np.inf, np.inf)
+    with pytest.raises(ValueError, match="at least two repeats, but there are 1"):
+        Retention(1.0, (0.5,), (0.3,), 0.9).difference()
+    with pytest.raises(ValueError, match=r"`confidence` must be in \(0, 1\), but got 95"):
+        Retention(1.0, (0.5, 0.6), (0.3, 0.4), 0.9).difference(95)
+
+
+def test_random_samples_are_as_many_as_those_of_a_selection_smaller_than_the_classes(digits):
+    seen = []
+
+    def track(fits):
+        for rows, seed in fits:
+            seen.append(len(digits[0][1][rows]))
+            yield rows, seed
+
+    retention(*digits, np.arange(4), nearest, repeats=2, track=track)
+    assert seen == [1200, 4, 4, 4, 4]
+
+
 @pytest.mark.parametrize("indices", [[], [-1], [1200], [3, 3]])
 def test_what_is_no_selection_is_refused(digits, indices):
     with pytest.raises(ValueError, match="Argument `indices` must be different numbers from 0 to 1199, at least one"):

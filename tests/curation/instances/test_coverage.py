@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from curation.instances import coverage, hashing
 from curation.instances.coverage import cover
+from curation.instances.graph import Graph
 
 
 def graph_of(n, k, seed):
@@ -70,6 +71,18 @@ def test_duplicates_are_chosen_last():
     x = torch.cat([torch.zeros(30, 2), torch.eye(2) * 9, -torch.eye(2) * 9])
     graph = hashing.multi_view(x, 33, 1, 64, torch.Generator())
     assert len({max(i, 29) for i in cover(graph, torch.ones(34), 5)[0].tolist()}) == 5
+
+
+def test_what_the_compiled_loop_cannot_trust_is_refused():
+    graph, ones = graph_of(6, 2, 0), torch.ones(6)
+    for ids in (graph.ids + 4, graph.ids - 9):
+        with pytest.raises(ValueError, match=r"Argument `graph` must have neighbours in \[-1, 6\)"):
+            cover(Graph(ids, graph.distances), ones, 1)
+    with pytest.raises(ValueError, match="Argument `graph` must have neighbours"):
+        cover(Graph(graph.ids, graph.distances[:, :1]), ones, 1)
+    for weights in (ones[:5], ones * torch.nan, -ones, ones * torch.inf):
+        with pytest.raises(ValueError, match=r"Argument `weights` must be \[6\] finite numbers >= 0"):
+            cover(graph, weights, 1)
 
 
 def test_without_numba_the_extra_is_named(monkeypatch):

@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
 from curation.instances.selection_index import SelectionIndex, fingerprint
@@ -86,6 +88,46 @@ def test_missing_and_foreign_files_are_named(tmp_path):
     for name in ("text", "bare", "other"):
         with pytest.raises(ValueError, match=f"SelectionIndex.save.*that is another: '.*{name}"):
             SelectionIndex.load(tmp_path / name)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """An index, the bytes of its file, and a path for damaged ones."""
+    draw = np.random.default_rng(0)
+    made = SelectionIndex(
+        np.sort(draw.permutation(900)[:200]), draw.random(200), draw.permutation(200), 900, "abc", '{"budget": 0.2}'
+    )
+    path = tmp_path_factory.mktemp("index") / "damaged.parquet"
+    made.save(path)
+    return made, path.read_bytes(), path
+
+
+@given(st.data())
+def test_a_damaged_file_is_refused_by_its_name_or_holds_the_same(written, d):
+    """Flipped bits and files cut short; what nobody reads, such as the name of the writer, may change."""
+    made, whole, path = written
+    content = bytearray(whole)
+    for place in d.draw(st.lists(st.integers(0, len(whole) - 1), max_size=3)):
+        content[place] ^= 1 << d.draw(st.integers(0, 7))
+    path.write_bytes(content[: d.draw(st.sampled_from([len(whole), len(whole) - 1, len(whole) // 2, 9, 0]))])
+    try:
+        same = all(
+            np.array_equal(getattr(SelectionIndex.load(path), part), getattr(made, part))
+            for part in ("indices", "scores", "ranks", "size", "fingerprint", "config")
+        )
+    except ValueError as error:
+        same = "damaged.parquet" in str(error)
+    assert same
+
+
+def test_files_of_earlier_versions_load_and_what_does_not_fit_is_named(tmp_path):
+    table = pa.table({"index": [1, 4], "score": [0.1, 0.4], "rank": [1, 0]})
+    metadata = {"size": "5", "fingerprint": "", "config": "{}"}
+    pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "old")
+    assert SelectionIndex.load(tmp_path / "old").first(1).tolist() == [4]
+    pq.write_table(table.replace_schema_metadata({**metadata, "size": "3"}), tmp_path / "small")
+    with pytest.raises(ValueError, match=r"that is another: '.*small"):
+        SelectionIndex.load(tmp_path / "small")
 
 
 class Rows(Dataset):

@@ -163,6 +163,77 @@ def test_awkward_data(selector, X, y):
     assert np.isfinite(s.scores_).all()
 
 
+EXACT = [CoverageInstanceSelector(0.1, random_state=0), EditedNearestNeighboursFilter(random_state=0)]
+
+
+@pytest.mark.parametrize("selector", EXACT, ids=lambda s: s.__class__.__name__)
+@pytest.mark.parametrize("kind", ["f4", "f8", "i8", "M8[ns]"])
+@settings(max_examples=15)
+@given(offset=st.integers(0, 3), power=st.integers(0, 3))
+def test_a_common_offset_changes_nothing(selector, kind, offset, power):
+    """Whole numbers with an offset that is exact in the kind, up to dates in nanoseconds."""
+    X = np.random.default_rng(0).integers(-500, 500, (120, 3)) * 10**power
+    y = np.arange(120) % 2
+    largest = {"f4": 2**23, "f8": 2**52, "i8": 2**62, "M8[ns]": 1_700_000_000_000_000_000}[kind]
+    moved = X + np.array([0, largest - 10**6, -largest + 10**6]) * offset // 3
+    given_x = moved.astype(kind)
+    assert np.array_equal(given_x.astype(np.int64), moved)
+    expected = clone(selector).fit(X.astype(np.float64), y)
+    got = clone(selector).fit(given_x, y)
+    assert got.sample_indices_.tolist() == expected.sample_indices_.tolist()
+
+
+def test_dates_in_frames_are_features_and_missing_ones_are_refused():
+    days = pd.date_range("2026-01-01", periods=40, freq="s")
+    frame = pd.DataFrame({"begin": days, "end": days + pd.Timedelta("3s")})
+    y = np.arange(40) % 2
+    s = CoverageInstanceSelector(0.1, random_state=0)
+    expected = clone(s).fit(np.arange(40.0)[:, None].repeat(2, 1), y).sample_indices_
+    assert clone(s).fit(frame, y).sample_indices_.tolist() == expected.tolist()
+    frame.loc[3, "begin"] = pd.NaT
+    with pytest.raises(ValueError, match="NaT"):
+        clone(s).fit(frame.to_numpy(), y)
+
+
+def test_a_feature_that_is_constant_but_for_rounding_counts_for_nothing():
+    x = np.random.default_rng(0).random((60, 2), np.float32)
+    y = np.arange(60) % 2
+    s = CoverageInstanceSelector(0.1, random_state=0)
+    for dtype in (np.float32, np.float64):
+        noise = 1 + np.random.default_rng(1).integers(0, 2, (60, 1)) * np.finfo(dtype).eps
+        with_noise, with_zeros = (np.hstack([x.astype(dtype), c.astype(dtype)]) for c in (noise, noise * 0))
+        assert clone(s).fit(with_noise, y).ranking_.tolist() == clone(s).fit(with_zeros, y).ranking_.tolist()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=3, max_size=12), st.floats(0.02, 1), st.integers(0, 99))
+def test_copies_stay_when_all_that_differ_do_and_evenly(counts, budget, seed):
+    rng = np.random.default_rng(seed)
+    point_of = rng.permutation(np.repeat(np.arange(len(counts)), counts))
+    X = rng.normal(size=(len(counts), 4))[point_of]
+    s = CoverageInstanceSelector(budget, random_state=0).fit(X, np.zeros(len(X), int))
+    kept = np.bincount(point_of[s.sample_indices_], minlength=len(counts))
+    assert kept.sum() == max(round(budget * len(X)), 1)
+    assert (kept >= np.minimum(counts, kept.max() - 1)).all()
+    assert len(set(point_of[s.ranking_[: len(counts)]])) == min(len(counts), len(s.ranking_))
+
+
+def test_copies_weigh_what_they_weigh_together():
+    X = np.array([[0.0], [1.0], [1.0], [1.0], [5.0]])
+    s = CoverageInstanceSelector(0.2, random_state=0).fit(X, np.zeros(5, int))
+    assert s.sample_indices_.tolist() == [1]
+
+
+def test_more_classes_than_the_budget_has_samples_are_said():
+    rng = np.random.default_rng(0)
+    ages = rng.integers(0, 90, 400).astype(float)
+    for selector in BUDGETED:
+        s = clone(selector).set_params(budget=0.1)
+        with pytest.warns(UserWarning, match=r"`budget` of 0.1 asks for 40 of 400 samples, but \d+ stay"):
+            s.fit(rng.normal(size=(400, 3)), ages)
+        assert len(s.sample_indices_) == len(set(ages))
+
+
 @each
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_values_that_are_not_finite_are_refused(selector, bad, digits):

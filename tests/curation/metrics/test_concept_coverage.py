@@ -43,6 +43,9 @@ def test_bad_arguments_are_named():
     for targets in ([0.0, 0.0], [-1.0, 2.0], [float("nan"), 1.0]):
         with pytest.raises(ValueError, match="`targets` must be finite, >= 0 and not all 0"):
             ConceptCoverage(2, torch.tensor(targets))
+    for concepts in (torch.tensor([0.5]), torch.tensor([True])):
+        with pytest.raises(ValueError, match=f"`concepts` must be integers, but got {concepts.dtype}"):
+            ConceptCoverage(2).update(concepts)
 
 
 def test_the_picture_has_the_shares_of_head_middle_and_tail():

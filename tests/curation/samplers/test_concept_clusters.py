@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 from sklearn.metrics import adjusted_rand_score
@@ -33,6 +35,23 @@ def test_planted_clusters_are_found_in_any_dtype():
         assert adjusted_rand_score(planted, cluster_concepts(points.to(dtype), 5).ids) > 0.99
 
 
+@given(st.lists(st.integers(-4096, 4096), min_size=8, max_size=8), st.integers(-90, 90), st.booleans())
+def test_clusters_do_not_depend_on_the_origin_or_the_unit(offset, power, is_wide):
+    draw = np.random.default_rng(0)
+    planted = draw.integers(0, 5, 300)
+    points = np.round((10 * np.eye(8)[planted] + draw.normal(size=(300, 8))) * 512) / 512
+    moved = np.ldexp(points + offset, power).astype(np.float64 if is_wide else np.float32)
+    assert adjusted_rand_score(planted, cluster_concepts(moved, 5).ids) > 0.99
+
+
+def test_clusters_without_a_sample_are_no_concepts():
+    points = np.repeat([[0.0, 1.0], [5.0, 1.0], [9.0, 1.0]], 4, axis=0)
+    index = cluster_concepts(points, 6)
+    assert list(index.names) == [0, 1, 2]
+    assert index.frequencies.tolist() == [4, 4, 4]
+    assert list(cluster_concepts(np.ones((4, 2)), 3).names) == [0]
+
+
 def test_rubbish_is_named(monkeypatch):
     for k in (4,):
         with pytest.raises(ValueError, match=rf"Argument `k` must be an integer in \[1, 4\), but got {k}"):
@@ -40,6 +59,8 @@ def test_rubbish_is_named(monkeypatch):
     for bad in (np.zeros(3), np.zeros((0, 2)), np.zeros((3, 0)), np.full((3, 2), np.nan), np.array([[np.inf, 0]])):
         with pytest.raises(ValueError, match="`embeddings` must be a matrix of finite numbers"):
             cluster_concepts(bad, 1)
+    with pytest.raises(ValueError, match=r"`embeddings` must hold values of at most 1e\+35, but has 1e\+36"):
+        cluster_concepts(np.array([[1.0, -1e36]]), 1)
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)
     with pytest.raises(ImportError, match=r"lightning-curation\[select\]"):
         cluster_concepts(np.zeros((3, 2)), 1)

@@ -2,9 +2,12 @@
 
 import math
 import pickle
+from decimal import Decimal
 
 import datasets
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 from curation.samplers.concept_index import ConceptIndex
 
 names = st.sampled_from(["cat", "dog", "sofa", "", "ä"])
+MISSING = [None, math.nan, pd.NA, pd.NaT, np.float32("nan"), np.datetime64("NaT"), Decimal("NaN"), np.ma.masked]
 
 
 def sets(index):
@@ -82,9 +86,138 @@ def test_columns_of_other_types():
     nulls = datasets.Dataset.from_dict({"tags": [["a", None]]})
     with pytest.raises(ValueError, match="'tags' has a list with a null"):
         ConceptIndex.from_column(nulls, "tags")
+    stream = dataset.to_iterable_dataset()
+    with pytest.raises(TypeError, match=r"`dataset` must be a datasets.Dataset, one split, but got IterableDataset"):
+        ConceptIndex.from_column(stream, "n")
     unlabelled = datasets.Dataset.from_dict({"c": [-1, 1]}, features=datasets.Features({"c": classes}))
     with pytest.raises(ValueError, match=r"'c' must hold labels in \[0, 3\), but has -1"):
         ConceptIndex.from_column(unlabelled, "c")
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        pa.array([["b", "a"], None, ["a", "a"]], pa.list_(pa.string(), 2)),
+        pa.array([["b", "a"], None, ["a"]], pa.large_list(pa.large_string())),
+        pa.array([["b", "a"], None, ["a"]], pa.list_(pa.string_view())),
+        pa.array([["b", "a"], None, ["a"]], pa.list_(pa.dictionary(pa.int32(), pa.string()))),
+    ],
+    ids=lambda array: str(array.type),
+)
+def test_columns_of_every_type_of_lists_and_strings(array):
+    """Without `datasets`, which does not know all types and changes some on the way."""
+
+    class Table:
+        column_names, features = ["tags"], {"tags": None}
+
+        def __len__(self):
+            return len(array)
+
+        def select_columns(self, names):
+            return self
+
+        def with_format(self, kind):
+            return self
+
+        def __getitem__(self, rows):
+            return pa.table({"tags": pa.chunked_array([array[:2], array[2:]])})
+
+    assert sets(ConceptIndex.from_column(Table(), "tags")) == [{"a", "b"}, set(), {"a"}]
+
+
+@given(st.lists(st.sampled_from(["a", 1, *MISSING]), min_size=1, max_size=6), st.booleans())
+def test_a_missing_name_is_no_concept_wherever_it_stands(labels, listed):
+    first = next((i for i, label in enumerate(labels) if any(label is name for name in MISSING)), None)
+    array = np.empty(len(labels), object)
+    array[:] = labels
+    make = ConceptIndex.from_lists if listed else ConceptIndex.from_labels
+    given_labels = [[label] for label in labels] if listed else array
+    if first is None:
+        assert sets(make(given_labels)) == [{label} for label in labels]
+        return
+    with pytest.raises(ValueError, match=f"concepts of sample {first} must be names"):
+        make(given_labels)
+
+
+def test_dates_are_names_and_missing_dates_are_not():
+    days = pd.to_datetime(["2020-01-02", "2020-01-01", "2020-01-02"]).to_numpy("M8[ns]")
+    index = ConceptIndex.from_labels(days)
+    assert index.ids.tolist() == [0, 1, 0]
+    assert index.names == list(days[:2])
+    assert ConceptIndex.from_labels(days, names=days[1::-1]).ids.tolist() == [1, 0, 1]
+    for missing in (np.array(["NaT"], "M8[ns]"), pd.Series(["a", None], dtype="string")):
+        with pytest.raises(ValueError, match="must be names, but one is"):
+            ConceptIndex.from_labels(missing)
+    with pytest.raises(ValueError, match="`labels` must be integers or names"):
+        ConceptIndex.from_labels(pd.Series([0, None], dtype="Int64"))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """An index, the bytes of its file, and a path for damaged ones."""
+    index = ConceptIndex.from_lists(np.random.default_rng(0).integers(0, 50, (200, 5)).tolist())
+    path = tmp_path_factory.mktemp("index") / "damaged.arrow"
+    index.save(path)
+    return index, path.read_bytes(), path
+
+
+@given(st.data())
+def test_a_damaged_file_is_refused_by_its_name_or_holds_the_same(written, d):
+    """Flipped bits and files cut short; the padding of a file may hold anything."""
+    index, whole, path = written
+    content = bytearray(whole)
+    for place in d.draw(st.lists(st.integers(0, len(whole) - 1), max_size=3)):
+        content[place] ^= 1 << d.draw(st.integers(0, 7))
+    path.unlink(missing_ok=True)  # a map of the old file stays what it was
+    path.write_bytes(content[: d.draw(st.sampled_from([len(whole), len(whole) - 1, len(whole) // 2, 9, 0]))])
+    try:
+        loaded = ConceptIndex.load(path)
+        same = loaded.names == index.names and all(
+            np.array_equal(getattr(loaded, part), getattr(index, part)) for part in ("offsets", "ids")
+        )
+    except (ValueError, OSError) as error:
+        same = "damaged.arrow" in str(error)
+    assert same
+
+
+def write(path, offsets, ids, metadata):
+    """A file without a checksum, as earlier versions wrote."""
+    rows = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(ids, pa.int32()))
+    schema = pa.schema([("concepts", rows.type)], metadata=metadata)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+        writer.write_batch(pa.record_batch([rows], schema=schema))
+
+
+def test_files_of_earlier_versions_load_and_their_structure_is_checked(tmp_path):
+    path = tmp_path / "old.arrow"
+    write(path, [0, 2, 3], [0, 1, 1], {"names": '["a", "b"]'})
+    old = ConceptIndex.load(path)
+    assert sets(old) == sets(pickle.loads(pickle.dumps(old))) == [{"a", "b"}, {"b"}]
+    for offsets, ids, names, message in (
+        ([0, 2, 3], [0, 2, 1], '["a", "b"]', r"`ids` must be in \[0, 2\)"),
+        ([0, 2, 3], [1, 0, 1], '["a", "b"]', "`ids` must rise strictly"),
+        ([0, 2, 3], [0, 1, 1], '["a", null]', "`names` must have no missing name"),
+        ([0, 2, 3], [0, 1, 1], '["a", "a"]', "`names` must have each name once"),
+        ([0, 2, 3], [0, 1, 1], '["a", ["b"]]', "was not written by"),
+        ([0, 2, 3], [0, 1, 1], '"ab"', "was not written by"),
+    ):
+        path.unlink()
+        write(path, offsets, ids, {"names": names})
+        with pytest.raises(ValueError, match=f"old.arrow.*{message}"):
+            ConceptIndex.load(path)
+
+
+def test_an_index_is_saved_over_its_own_file(tmp_path):
+    path = tmp_path / "concepts.arrow"
+    ConceptIndex.from_lists([["a", "b"], ["b"]]).save(path)
+    loaded = ConceptIndex.load(path)
+    loaded.save(path)
+    assert sets(loaded) == sets(ConceptIndex.load(path)) == sets(pickle.loads(pickle.dumps(loaded)))
+    pickled = pickle.dumps(loaded)
+    ConceptIndex.from_lists([["a"], ["b"]]).save(path)
+    assert sets(loaded) == [{"a", "b"}, {"b"}]  # the old file, which is still mapped
+    with pytest.raises(ValueError, match=r"concepts.arrow is no longer the index that was loaded from it"):
+        pickle.loads(pickled)
 
 
 def test_tensors_and_columns_without_any_concept():
@@ -103,9 +236,11 @@ def test_rubbish_is_named(tmp_path):
         ConceptIndex.from_lists([["cat"], "dog"])
     with pytest.raises(TypeError, match="concepts of sample 0 must be a list of names, but got 3"):
         ConceptIndex.from_lists([3])
-    for name in (None, math.nan):
-        with pytest.raises(ValueError, match=f"sample 0 must be names, but one is {name}"):
-            ConceptIndex.from_lists([[name]])
+    for name in MISSING:
+        with pytest.raises(ValueError, match="concepts of sample 1 must be names, but one is "):
+            ConceptIndex.from_lists([["a"], ["b", name]])
+        with pytest.raises(ValueError, match="`names` must have no missing name, but name 1 is one"):
+            ConceptIndex.from_labels([0], names=["a", name])
     with pytest.raises(ValueError, match="`labels` must be integers or names, but got float64"):
         ConceptIndex.from_labels([0.0, math.nan])
     with pytest.raises(ValueError, match=r"`labels` must be in \[0, 2\), but got 0 to 2"):
@@ -129,9 +264,14 @@ def test_rubbish_is_named(tmp_path):
         ([0, 2], [1, 0], "ab", "`ids` must rise strictly within each sample"),
         ([0, 2], [1, 1], "ab", "`ids` must rise strictly within each sample"),
         ([0, 1], [1], "aa", "`names` must have each name once"),
+        ([0, 1], [2**32], range(2**33), "`names` must hold at most 2\\^31 names"),
     ):
         with pytest.raises(ValueError, match=message):
             ConceptIndex(np.array(offsets), np.array(ids), names)
+    with pytest.raises(ValueError, match="`ids` must rise strictly within each sample"):
+        ConceptIndex(np.array([0, 2]), np.array([1, 0], np.uint8), "ab")  # whose difference is 255
+    with pytest.raises(ValueError, match="`offsets` must rise"):
+        ConceptIndex(np.array([0, 2, 1, 2], np.uint64), np.array([0, 1]), "ab")
     assert sets(ConceptIndex([0, 1, 1, 2, 3], [1, 1, 0], "ab")) == [{"b"}, set(), {"b"}, {"a"}]
     with pytest.raises(IndexError, match="Sample 1 of 1"):
         ConceptIndex.from_labels([0])[1]

@@ -13,6 +13,7 @@ from curation.instances import StratifiedRandomSelector
 from curation.instances.selection_index import SelectionIndex, fingerprint
 from curation.recipes.catalogue import find_recipe
 from curation.recipes.cli import main as cli
+from curation.recipes.cli import select as command
 from curation.recipes.compare.arms import configure, make_arm, resolve
 from curation.recipes.image_classification import ImageClassifier, Images
 from curation.recipes.instance_selection.retention_report import draw_retention, retention_report
@@ -147,12 +148,13 @@ def test_the_numbers_and_the_picture_go_to_wandb(monkeypatch):
 def test_what_is_said_of_a_selection_is_the_difference_to_random():
     y = np.repeat([3, 7], 50)
     indices = np.array([0, 1, 99])
+    random = (0.71, 0.72, 0.7, 0.71, 0.71)
     for selected, verdict in (
-        ((0.81, 0.82), "better than random"),
-        ((0.61, 0.62), "worse than random"),
-        ((0.75, 0.68), "no different from random"),
+        ((0.81, 0.82, 0.81, 0.82, 0.81), "better than random"),
+        ((0.61, 0.62, 0.61, 0.62, 0.61), "worse than random"),
+        ((0.72, 0.73, 0.73, 0.72, 0.73), "no different from random"),
     ):
-        lines = retention_report(y, indices, Retention(0.9, selected, (0.71, 0.72), 0.97), "Probe").splitlines()
+        lines = retention_report(y, indices, Retention(0.9, selected, random, 0.97), "Probe").splitlines()
         assert lines[0] == "3 of 100 samples kept, reduction 97.0%"
         assert lines[1] == "kept per class: 3: 2 of 50, 7: 1 of 50"
         assert lines[-1].endswith(f": {verdict}")
@@ -203,6 +205,122 @@ def test_what_is_wrong_is_said_before_any_work(args, message, tmp_path, monkeypa
     with pytest.raises(SystemExit, match=f"^curation: {message}"):
         select(*args)
     assert not (tmp_path / "out").exists()
+
+
+DATA = """
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+
+class Labelled(LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.arange(1280.0).view(40, 32) % 7, torch.arange(40) % 2), batch_size=20)
+
+    val_dataloader = train_dataloader
+
+
+class Bare(Labelled):
+    def train_dataloader(self):
+        return DataLoader(torch.randn(40, 32))
+
+
+class Lists(Labelled):
+    def train_dataloader(self):
+        return DataLoader([({"a": torch.ones(2), "b": torch.ones(2)}, i % 2) for i in range(40)])
+
+
+class Empty(Labelled):
+    def val_dataloader(self):
+        return DataLoader(torch.randn(0, 32))
+
+
+class Stream(Labelled):
+    def train_dataloader(self):
+        return DataLoader(type("Rows", (IterableDataset,), {"__iter__": lambda self: iter([])})())
+
+
+class Trained(LightningDataModule):
+    train_dataloader = Labelled.train_dataloader
+"""
+RECIPE = """
+model: {class_path: lightning.pytorch.demos.boring_classes.BoringModel}
+data: {class_path: data_of_mine.%s}
+trainer: {accelerator: cpu, logger: false, enable_progress_bar: false}
+"""
+
+
+NO_CHECKPOINT = "Argument `--ckpt_path` must name a checkpoint of BoringModel, but got"
+
+
+@pytest.mark.parametrize(
+    ("data", "args", "message"),
+    [
+        ("Bare", [], "The training samples cannot be selected from. A selector needs one integer label per sample"),
+        ("Lists", [], "The training samples cannot be selected from. .* tensor"),
+        ("Empty", [], "There are no validation samples"),
+        ("Stream", [], "A selection needs one map-style `DataLoader` of each part"),
+        ("Trained", [], "Trained must have a `val_dataloader`"),
+        ("Labelled", ["--layer=nope"], "Argument `--layer` must name a submodule of BoringModel, but got 'nope'"),
+        ("Labelled", ["--layer=layer", "--ckpt_path=text"], NO_CHECKPOINT),
+        ("Labelled", ["--layer=layer", "--ckpt_path=empty"], NO_CHECKPOINT),
+        ("Labelled", ["--layer=layer", "--ckpt_path=bare.pt"], NO_CHECKPOINT + ".*state_dict"),
+        ("Labelled", ["--layer=layer", "--ckpt_path=one.pt"], NO_CHECKPOINT),
+        ("Labelled", ["--layer=layer", "--ckpt_path=other.pt"], NO_CHECKPOINT + ".*layer.weight"),
+        ("Labelled", ["--features=text"], "Argument `--features` must name a .npy file of numbers, but got 'text'"),
+        ("Labelled", ["--features=empty"], "Argument `--features` must name a .npy file of numbers, but got 'empty'"),
+        ("Labelled", ["--features=z.npz"], "Argument `--features` must name .* but 'z.npz' holds NpzFile"),
+        ("Labelled", ["--features=s.npy"], "Argument `--features` must name .* but 's.npy' holds <U1"),
+    ],
+)  # fmt: skip
+def test_data_and_files_that_cannot_be_selected_from_are_said_in_a_line(data, args, message, tmp_path):
+    (tmp_path / "data_of_mine.py").write_text(DATA)
+    (tmp_path / "recipe.yaml").write_text(RECIPE % data)
+    (tmp_path / "text").write_text("no checkpoint")
+    (tmp_path / "empty").touch()
+    torch.save({"weights": 1}, "bare.pt")
+    torch.save(torch.ones(3), "one.pt")
+    torch.save({"state_dict": {"w": torch.ones(1)}}, "other.pt")
+    np.savez("z.npz", a=np.ones(2))
+    np.save("s.npy", np.array(["a", "b"]))
+    with pytest.raises(SystemExit, match=f"^curation: {message}"):
+        select(*args, config=["--config=recipe.yaml"])
+
+
+def test_an_interrupted_command_goes_on_with_its_index(tmp_path, monkeypatch, capsys):
+    (tmp_path / "data_of_mine.py").write_text(DATA)
+    (tmp_path / "recipe.yaml").write_text(RECIPE % "Labelled")
+    np.save("f.npy", np.random.default_rng(0).random((40, 3)))
+
+    def run(*args):
+        select("--features=f.npy", "--budget=0.2", *args, config=["--config=recipe.yaml"])
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "measure", interrupted)
+        with pytest.raises(SystemExit, match="the same command goes on where it was"):
+            run()
+    made = (tmp_path / "out" / "index.parquet").read_bytes()
+    (tmp_path / "given.npz").unlink()
+    run("--probe=sklearn.neighbors.KNeighborsClassifier", "--picture=p.png")
+    assert "8 of 40 samples kept" in capsys.readouterr().out
+    assert not (tmp_path / "given.npz").exists()  # not selected again
+    assert (tmp_path / "out" / "index.parquet").read_bytes() == made
+    refused = pytest.raises(
+        SystemExit, match=r"must name a new file, but .* exists, and this command did not make it"
+    )
+    for other in (["--budget=0.3"], ["--seed=1"], ["--options", '{"power": 3}'], ["--trainer.max_steps=3"]):
+        with refused:
+            run(*other)
+    np.save("f.npy", np.random.default_rng(1).random((40, 3)))  # other features in the same file
+    with refused:
+        run()
+    np.save("f.npy", np.random.default_rng(0).random((40, 3)))
+    monkeypatch.setattr(command, "fingerprint", lambda dataset: "other data")
+    with refused:
+        run()
 
 
 RECIPES = ["fashion_mnist_selection", "text_selection"]

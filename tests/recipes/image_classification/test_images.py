@@ -173,6 +173,12 @@ def test_files_in_the_format_of_mnist_are_read(tmp_path, zipped):
     torch.testing.assert_close(x[:, 0] * 255, torch.from_numpy(images).float())
     assert y.tolist() == test_y.tolist() == [3, 1]
     assert torch.equal(x, test_x)
+    file = next(f for f in tmp_path.iterdir() if f.name.startswith("train-images"))
+    whole = file.read_bytes()
+    for damaged in (whole[:-1], b"not an array", b"", b"\x01" + whole[1:]):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"The file .*train-images-idx3-ubyte.* is damaged, or another"):
+            load_images(str(tmp_path))
 
 
 def test_bad_data_arguments_are_named(tmp_path):

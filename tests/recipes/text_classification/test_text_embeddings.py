@@ -17,6 +17,7 @@ from curation.recipes.text_classification.labelled_texts import FAMILIES, load_t
 from curation.recipes.text_classification.text_embeddings import MINILM, embeddings
 
 transformers = pytest.importorskip("transformers", reason="needs transformers, from the [recipes] extra")
+tokenizers = pytest.importorskip("tokenizers", reason="needs transformers, from the [recipes] extra")
 
 WORDS = ["red", "green", "blue", "one", "two", "three"]
 COLOURS, NUMBERS = WORDS[:3], WORDS[3:]
@@ -78,6 +79,38 @@ def test_embeddings_are_those_of_each_text_alone_in_their_order(embedder, monkey
     expected = torch.stack([embed_alone(text, embedder, 6) for text in content])
     torch.testing.assert_close(vectors, expected, rtol=1e-5, atol=1e-6)
     assert max(len(text.split()) for text in content) > 4  # some are cut off
+
+
+def test_a_text_without_a_token_is_named(embedder, tmp_path):
+    empty = embeddings(["", "red"], embedder, max_length=6)[0]  # of the first and the last token of BERT
+    torch.testing.assert_close(empty, embed_alone("", embedder, 6), rtol=1e-5, atol=1e-6)
+    plain = transformers.AutoTokenizer.from_pretrained(embedder).backend_tokenizer
+    plain.post_processor = tokenizers.processors.Sequence([])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="[PAD]").save_pretrained(tmp_path)
+    transformers.AutoModel.from_pretrained(embedder).save_pretrained(tmp_path)
+    for texts in (["red", "", "blue"], ["red two", ""], ["", ""]):
+        with pytest.raises(ValueError, match=r"`texts` must hold texts with a token, but text ., '', has none"):
+            embeddings(texts, str(tmp_path), max_length=6)
+    with pytest.raises(ValueError, match="`texts` must hold a text, but holds none"):
+        embeddings([], embedder, max_length=6)
+
+
+def test_a_damaged_cache_is_named(write, embedder):
+    name = write(rows(20))
+    kept = set_up(name, embedder, cache="cache.npy").train.dataset.tensors[0]
+    assert torch.equal(set_up(name, embedder, cache="cache.npy").train.dataset.tensors[0], kept)
+    with open("cache.npy", "rb") as file:
+        whole = file.read()
+    flipped = bytearray(whole)
+    flipped[200] ^= 1
+    for content in (flipped, whole[:500], whole[:-1], b"text", b""):
+        with open("cache.npy", "wb") as file:
+            file.write(content)
+        with pytest.raises(ValueError, match=r"`cache` must name a new file, but 'cache.npy' is damaged"):
+            set_up(name, embedder, cache="cache.npy")
+    with open("cache.npy", "wb") as file:
+        file.write(whole[: -(128 + 32)])  # as earlier versions wrote, without a checksum
+    assert torch.equal(set_up(name, embedder, cache="cache.npy").train.dataset.tensors[0], kept)
 
 
 def set_up(data, embedder, **kwargs):
