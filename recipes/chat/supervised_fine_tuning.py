@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from curation.checks import check_integer, check_number, check_text
 from curation.recipes.causal_lm import OwnLogits, keep_layers, own_logits
+from curation.recipes.mean_loss import MeanLoss
 from curation.recipes.smollm2 import SMOLLM2, SMOLLM2_GGUF
 from curation.recipes.sources import require_extra, resolve
 from curation.scoring import IGNORED
@@ -56,8 +56,8 @@ class SupervisedFineTuning(LightningModule):
         self.model: Any = None
         self._logits: OwnLogits
         self.sample_weights: Tensor | None = None  # fp32 [B], set by a rule that weighs the rows of a batch
-        self.val_loss = MeanMetric()
-        self.test_loss = MeanMetric()
+        self.val_loss = MeanLoss()
+        self.test_loss = MeanLoss()
 
     def configure_model(self) -> None:
         """Load the model, if that has not been done."""

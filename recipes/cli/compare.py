@@ -100,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--target", type=float, help="for the time to a target (default: what uniform always reaches)"
     )
-    parser.add_argument("--backend", choices=BACKENDS, default="loky", help="backend of joblib (%(default)s)")
+    parser.add_argument("--backend", choices=BACKENDS, default="threading", help="backend of joblib (%(default)s)")
     parser.add_argument("--jobs", type=int, help="runs side by side (default: one for every GPU, or one)")
     parser.add_argument("--out", type=Path, help="folder (default: runs/compare/RECIPE)")
     return parser

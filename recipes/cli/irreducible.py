@@ -6,6 +6,7 @@ subtracts it.
 """
 
 import argparse
+import io
 from pathlib import Path
 
 import torch
@@ -46,6 +47,8 @@ def main(args: list[str]) -> None:
     if cli.datamodule is None:
         raise ValueError("Argument `--config` must name a recipe with a data module.")
     losses = irreducible_losses(cli.trainer, cli.model, cli.datamodule, options.ckpt_path)
+    buffer = io.BytesIO()
+    torch.save(losses, buffer)  # to a full disk it would be an error that names no file
     with replacing(options.output) as new:
-        torch.save(losses, new)
+        new.write_bytes(buffer.getvalue())
     print(f"Irreducible losses of {len(losses)} samples, mean {losses.nanmean():.3f}, in {options.output}.")

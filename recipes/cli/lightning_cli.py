@@ -1,8 +1,11 @@
 """Lightning's command line with named recipes: ``curation fit``, ``validate`` and ``test``."""
 
+import os
 from typing import Any
 
+from curation.files import replacing
 from curation.recipes.catalogue import with_recipe_files
+from curation.recipes.cli.yaml_text import MODE, register_mode
 from curation.recipes.sources import require_extra
 
 DESCRIPTION = "See also `curation recipes|compare|report|ledger|irreducible|select --help`."
@@ -24,12 +27,16 @@ def run(args: list[str], execute: bool = True, instantiate: bool = True) -> Any:
         ValueError: If a recipe's name is unknown.
     """
     require_extra()
+    from lightning.pytorch import Trainer
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+    register_mode()
+
     class SaveConfig(SaveConfigCallback):
-        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
             if trainer.loggers:  # else it would go into the current folder, where the user's own may be
-                super().setup(trainer, pl_module, stage)
+                folder = run_folder(trainer.loggers[0], trainer.default_root_dir)
+                _write(os.path.join(folder, "config.yaml"), self.parser.dump(self.config, skip_unset=False))
 
     class CLI(LightningCLI):
         @staticmethod
@@ -38,6 +45,8 @@ def run(args: list[str], execute: bool = True, instantiate: bool = True) -> Any:
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.add_argument("--arms", type=dict | None, help="for `curation compare` only")
+            if not execute:  # what `fit` takes and writes is read without a subcommand, too
+                parser.add_method_arguments(Trainer, "fit", skip=set(LightningCLI.subcommands()["fit"]))
 
         def instantiate_classes(self) -> None:
             if instantiate:
@@ -57,10 +66,44 @@ def run(args: list[str], execute: bool = True, instantiate: bool = True) -> Any:
         args=with_recipe_files(args),
         run=execute,
         save_config_callback=SaveConfig,
-        save_config_kwargs={"overwrite": True},
-        auto_configure_optimizers=False,
-        parser_kwargs={"prog": "curation", "description": DESCRIPTION},
+        save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
+        parser_kwargs={
+            "prog": "curation",
+            "description": DESCRIPTION,
+            "parser_mode": MODE,
+            **({name: {"parser_mode": MODE} for name in CLI.subcommands()} if execute else {}),
+        },
     )
+
+
+def run_folder(logger: Any, root: str) -> str:
+    """The folder that a logger has for this run alone: its own, or that of the run's checkpoints.
+
+    Args:
+        logger: The first logger of a trainer, with its run begun.
+        root: The trainer's ``default_root_dir``, for a logger without a folder.
+    """
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+    if isinstance(logger, CSVLogger | TensorBoardLogger):
+        return str(logger.log_dir)
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return os.path.join(logger.save_dir or root, str(logger.name), version)
+
+
+def _write(path: str, text: str) -> None:
+    """Write a file, which may be the URL of a remote file system."""
+    from fsspec.core import url_to_fs
+    from fsspec.implementations.local import LocalFileSystem
+
+    files, name = url_to_fs(path)
+    if isinstance(files, LocalFileSystem):
+        with replacing(path) as new:
+            new.write_text(text)
+        return
+    files.makedirs(os.path.dirname(name), exist_ok=True)
+    with files.open(name, "w") as file:
+        file.write(text)
 
 
 def first_cause(error: BaseException) -> BaseException:

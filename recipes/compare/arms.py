@@ -207,7 +207,11 @@ def configure(
         for name, value in with_seed(arm.overrides, seed).items()
     ]
     config = resolve([*with_seed(args, seed), *overrides, f"--seed_everything={seed}"])
-    config.pop("arms", None)
+    for name in ("arms", "ckpt_path", "weights_only"):
+        config.pop(name)
+    for name in ("optimizer", "lr_scheduler"):  # of the command line; absent as they are by default
+        if config[name] is None:
+            config.pop(name)
     trainer = config["trainer"]
     meter = {"class_path": CALLBACKS + "RunMeter", "init_args": {"path": str(folder / "run.json"), **meter}}
     callbacks = _callbacks(entries(trainer["callbacks"]), arm, seed, keep)

@@ -5,6 +5,7 @@ from typing import Any
 from curation.recipes.compare.options import Options
 from curation.recipes.compare.processes import execute
 from curation.recipes.compare.rehearsal import rehearse
+from curation.recipes.compare.resume import check_same
 from curation.recipes.compare.run import Run
 from curation.recipes.compare.schedule import schedule
 from curation.recipes.compare.summary import build
@@ -49,23 +50,31 @@ def collect(workload: Workload, options: Options) -> dict[str, Any]:
 
 
 def collect_run(workload: Workload, run: Run) -> dict[str, Any]:
-    """What a run measured: its points with the value of the metric, its costs, and why it does not count, if so."""
+    """What a run measured: its points with the value of the metric, its costs, and why it does not count, if so.
+
+    Points of validations that did not log the metric are left out.
+
+    Raises:
+        ValueError: If another comparison has changed the run.
+    """
+    check_same(run)
     result = run.result
     points = []
     for point in result["points"]:
-        costs = {name: value for name, value in point.items() if name != "metrics"}
-        points.append({**costs, "value": point["metrics"].get(workload.metric)})
+        if workload.metric in point["metrics"]:
+            costs = {name: value for name, value in point.items() if name != "metrics"}
+            points.append({**costs, "value": point["metrics"][workload.metric]})
     return {
         "arm": run.arm,
         "seed": run.seed,
-        "error": run_error(run, result),
+        "error": run_error(run, result, workload.metric),
         "flops_per_step": workload.rehearsed(run.arm)["flops_per_step"],
         **{name: result.get(name) for name in ("wall_seconds", "peak_memory", "device", "torch")},
         "points": points,
     }
 
 
-def run_error(run: Run, result: dict[str, Any]) -> str | None:
+def run_error(run: Run, result: dict[str, Any], metric: str) -> str | None:
     """Why a run does not count; None if it does."""
     if not result["finished"]:
         return run.failure
@@ -73,4 +82,6 @@ def run_error(run: Run, result: dict[str, Any]) -> str | None:
         return "it ended without an evaluation of its last weights"
     if run.spent < 1:
         return f"it ended before its budget was spent, after {result['steps']} steps"
+    if metric not in result["points"][-1]["metrics"]:
+        return f"its last validation did not log {metric}, so that of its last weights is not known"
     return None

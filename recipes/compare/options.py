@@ -10,7 +10,7 @@ import torch
 from curation.checks import check_choice, check_integer, check_number
 
 BUDGETS = ("steps", "samples", "flops", "seconds")
-BACKENDS = ("loky", "dask", "ray")
+BACKENDS = ("threading", "dask", "ray", "loky")  # the last is the old name of the first
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Options:
         metric: Metric of validation; None for what the recipe monitors.
         mode: ``"min"`` or ``"max"``, what is better; None for what the recipe says.
         target: Value of the metric for the time to a target; None for what uniform selection always reaches.
-        backend: Backend of joblib: ``"loky"``, ``"dask"`` or ``"ray"``.
+        backend: Backend of joblib: ``"threading"``, ``"dask"`` or ``"ray"``.
         jobs: Runs side by side.
         out: Folder of the comparison.
 
@@ -43,7 +43,7 @@ class Options:
     metric: str | None = None
     mode: str | None = None
     target: float | None = None
-    backend: str = "loky"
+    backend: str = "threading"
     jobs: int = 1
     out: Path = Path("runs/compare")
 
@@ -57,8 +57,9 @@ class Options:
                 f"Argument `--jobs` must be at most {gpus} with a budget of seconds, since runs on one device slow "
                 f"each other, but got {self.jobs}."
             )
-        package = {"dask": "distributed"}.get(check_choice("--backend", self.backend, BACKENDS), self.backend)
-        if self.backend != "loky" and find_spec(package) is None:
+        check_choice("--backend", self.backend, BACKENDS)
+        package = {"dask": "distributed", "ray": "ray"}.get(self.backend)
+        if package is not None and find_spec(package) is None:
             raise ValueError(f"Argument `--backend={self.backend}` needs `pip install {package}`.")
         if self.keep is not None:  # on the command line there is no None to name
             check_number("--keep", self.keep, "(0, 1]")

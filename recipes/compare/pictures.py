@@ -1,5 +1,6 @@
 """The pictures of a comparison: learning curves, paired differences and performance profiles."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,13 @@ def draw(content: dict[str, Any]) -> Any:
     Returns:
         A ``matplotlib.figure.Figure``.
     """
+    from matplotlib import rc_context
+
+    with rc_context({"text.parse_math": False}):  # names are shown as they are
+        return _draw(content)
+
+
+def _draw(content: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
     workloads = content["workloads"]
@@ -86,7 +94,8 @@ def _draw_differences(axes: Any, workload: dict[str, Any]) -> None:
     arms = [arm for arm in workload["arms"] if workload["summary"][arm]["difference"]]
     for y, arm in enumerate(reversed(arms)):
         mean, low, high = workload["summary"][arm]["difference"]
-        axes.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", capsize=4, color=colours[arm])
+        ends = [[mean - low], [high - mean]] if math.isfinite(high - low) else None
+        axes.errorbar(mean, y, xerr=ends, fmt="o", capsize=4, color=colours[arm])
     if not arms:
         axes.text(0, 0, "an interval needs two seeds", ha="center")
     axes.axvline(0, color="black", linewidth=1)

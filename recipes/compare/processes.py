@@ -17,6 +17,9 @@ import torch
 from curation.recipes.compare.resume import begin, try_lock, unfinished
 from curation.recipes.compare.run import ENDED, FIT, KILLED, Run
 
+LOCAL = ("threading", "loky")  # a thread that waits for the process of a run cannot be killed alone
+DEATHS = ("KilledWorker", "WorkerCrashedError", "TaskCrashedError")  # errors of dask and of ray
+
 
 def execute(runs: list[Run], title: str, backend: str, jobs: int) -> None:
     """Run what is not finished, over joblib, with a progress bar.
@@ -24,17 +27,27 @@ def execute(runs: list[Run], title: str, backend: str, jobs: int) -> None:
     Args:
         runs: The runs; each is prepared (:func:`curation.recipes.compare.resume.prepare`).
         title: Title of the progress bar.
-        backend: Backend of joblib: ``"loky"``, ``"dask"`` or ``"ray"``.
+        backend: Backend of joblib: ``"threading"``, ``"dask"`` or ``"ray"``.
         jobs: Runs side by side.
+
+    Raises:
+        ValueError: If a worker of the backend is killed, or another comparison uses the folder.
+        OSError: If a file cannot be written.
     """
     from joblib import Parallel, delayed
 
     # Some backends give their processes one thread each.
-    threads = None if backend == "loky" and jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
-    with _progress_bar(runs, title):
-        left = unfinished(runs)
-        with _backend(backend, max(1, min(jobs, len(left)))):
+    threads = None if backend in LOCAL and jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
+    left = unfinished(runs)
+    with _progress_bar(runs, title), _backend(backend, max(1, min(jobs, len(left)))):
+        try:
             Parallel(batch_size=1)(delayed(fit)(run, os.getcwd(), threads) for run in left)
+        except Exception as error:
+            if type(error).__name__ not in DEATHS:
+                raise
+            raise ValueError(
+                f"a worker of `--backend={backend}` was killed; the same command goes on where it was ({error})"
+            ) from error
 
 
 def fit(run: Run, cwd: str, threads: int | None) -> None:
@@ -50,7 +63,7 @@ def fit(run: Run, cwd: str, threads: int | None) -> None:
             return
         trainer = run.config["trainer"]
         on_gpu = trainer["accelerator"] in ("auto", "gpu", "cuda") and trainer["devices"] in ("auto", 1)
-        with free_gpu(torch.cuda.device_count() if on_gpu else 0) as gpu, (run.folder / "log.txt").open("w") as log:
+        with free_gpu(torch.cuda.device_count() if on_gpu else 0) as gpu, _log(run.folder / "log.txt") as log:
             devices = [] if gpu is None else [f"--trainer.devices=[{gpu.index}]"]
             command = [sys.executable, "-m", "curation.recipes.cli.main", "fit", "--config", str(run.folder / FIT)]
             environment = {"WANDB_SILENT": "true", **os.environ}  # so that the log ends with the run's own error
@@ -71,6 +84,18 @@ def fit(run: Run, cwd: str, threads: int | None) -> None:
             if not run.finished:
                 log.seek(0, os.SEEK_END)
                 log.write(f"\n{KILLED} {-status}\n" if status < 0 else f"\n{ENDED} {status}\n")
+
+
+@contextmanager
+def _log(path: Path) -> Iterator[IO[str]]:
+    """A new file for what a run prints; a full disk is reported with its name."""
+    try:
+        with path.open("w") as log:
+            yield log
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @dataclass
@@ -150,5 +175,5 @@ def _backend(name: str, jobs: int) -> Iterator[None]:
         from ray.util.joblib import register_ray
 
         register_ray()
-    with parallel_config(name, n_jobs=jobs):
+    with parallel_config("threading" if name in LOCAL else name, n_jobs=jobs):
         yield

@@ -59,7 +59,7 @@ def rehearsal_errors(workload: Workload) -> list[str]:
     errors = []
     for name, run in workload.rehearsals.items():
         result = run.result
-        logged = result["points"][-1]["metrics"] if result["points"] else {}
+        logged = {name for point in result["points"] for name in point["metrics"]}
         if not result["finished"]:
             errors.append(f"{workload.name}, arm {name!r}: {run.failure} (all of it: {run.folder / 'log.txt'})")
         elif workload.metric not in logged:

@@ -152,7 +152,7 @@ def show(content: dict[str, Any], stem: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names are shown as they are
     for workload in content["workloads"]:
         title = f"{workload['name']}: {workload['metric']}"
         table = Table(box=SIMPLE, collapse_padding=True, pad_edge=False, title=title)
@@ -166,7 +166,7 @@ def show(content: dict[str, Any], stem: Path) -> None:
         lines = [text for _, text in verdicts(workload)]
         lines += [f"{r['arm']}, seed {r['seed']} failed: {r['error']}" for r in workload["runs"] if r["error"]]
         for line in lines:
-            console.print(line, soft_wrap=True, highlight=False, markup=False)
+            console.print(line, soft_wrap=True, highlight=False)
     console.print(f"Report: {stem}.html", soft_wrap=True, highlight=False)
 
 

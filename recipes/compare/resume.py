@@ -4,40 +4,68 @@
 * A run that **failed or was cut off** starts over, with the configuration of now.
 * A run **in progress** (of a comparison that was killed, or started twice) holds the lock of its folder: it is waited
   for, and then it is finished or starts over.
-* A finished run of **another configuration** is refused before anything starts: the folder is that of another
-  comparison. Configurations are compared; changed code is not noticed.
+* A run of **another configuration**, finished or in progress, is refused: the folder is that of another comparison.
+  It is looked for before anything starts, again when the run has the lock of its folder, and when results are
+  collected. Configurations are compared; changed code is not noticed.
 """
 
 import fcntl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
 from curation.files import replacing
+from curation.recipes.cli.yaml_text import dump
 from curation.recipes.compare.run import FIT, Run
 
 
 def prepare(run: Run) -> None:
-    """Write the configuration of a run into its folder, unless the run is finished there.
+    """Write the configuration of a run into its folder, unless the run is finished or in progress there.
 
     Raises:
-        ValueError: If the folder holds a finished run of another configuration.
+        ValueError: If the folder holds a run of another configuration that is finished or in progress, or a damaged
+            file.
         OSError: If the file cannot be written.
     """
-    file = run.folder / FIT
-    previous = yaml.safe_load(file.read_text()) if file.is_file() else None
-    if previous == run.config:
-        return
-    if previous is not None and run.finished:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    held = try_lock(run.folder / "lock")
+    with held or nullcontext():
+        if held is None or run.finished:
+            check_same(run)
+        _write_configuration(run)
+
+
+def check_same(run: Run) -> None:
+    """Refuse a folder that holds a run of another configuration.
+
+    Raises:
+        ValueError: If it does, or if the file is damaged.
+    """
+    previous = _read_configuration(run)
+    if previous is not None and previous != run.config:
         raise ValueError(
             "Argument `--out` must be a new folder, or that of the same comparison with the same budget, but in "
-            f"{str(file)!r} {first_difference(previous, run.config)}."
+            f"{str(run.folder / FIT)!r} {first_difference(previous, run.config)}."
         )
-    with replacing(file) as new:
-        new.write_text(yaml.safe_dump(run.config, sort_keys=False))
+
+
+def _read_configuration(run: Run) -> Any:
+    file = run.folder / FIT
+    try:
+        return yaml.safe_load(file.read_text()) if file.is_file() else None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(
+            f"{str(file)!r} is damaged ({error}). Delete its folder; the same command repeats the run."
+        ) from error
+
+
+def _write_configuration(run: Run) -> None:
+    if _read_configuration(run) != run.config:
+        with replacing(run.folder / FIT) as new:
+            new.write_text(dump(run.config))
 
 
 def unfinished(runs: list[Run]) -> list[Run]:
@@ -51,12 +79,18 @@ def begin(run: Run) -> Iterator[IO[str] | None]:
 
     Yields:
         The file of the lock, which a child process may inherit so that the lock lives as long as the child; None if
-        the run is finished. What a failed attempt has measured is removed.
+        the run is finished. What a failed attempt has measured is removed, and the configuration is that of the run.
+
+    Raises:
+        ValueError: If another comparison has finished the run in the meantime.
     """
+    run.folder.mkdir(parents=True, exist_ok=True)
     with lock(run.folder / "lock") as held:
         if run.finished:
+            check_same(run)
             yield None
             return
+        _write_configuration(run)
         forget(run)
         yield held
 

@@ -29,9 +29,23 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any]:
-        """What the run's meter has written so far: ``run.json``."""
+        """What the run's meter has written so far: ``run.json``.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
         file = self.folder / "run.json"
-        return json.loads(file.read_text()) if file.is_file() else {"points": [], "finished": False}
+        if not file.is_file():
+            return {"points": [], "finished": False}
+        try:
+            result = json.loads(file.read_text())
+            if not isinstance(result["points"], list) or not isinstance(result["finished"], bool):
+                raise TypeError("not what a run writes")
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"{str(file)!r} is damaged ({error}). Delete it; the same command repeats the run."
+            ) from error
+        return result
 
     @property
     def finished(self) -> bool:

@@ -53,7 +53,7 @@ def summarise_arm(
         mode: ``"min"`` or ``"max"``.
     """
     values = finals[arm]
-    to_base, to_full = (paired_differences(values, finals.get(name, {})) for name in (BASE, "full"))
+    to_base, to_full = (difference_interval(values, finals.get(name, {})) for name in (BASE, "full"))
     costs = mean_costs([runs[seed] for seed in values])
     return {
         "runs": len(runs),
@@ -61,9 +61,9 @@ def summarise_arm(
         "diverged": sum(run["error"] is None and not math.isfinite(final_value(run)) for run in runs.values()),
         "final": statistics.mean(values.values()) if values else math.nan,
         "deviation": statistics.stdev(values.values()) if len(values) > 1 else math.nan,
-        "pairs": len(to_base),
-        "difference": paired_interval(to_base) if len(to_base) > 1 and arm != BASE else None,
-        "minus_full": paired_interval(to_full) if len(to_full) > 1 and arm != "full" else None,
+        "pairs": len(paired_differences(values, finals[BASE])),
+        "difference": to_base if arm != BASE else None,
+        "minus_full": to_full if arm != "full" else None,
         "time_to_target": statistics.median(seconds_to_target(run, target, mode) for run in runs.values()),
         **costs,
         "flops": costs["steps"] * next(run["flops_per_step"] for run in runs.values()),
@@ -92,7 +92,7 @@ def find_target(workload: dict[str, Any], base_runs: list[dict[str, Any]]) -> fl
 
 def seconds_to_target(run: dict[str, Any], target: float, mode: Any) -> float:
     """Training seconds to the target; infinite for a miss, and for a run that failed or diverged."""
-    if not math.isfinite(final_value(run)):
+    if not math.isfinite(final_value(run)) or math.isnan(target):
         return math.inf
     points = run["points"]
     return time_to_target([p["seconds"] for p in points], [p["value"] for p in points], target, mode)
@@ -101,6 +101,16 @@ def seconds_to_target(run: dict[str, Any], target: float, mode: Any) -> float:
 def paired_differences(values: dict[int, float], base: dict[int, float]) -> list[float]:
     """Differences between two arms, a number for each seed that both have."""
     return [value - base[seed] for seed, value in values.items() if seed in base]
+
+
+def difference_interval(values: dict[int, float], base: dict[int, float]) -> tuple[float, float, float] | None:
+    """The interval of the differences between two arms; None with fewer than two pairs.
+
+    Metrics are numbers of 32 bits, whose differences are equal up to rounding.
+    """
+    differences = paired_differences(values, base)
+    largest = max(map(abs, [*values.values(), *base.values()]), default=0.0)
+    return paired_interval(differences, resolution=2**-22 * largest) if len(differences) > 1 else None
 
 
 def mean_costs(runs: list[dict[str, Any]]) -> dict[str, float]:

@@ -40,6 +40,11 @@ def _by_interval(workload: dict[str, Any], arm: str) -> tuple[str, str]:
     summary, metric = workload["summary"][arm], workload["metric"]
     mean, low, high = summary["difference"]
     difference = f"{interval(summary['difference'])}, {summary['pairs']} paired seeds"
+    if math.isinf(high - low):
+        return "even", (
+            f"no detectable difference to {BASE} in {metric}: {mean:+.4g} in each of {summary['pairs']} paired "
+            "seeds, and equal differences say nothing about their spread"
+        )
     if low <= 0 <= high:
         return "even", f"no detectable difference to {BASE} in {metric}: {difference}"
     kind = "won" if (mean > 0) == (workload["mode"] == "max") else "lost"
@@ -102,10 +107,14 @@ def interval(difference: tuple[float, float, float]) -> str:
     Example:
         >>> interval((0.02, -0.001, 0.041))
         '+0.020 [-0.001, +0.041]'
+        >>> interval((0.004, -math.inf, math.inf))
+        '+0.004 [-inf, +inf]'
     """
     mean, low, high = difference
     width = (high - low) / 2
-    digits = min(max(0, 1 - math.floor(math.log10(width))), 8) if width > 0 else 4
+    if math.isinf(width):
+        return f"{mean:+.4g} [-inf, +inf]"
+    digits = min(max(0, 1 - math.floor(math.log10(width))), 8)
     return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 

@@ -11,6 +11,8 @@ from curation.recipes.compare.options import Options
 from curation.recipes.compare.run import Run
 
 BASELINES = ("full", "uniform")
+MODES = {"loss": "min", "acc": "max", "accuracy": "max"}  # words of a metric's name
+TURNS = {"drop", "error", "gap", "improvement", "neg", "negative", "reduction"}  # words that turn the others round
 
 
 @dataclass
@@ -94,6 +96,11 @@ def make_workload(config: str, overrides: list[str], options: Options) -> Worklo
         raise ValueError(f"{config}: {error}") from error
     if recipe["trainer"]["fast_dev_run"]:
         raise ValueError("Argument `--trainer.fast_dev_run` must be false: it would end every run after a step.")
+    if recipe["ckpt_path"] is not None:
+        raise ValueError(
+            f"Argument `ckpt_path` must be null, since every run of a comparison starts anew, but in {config} it is "
+            f"{recipe['ckpt_path']!r}. Weights to start from belong to the arguments of the model."
+        )
     callbacks = entries(recipe["trainer"]["callbacks"])
     names = arm_names(config, recipe, callbacks, options.methods)
     metric, mode = metric_and_mode(callbacks, options.metric, options.mode)
@@ -138,10 +145,23 @@ def metric_and_mode(callbacks: list[dict[str, Any]], metric: str | None, mode: s
     """
     monitors = [c["init_args"] for c in callbacks if c["init_args"].get("monitor")]
     metric = metric or (monitors[0]["monitor"] if monitors else "val_loss")
-    modes = [monitor["mode"] for monitor in monitors if monitor["monitor"] == metric and "mode" in monitor]
-    mode = mode or next(iter(modes), None) or ("min" if "loss" in metric else "max" if "acc" in metric else None)
+    modes = {monitor["mode"] for monitor in monitors if monitor["monitor"] == metric and "mode" in monitor}
+    modes |= {mode_of_name(metric)} - {None}
+    if mode is None and len(modes) == 1:
+        (mode,) = modes
     if mode is None:
-        raise ValueError(
-            f"Argument `--mode` must be given: whether a {metric!r} is better large or small is not known."
-        )
+        reason = "is said differently by the recipe and by its name" if modes else "is not known"
+        raise ValueError(f"Argument `--mode` must be given: whether a {metric!r} is better large or small {reason}.")
     return metric, mode
+
+
+def mode_of_name(metric: str) -> str | None:
+    """``"min"`` or ``"max"`` where the name of a metric says it in a whole word; None where it says nothing or more.
+
+    Example:
+        >>> mode_of_name("val_loss"), mode_of_name("val/acc"), mode_of_name("val/inaccuracy")
+        ('min', 'max', None)
+    """
+    words = set(re.split(r"[\W_]+", metric.lower()))
+    modes = {MODES[word] for word in words & MODES.keys()}
+    return modes.pop() if len(modes) == 1 and not words & TURNS else None

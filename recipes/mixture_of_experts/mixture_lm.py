@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from curation.checks import check_integer, check_number
 from curation.experts.routers import find_routers
 from curation.metrics.experts import ExpertLoad, ExpertSpecialization
+from curation.recipes.mean_loss import MeanLoss
 from curation.recipes.sources import require_extra
 
 
@@ -74,7 +74,7 @@ class MixtureLM(LightningModule):
         )  # fmt: skip
         self.model: Any = Qwen3MoeForCausalLM(config)
         self.routers = find_routers(self.model)
-        self.val_loss = MeanMetric()
+        self.val_loss = MeanLoss()
 
     def setup(self, stage: str) -> None:
         """Make metrics for the domains of the data module."""

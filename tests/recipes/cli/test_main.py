@@ -1,13 +1,18 @@
 """The `curation` command: recipes by name, overrides, and errors that say what to do."""
 
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from lightning.pytorch.loggers import CSVLogger
 
 from curation.recipes import catalogue, sources
 from curation.recipes.catalogue import find_recipe, recipe_names
+from curation.recipes.cli import lightning_cli
 from curation.recipes.cli import main as cli
+from curation.recipes.cli.lightning_cli import run_folder
 
 RECIPE = "sft_utility_diversity"
 
@@ -98,6 +103,46 @@ def test_only_what_a_recipe_can_do_is_offered(capsys):
         cli.main(["--help"])
     out = capsys.readouterr().out
     assert "{fit,validate,test}" in out
+
+
+BORING = """
+model: {class_path: lightning.pytorch.demos.boring_classes.BoringModel}
+data: {class_path: lightning.pytorch.demos.boring_classes.BoringDataModule}
+trainer:
+  accelerator: cpu
+  max_steps: 1
+  limit_val_batches: 0
+  enable_checkpointing: false
+  logger: {class_path: lightning.pytorch.loggers.WandbLogger, init_args: {project: p, save_dir: logs, offline: true}}
+"""
+
+
+def test_each_fit_has_its_own_config_where_wandb_is_the_only_logger(tmp_path, monkeypatch):
+    import wandb
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(BORING)
+    for seed in (1, 2):
+        cli.main(["fit", "--config=mine.yaml", f"--seed_everything={seed}"])
+        wandb.finish()
+    saved = sorted(tmp_path.glob("**/config.yaml"))
+    assert [file.relative_to(tmp_path).parts[:2] for file in saved] == [("logs", "p")] * 2
+    assert {yaml.safe_load(file.read_text())["seed_everything"] for file in saved} == {1, 2}
+
+
+@pytest.mark.parametrize("save_dir", ["here", None])
+def test_a_run_has_a_folder_whatever_its_logger(tmp_path, save_dir):
+    logger = SimpleNamespace(save_dir=save_dir, name="n", version=3)
+    assert run_folder(logger, "root") == f"{save_dir or 'root'}/n/version_3"
+    csv = CSVLogger(tmp_path, name="", version="")
+    assert Path(run_folder(csv, "root")) == tmp_path
+
+
+def test_a_config_is_written_to_a_remote_file_system():
+    from fsspec import filesystem
+
+    lightning_cli._write("memory://runs/1/config.yaml", "text")
+    assert filesystem("memory").cat("/runs/1/config.yaml") == b"text"
 
 
 RULE = """

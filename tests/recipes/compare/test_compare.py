@@ -12,15 +12,18 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from curation.recipes.catalogue import find_recipe
 from curation.recipes.cli import compare as command
+from curation.recipes.cli import lightning_cli, yaml_text
 from curation.recipes.cli import main as cli
 from curation.recipes.compare import arms, processes, rehearsal, resume
 from curation.recipes.compare.comparison import collect
 from curation.recipes.compare.run import Run
 from curation.recipes.compare.schedule import schedule
-from curation.recipes.compare.workload import Workload, make_workload
+from curation.recipes.compare.workload import Workload, make_workload, metric_and_mode, mode_of_name
 
 BROKEN = """
 from curation.callbacks import UniformSelection
@@ -366,6 +369,165 @@ def test_a_run_that_ends_before_its_budget_is_no_result(tmp_path):
         assert collect(w, options)["runs"][0]["error"] == error
 
 
+def test_a_metric_that_the_last_validation_did_not_log_is_no_result(tmp_path):
+    """Nor is the value of an earlier validation, that of other weights."""
+    run = Run("uniform", 0, tmp_path, {"trainer": {"callbacks": [{"init_args": {"max_steps": 10}}]}})
+    options = command.parse([RECIPE])[0]
+    w = Workload("w", tmp_path, [], {}, [arms.Arm("uniform")], None, "rare", "max", {"uniform": run}, [run])
+    cost = {"seconds": 1.0, "samples_trained": 1, "samples_scored": 0}
+    points = [{"step": step, **cost, "metrics": {"rare": 0.5} if step == 5 else {}} for step in (5, 10)]
+    result = {"points": points, "finished": True, "steps": 10, "flops_per_step": 1.0}
+    (tmp_path / "run.json").write_text(json.dumps(result))
+    collected = collect(w, options)["runs"][0]
+    assert collected["error"] == "its last validation did not log rare, so that of its last weights is not known"
+    assert [(point["step"], point["value"]) for point in collected["points"]] == [(5, 0.5)]
+    assert rehearsal.rehearsal_errors(w) == []  # an early validation has logged it
+
+
+@pytest.mark.parametrize("name", ["run.json", "fit.yaml"])
+def test_a_damaged_file_is_named(tmp_path, name):
+    run = Run("uniform", 0, tmp_path, METERED)
+    resume.prepare(run)
+    whole = {"run.json": '{"finished": true, "points": [{"step', "fit.yaml": "trainer: {callbacks: ["}
+    for text in (whole[name], b"\xff\xfe", *(["[]", "{}", '{"points": 1, "finished": 0}'] * (name == "run.json"))):
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(
+            ValueError, match=rf"(?s){name}' is damaged \(.*\)\. Delete .*the same command repeats the run"
+        ):
+            processes.execute([run], "runs", "threading", 1)
+
+
+def test_a_second_budget_does_not_change_the_runs_of_the_first(tmp_path, monkeypatch):
+    """Both have written `fit.yaml` before a run of either starts; or a run of the first is in progress."""
+    first, second = (Run("uniform", 0, tmp_path, {**CPU, "steps": steps}) for steps in (16, 60))
+
+    def fit(command, **_):
+        steps = yaml.safe_load((tmp_path / "fit.yaml").read_text())["steps"]
+        (tmp_path / "run.json").write_text(json.dumps({"finished": True, "points": [], "steps": steps}))
+        with pytest.raises(ValueError, match=r"Argument `--out` must be a new folder.*steps: 16 there, 60 here"):
+            resume.prepare(second)  # while the run holds its lock
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", fit)
+    resume.prepare(first)
+    resume.prepare(second)
+    processes.fit(first, ".", None)
+    assert first.result["steps"] == 16
+    for refused in (lambda: processes.fit(second, ".", None), lambda: resume.check_same(second)):
+        with pytest.raises(ValueError, match=r"Argument `--out` must be a new folder.*steps: 16 there, 60 here"):
+            refused()
+    processes.fit(first, ".", None)  # the same comparison, started twice
+    resume.check_same(first)
+
+
+def test_a_full_disk_names_the_log(tmp_path, monkeypatch):
+    run = Run("uniform", 0, tmp_path, CPU)
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
+    resume.prepare(run)
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*log\.txt'"):
+        processes.fit(run, ".", None)
+
+
+def test_a_killed_worker_is_said_in_one_line(tmp_path, monkeypatch):
+    killed = type("KilledWorker", (Exception,), {})  # as of dask
+
+    def fit(*_):
+        raise killed("task")
+
+    monkeypatch.setattr(processes, "fit", fit)
+    with pytest.raises(ValueError, match="a worker of `--backend=threading` was killed; the same command goes on"):
+        processes.execute([Run("uniform", 0, tmp_path, METERED)], "runs", "threading", 1)
+
+
+# ---------------------------------------------------------------------- what a recipe says
+
+TAGGED = """
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+class Tagged(BoringModel):
+    def __init__(self, either: str | float = "a", text: str = "a", many: list[str | float] | None = None):
+        super().__init__()
+        self.given = [either, text, *(many or [])]
+"""
+BORING = {
+    "model": {"class_path": "lightning.pytorch.demos.boring_classes.BoringModel"},
+    "data": {"class_path": "lightning.pytorch.demos.boring_classes.BoringDataModule"},
+    "trainer": {"accelerator": "cpu", "max_steps": 2, "limit_val_batches": 1, "enable_progress_bar": False,
+                "enable_checkpointing": False, "enable_model_summary": False},
+}  # fmt: skip
+
+
+STRINGS = ["12e5", "1.5e3", "1_0e2", "1e+5", ".5", "1:30", "null", "true", "0x1F", "2020-01-01", "~"]
+
+
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(STRINGS) | st.text("0123456789eE+-._:xn", max_size=8))
+@example("12e5")
+def test_a_string_stays_the_string_that_fit_gets(tagged, text):
+    recipe, place = Path("recipe.yaml"), Path("fit.yaml")
+    given = {"either": text, "text": text, "many": [text]}
+    model = {"class_path": "tagged.Tagged", "init_args": given}
+    recipe.write_text(json.dumps({**BORING, "model": model, "trainer": {**BORING["trainer"], "logger": False}}))
+    config = arms.configure([f"--config={recipe}"], arms.Arm("recipe"), 0, None, Path("out"), "", {})
+    place.write_text(yaml_text.dump(config))
+    assert yaml.safe_load(place.read_text()) == config
+    assert lightning_cli.run([f"--config={place}"], execute=False).model.given == [text] * 3
+
+
+@pytest.fixture
+def tagged(tmp_path, monkeypatch):
+    (tmp_path / "tagged.py").write_text(TAGGED)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("tagged", None)
+
+
+def test_what_fit_writes_is_a_recipe_for_compare(tmp_path, monkeypatch):
+    """With the optimizer of the command line, too; a checkpoint to go on from is refused."""
+    monkeypatch.chdir(tmp_path)
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "logs"}}
+    optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.03}}
+    recipe = {**BORING, "optimizer": optimizer, "trainer": {**BORING["trainer"], "logger": logger}}
+    Path("mine.yaml").write_text(yaml.safe_dump(recipe))
+    cli.main(["fit", "--config=mine.yaml"])
+    (saved,) = Path("logs").glob("**/config.yaml")
+    options, overrides = command.parse([str(saved), "--methods=loss", "--keep=0.5", "--metric=val_loss"])
+    w = make_workload(str(saved), overrides, options)
+    assert [arm.name for arm in w.arms] == ["full", "uniform", "loss"]
+    config = w.configure(w.arms[-1], 0, tmp_path / "loss-0", "", max_steps=2)
+    assert config["optimizer"]["init_args"]["lr"] == 0.03
+    assert set(config) == {"seed_everything", "trainer", "model", "data", "optimizer"}
+    made = lightning_cli.run([f"--config={saved}"], execute=False).model.configure_optimizers()
+    assert (type(made).__name__, made.defaults["lr"]) == ("SGD", 0.03)
+    Path("more.yaml").write_text(yaml.safe_dump({**recipe, "ckpt_path": "last"}))
+    with pytest.raises(SystemExit, match=r"Argument `ckpt_path` must be null, .* but in more.yaml it is 'last'"):
+        cli.main(["compare", "more.yaml", "--methods=loss", "--keep=0.5"])
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode"),
+    [("val_loss", "min"), ("val/acc", "max"), ("val_accuracy/dataloader_idx_0", "max"), ("Val Loss", "min"),
+     ("val/inaccuracy", None), ("val/accel_error", None), ("val/lossless_ratio", None), ("val/acc_loss", None),
+     ("val/neg_loss", None), ("val_accuracy_drop", None), ("f1", None), ("", None)],
+)  # fmt: skip
+def test_only_a_name_that_says_it_is_taken_for_a_direction(metric, mode):
+    assert mode_of_name(metric) == mode
+    if mode is None and metric:
+        with pytest.raises(ValueError, match=r"Argument `--mode` must be given: whether a .* is not known"):
+            metric_and_mode([], metric, None)
+
+
+def test_a_recipe_and_a_name_that_differ_need_a_mode():
+    """`EarlyStopping(monitor="val_acc")` has the mode min by default."""
+    monitors = [{"init_args": {"monitor": "val_acc", "mode": "min"}}]
+    with pytest.raises(ValueError, match=r"`--mode` must be given: .*'val_acc' .* is said differently by the recipe"):
+        metric_and_mode(monitors, None, None)
+    assert metric_and_mode(monitors, None, "max") == ("val_acc", "max")
+    assert metric_and_mode([{"init_args": {"monitor": "f1", "mode": "max"}}], None, None) == ("f1", "max")
+
+
 def test_an_unknown_length_needs_an_amount(tmp_path, monkeypatch):
     here(tmp_path, monkeypatch)
     options = command.parse([RECIPE, "--methods=loss", "--out=out"])[0]
@@ -430,6 +592,7 @@ def test_every_arm_spends_the_same(tmp_path, monkeypatch, budget, steps):
 
 
 CPU = {"trainer": {"accelerator": "cpu", "devices": 1}}
+METERED = {"trainer": {**CPU["trainer"], "callbacks": [{"init_args": {"max_steps": 10}}]}}
 
 
 def test_a_run_in_progress_is_waited_for_and_not_repeated(tmp_path):

@@ -1,9 +1,12 @@
 """What a report says follows from its runs."""
 
+import html
 import json
 import math
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +77,48 @@ def test_the_verdict_is_the_intervals(mode, finals, kind, sentence):
     assert re.match(sentence, text[1])
     if kind == "even":
         assert "Time to 4: " in text[1]
+
+
+@pytest.mark.parametrize("steps", [[1 / 256] * 3, [-0.5, -0.5, -0.5 + 1e-7], [0.0] * 3])
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_equal_differences_are_no_victory(steps, mode, tmp_path):
+    """One sample more in every seed, or differences of 32-bit numbers that are equal up to rounding."""
+    runs = (run("x", s, [9, 9, UNIFORM[s]["points"][-1]["value"] + step]) for s, step in enumerate(steps))
+    content = build("curation compare a", [workload(*UNIFORM, *runs, mode=mode)])
+    kind, text = verdict(content["workloads"][0], "x")
+    assert kind == "even"
+    assert f"to uniform in val_loss: {steps[0]:+.4g} in each of 3 paired seeds, and equal differences say" in text
+    report.write(content, tmp_path / "report")
+    report.show(content, tmp_path / "report")
+    assert "[-inf, +inf]" in (tmp_path / "report.html").read_text()
+    assert "Infinity" not in (tmp_path / "report.json").read_text()
+
+
+@pytest.mark.parametrize("name", ["val/$50_$100 loss", "val/acc[/b]", "val/acc[bold]", "a_{", "x:smile:", "<b>&"])
+def test_names_are_shown_as_they_are(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    content = build("c", [{**workload(*UNIFORM, run("full", 0, [1]), name=name), "metric": name}])
+    report.write(content, tmp_path / "report")
+    report.show(content, tmp_path / "report")
+    assert f"{name}: {name}" in capsys.readouterr().out
+    assert html.escape(name, quote=False) in (tmp_path / "report.svg").read_text()
+    assert html.escape(name) in (tmp_path / "report.html").read_text()
+
+
+def test_a_report_on_a_full_disk_leaves_the_old_one(tmp_path):
+    content = build("c", [workload(*UNIFORM)])
+    report.write(content, tmp_path / "report")
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    longer = build("c" * 999, [workload(*UNIFORM)])
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        with pytest.raises(OSError, match=r"report\.json"):
+            report.write(longer, tmp_path / "report")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_a_target_that_is_missed_is_missed():
