@@ -58,7 +58,7 @@ tree: .venv/ready
 
 # The pages, pictures and tables of docs/results/ from the JSON there.
 results: .venv/ready
-	$(PY) -m curation.recipes.cli.main report $(filter-out %_ablation.json %_benchmark.json,$(wildcard docs/results/*.json))
+	$(PY) -m curation.recipes.cli report $(filter-out %_ablation.json %_benchmark.json,$(wildcard docs/results/*.json))
 	$(PY) benchmarks/ablation_sft.py --report > docs/results/utility_diversity_ablation.md
 	$(PY) benchmarks/instance_selection.py report $(wildcard docs/results/instance_selection_*_ablation.json) \
 		> docs/results/instance_selection_ablation.md

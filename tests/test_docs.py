@@ -15,9 +15,9 @@ from markdown_it import MarkdownIt
 
 import curation
 from curation import callbacks
+from curation.recipes import cli
 from curation.recipes.catalogue import with_recipe_files
 from curation.recipes.cli import compare, select
-from curation.recipes.cli import main as cli
 from curation.recipes.compare import arms
 from curation.recipes.compare.workload import make_workload
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import wandb
 
-from curation.recipes.cli import main as cli
+from curation.recipes import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -54,7 +54,7 @@ def test_its_python_runs_as_pasted(tmp_path, monkeypatch, capsys):
 
 def fits_in_this_process(command, run=subprocess.run, **options):
     """Stands in for ``subprocess.run``: eight starts of Python would take a minute."""
-    if command[:4] != [sys.executable, "-m", "curation.recipes.cli.main", "fit"]:
+    if command[:4] != [sys.executable, "-m", "curation.recipes.cli", "fit"]:
         return run(command, **options)
     cli.main(command[3:])
     wandb.finish()

@@ -65,7 +65,7 @@ def fit(run: Run, cwd: str, threads: int | None) -> None:
         on_gpu = trainer["accelerator"] in ("auto", "gpu", "cuda") and trainer["devices"] in ("auto", 1)
         with free_gpu(torch.cuda.device_count() if on_gpu else 0) as gpu, _log(run.folder / "log.txt") as log:
             devices = [] if gpu is None else [f"--trainer.devices=[{gpu.index}]"]
-            command = [sys.executable, "-m", "curation.recipes.cli.main", "fit", "--config", str(run.folder / FIT)]
+            command = [sys.executable, "-m", "curation.recipes.cli", "fit", "--config", str(run.folder / FIT)]
             environment = {"WANDB_SILENT": "true", **os.environ}  # so that the log ends with the run's own error
             if threads is not None:
                 environment["OMP_NUM_THREADS"] = str(threads)

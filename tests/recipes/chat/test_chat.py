@@ -7,9 +7,9 @@ import re
 import pytest
 import torch
 
+from curation.recipes import cli
 from curation.recipes.chat import Conversations, SupervisedFineTuning, conversations
 from curation.recipes.chat.conversations import _alternate, encode, load
-from curation.recipes.cli import main as cli
 from curation.recipes.rollouts import Pretrained
 from curation.recipes.smollm2 import SMOLLM2, SMOLLM2_GGUF
 from curation.recipes.sources import resolve

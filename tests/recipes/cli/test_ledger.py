@@ -5,7 +5,7 @@ import pytest
 from helpers import Classifier, loader, trainer
 
 from curation.callbacks import SelectionLedger, UniformSelection
-from curation.recipes.cli import main as cli
+from curation.recipes import cli
 from curation.records.ledger import Ledger
 
 

@@ -11,8 +11,8 @@ from lightning.pytorch.loggers import WandbLogger
 from curation.evaluation.retention import Retention, retention
 from curation.instances import StratifiedRandomSelector
 from curation.instances.selection_index import SelectionIndex, fingerprint
+from curation.recipes import cli
 from curation.recipes.catalogue import find_recipe
-from curation.recipes.cli import main as cli
 from curation.recipes.cli import select as command
 from curation.recipes.compare.arms import configure, make_arm, resolve
 from curation.recipes.image_classification import ImageClassifier, Images

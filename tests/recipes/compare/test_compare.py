@@ -15,10 +15,10 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from curation.recipes import cli
 from curation.recipes.catalogue import find_recipe
 from curation.recipes.cli import compare as command
 from curation.recipes.cli import lightning_cli, yaml_text
-from curation.recipes.cli import main as cli
 from curation.recipes.compare import arms, processes, rehearsal, resume
 from curation.recipes.compare.comparison import collect
 from curation.recipes.compare.run import Run
@@ -37,7 +37,7 @@ class Breaks(UniformSelection):
 """
 RECIPE = "fashion_mnist_noisy"
 SMALL = ["--data.data=digits", "--trainer.max_steps=24", "--trainer.val_check_interval=12", "--out=out"]
-COMMAND = [sys.executable, "-m", "curation.recipes.cli.main", "compare"]
+COMMAND = [sys.executable, "-m", "curation.recipes.cli", "compare"]
 COMPARE = [RECIPE, "--methods=loss,broken.Breaks", "--metric=val_accuracy", "--seeds=2", "--jobs=2", *SMALL]
 
 

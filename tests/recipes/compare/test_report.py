@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from curation.recipes.cli import main as cli
+from curation.recipes import cli
 from curation.recipes.compare import report
 from curation.recipes.compare.summary import build, time_ratio
 from curation.recipes.compare.verdict import number, verdict

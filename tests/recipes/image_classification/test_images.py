@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, Subset
 
 from curation.callbacks import HardSampleSelection, SampleRecord, UniformSelection
-from curation.recipes.cli import main as cli
+from curation.recipes import cli
 from curation.recipes.image_classification import CorruptedShare, ImageClassifier, Images
 from curation.recipes.image_classification.fashion_mnist import load_images
 from curation.recipes.irreducible_losses import irreducible_losses

@@ -16,7 +16,7 @@ from processes import on_two_ranks
 from torch.nn.functional import normalize
 
 from curation.callbacks import ConceptCoverageMonitor
-from curation.recipes.cli import main as cli
+from curation.recipes import cli
 from curation.recipes.image_text import ImageTextModel, TaggedPictures, emoji, tagged_pictures
 from curation.recipes.image_text.image_text_model import augment
 from curation.recipes.image_text.picture_files import decode, load_tagged_pictures

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from helpers import trainer
 
 from curation.callbacks import GlobalBatchLoadBalancing
-from curation.recipes.cli import main as cli
+from curation.recipes import cli
 from curation.recipes.mixture_of_experts.domains import Domains, DomainSampler, cut, read
 from curation.recipes.mixture_of_experts.expert_picture import ExpertPicture
 from curation.recipes.mixture_of_experts.mixture_lm import MixtureLM

@@ -17,8 +17,8 @@ from lightning.pytorch.loggers import WandbLogger
 from processes import on_two_ranks
 
 from curation.callbacks import DifficultyAdaptiveRollouts
+from curation.recipes import cli
 from curation.recipes.catalogue import find_recipe
-from curation.recipes.cli import main as cli
 from curation.recipes.compare.arms import configure, make_arm, resolve
 from curation.recipes.rollouts.answers import Rollouts
 from curation.recipes.rollouts.language_models import FromScratch, Pretrained

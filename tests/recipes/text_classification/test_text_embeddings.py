@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import trainer
 
-from curation.recipes.cli import main as cli
+from curation.recipes import cli
 from curation.recipes.sources import resolve
 from curation.recipes.text_classification import LinearProbe, TextEmbeddings, text_embeddings
 from curation.recipes.text_classification.labelled_texts import FAMILIES, load_texts

@@ -8,10 +8,9 @@ import pytest
 import yaml
 from lightning.pytorch.loggers import CSVLogger
 
-from curation.recipes import catalogue, sources
+from curation.recipes import catalogue, cli, sources
 from curation.recipes.catalogue import find_recipe, recipe_names
 from curation.recipes.cli import lightning_cli
-from curation.recipes.cli import main as cli
 from curation.recipes.cli.lightning_cli import run_folder
 
 RECIPE = "sft_utility_diversity"

@@ -40,7 +40,3 @@ def main(args: list[str] | None = None) -> None:
         if not str(error).startswith("Does not validate"):
             raise
         sys.exit(f"curation: {first_cause(error)}")
-
-
-if __name__ == "__main__":
-    main()
