@@ -405,6 +405,6 @@ def test_the_pool_takes_every_score_of_batches_that_grow():
     sizes = [2, 6, 4]
     batches = [list(range(sum(sizes[:i]), sum(sizes[: i + 1]))) for i in range(3)]
     selection = HardSampleSelection(keep=0.5, rule="selective_backprop")
-    trainer(selection, max_epochs=1).fit(Classifier(), DataLoader(data(12), batch_sampler=batches))
+    trainer(selection, max_epochs=1).fit(Plain(), DataLoader(data(12), batch_sampler=batches))
     assert selection.pool.shape == (12,)
     assert selection.pool.isfinite().all()
