@@ -15,43 +15,6 @@ from curation.callbacks.lightning.loop import logging_step
 from curation.files import replacing
 
 
-@contextmanager
-def warn_of_errors(what: str) -> Iterator[None]:
-    """Turn an error of the block into a warning: no picture or table may end a fit, or hide the error that ended it.
-
-    Args:
-        what: What was not done, as a sentence without its end.
-
-    Example:
-        >>> with warn_of_errors("The picture was not drawn"):
-        ...     raise OSError("disk full")
-    """
-    try:
-        yield
-    except Exception as error:  # any error: loggers and plots raise all kinds
-        rank_zero_warn(f"{what}: {type(error).__name__}: {error}")
-
-
-def save_figure(figure: Any, path: str) -> None:
-    """Write a matplotlib figure as PNG.
-
-    Args:
-        figure: The figure.
-        path: The file: a path, or a URL of any file system that Lightning writes its logs to.
-
-    Raises:
-        OSError: If the file cannot be written; the error names it.
-    """
-    if "://" not in path:
-        with replacing(path) as file:
-            figure.savefig(file, dpi=120)
-        return
-    files = get_filesystem(path)
-    files.makedirs(path.rpartition("/")[0], exist_ok=True)
-    with files.open(path, "wb") as file:
-        figure.savefig(file, dpi=120, format="png")
-
-
 def takes_histograms(trainer: Trainer) -> bool:
     """Whether this process has a logger that :func:`log_histogram` writes to."""
     return trainer.is_global_zero and any(isinstance(x, (WandbLogger, TensorBoardLogger)) for x in trainer.loggers)
@@ -113,3 +76,23 @@ def log_image(trainer: Trainer, name: str, image: Any) -> None:
         if isinstance(logger, WandbLogger):
             with not_essential(f"The picture {name!r}"):
                 logger.log_image(name, [str(image) if isinstance(image, Path) else image])
+
+
+def save_figure(figure: Any, path: str) -> None:
+    """Write a matplotlib figure as PNG.
+
+    Args:
+        figure: The figure.
+        path: The file: a path, or a URL of any file system that Lightning writes its logs to.
+
+    Raises:
+        OSError: If the file cannot be written; the error names it.
+    """
+    if "://" not in path:
+        with replacing(path) as file:
+            figure.savefig(file, dpi=120)
+        return
+    files = get_filesystem(path)
+    files.makedirs(path.rpartition("/")[0], exist_ok=True)
+    with files.open(path, "wb") as file:
+        figure.savefig(file, dpi=120, format="png")

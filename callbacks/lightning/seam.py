@@ -165,11 +165,11 @@ class BatchSeam:
 
 
 def check_training_step(pl_module: LightningModule) -> None:
-    """Raise a TypeError if the module fetches its own batches, which no callback sees before the step."""
+    """Raise a TypeError if the module fetches its own batches, which no callback can curate."""
     if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
         raise TypeError(
             f"`{type(pl_module).__name__}.training_step(dataloader_iter)` fetches its own batches, so no callback "
-            "can select, count or resume them. Take `batch` as the argument of `training_step` instead."
+            "can choose or record what is in them. Take `batch` as the argument of `training_step` instead."
         )
 
 

@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from curation.callbacks.lightning.collectives import gather_rows
 from curation.callbacks.lightning.fit_callback import FitCallback
-from curation.callbacks.lightning.loggers import log_histogram, takes_histograms, warn_of_errors
+from curation.callbacks.lightning.loggers import log_histogram, not_essential, takes_histograms
 from curation.callbacks.lightning.loop import logs_now
 from curation.callbacks.online.choice import Choice, SelectionListener
 from curation.callbacks.records.entries import candidate_entries, check_selection
@@ -79,7 +79,7 @@ class SampleRecord(FitCallback, SelectionListener):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log how often samples were kept."""
         if self.store is not None and takes_histograms(trainer):
-            with warn_of_errors("The histogram of the record was not logged"):
+            with not_essential("The histogram 'curation/times_kept'"):
                 log_histogram(trainer, "curation/times_kept", self.store.kept.tolist())
 
     def state_dict(self) -> dict[str, Any]:

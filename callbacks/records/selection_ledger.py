@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from curation.callbacks.lightning.collectives import agree
 from curation.callbacks.lightning.fit_callback import FitCallback
-from curation.callbacks.lightning.loggers import warn_of_errors
+from curation.callbacks.lightning.loggers import not_essential
 from curation.callbacks.online.choice import Choice, SelectionListener
 from curation.callbacks.records.entries import candidate_entries, check_selection
 from curation.checks import check_path
@@ -105,7 +105,7 @@ class SelectionLedger(FitCallback, SelectionListener):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Close the ledger: no row is lost."""
-        with warn_of_errors("The ledger could not be closed"):  # the error that ended the fit is the one to raise
+        with not_essential("The rest of the ledger"):  # the error that ended the fit is the one to raise
             self.on_train_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from curation.callbacks.lightning.collectives import gather_rows
-from curation.callbacks.lightning.loggers import log_image, save_figure, warn_of_errors
+from curation.callbacks.lightning.loggers import log_image, not_essential, save_figure
 from curation.callbacks.lightning.loop import logs_now, skips_backward
-from curation.callbacks.lightning.seam import SeamClient, check_one_loader, check_training_step
+from curation.callbacks.lightning.seam import SeamClient, check_one_loader
 from curation.callbacks.online.choice import Choice, SelectionListener
 from curation.callbacks.online.online_selection import OnlineSelection
 from curation.metrics.concept_coverage import ConceptCoverage, plot_concepts
@@ -69,7 +69,6 @@ class ConceptCoverageMonitor(SeamClient, SelectionListener):
         """Forget an earlier fit; install the seam."""
         super().setup(trainer, pl_module, stage)
         if self.fitting:
-            check_training_step(pl_module)
             self.visits = self._ids = None
             self._index = loaded(self.concepts)
             self._selected = any(isinstance(c, OnlineSelection) for c in trainer.callbacks)  # type: ignore[attr-defined]
@@ -152,7 +151,7 @@ class ConceptCoverageMonitor(SeamClient, SelectionListener):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the picture."""
-        with warn_of_errors("The picture of the concepts was not drawn"):
+        with not_essential("The picture of the concepts"):
             self._draw(trainer)
 
     def _draw(self, trainer: Trainer) -> None:

@@ -138,7 +138,7 @@ def test_the_picture_is_saved_after_an_exception_and_missing_matplotlib_is_told(
     assert (tmp_path / "csv/version_0/concepts.png").is_file()
     with monkeypatch.context() as patch:
         patch.setattr(concept_coverage, "plot_concepts", lambda *_: 1 / 0)
-        with pytest.warns(UserWarning, match="was not drawn: ZeroDivisionError"):
+        with pytest.warns(UserWarning, match="was not written: ZeroDivisionError"):
             fit()
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.warns(UserWarning, match="A picture needs matplotlib"):
@@ -150,7 +150,7 @@ def test_a_picture_that_cannot_be_written_is_told_and_ends_no_fit(tmp_path):
     (tmp_path / "csv/version_0/concepts.png").mkdir(parents=True)
     logger._version = 0
     run = trainer(ConceptCoverageMonitor(concepts()), meter, logger=logger)
-    with pytest.warns(UserWarning, match=r"The picture of the concepts was not drawn: .*concepts.png"):
+    with pytest.warns(UserWarning, match=r"The picture of the concepts was not written: .*concepts.png"):
         run.fit(Classifier(), loader())
     assert json.loads((tmp_path / "run.json").read_text())["finished"]
 
