@@ -74,7 +74,7 @@ def answer(valid, call, *said):
 
 
 def number(value, low, high=sys.float_info.max, kind=Real):
-    return isinstance(value, kind) and low <= value <= high
+    return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
 
 
 pick, lists = st.sampled_from, st.lists
@@ -497,7 +497,7 @@ def test_instances(name, y, k, budget, criterion, select, value, seed):
         "coverage": instances.CoverageInstanceSelector(budget, n_neighbors=k, random_state=0),
         "edited": instances.EditedNearestNeighboursFilter(n_neighbors=k, random_state=0),
     }.get(name) or instances.GraphAttentionInstanceSelector(budget, n_neighbors=k, random_state=0, **graph)
-    valid = name == "edited" or (number(budget, 5e-324, 1) and not isinstance(budget, bool))
+    valid = name == "edited" or number(budget, 5e-324, 1)
     before, said = X.copy(), "`budget`" if value is None else "X"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(instances.attention, "STEPS", 2)
