@@ -1,6 +1,7 @@
 """What every test shares: no network, no W&B server, and nothing left behind in the process."""
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
@@ -13,7 +14,16 @@ from hypothesis import settings
 
 settings.register_profile("untimed", deadline=None)  # a slow machine is no failure
 settings.load_profile("untimed")
+LONG = ("test_compare.py", "real_model", "test_five_steps", "killed_mid_epoch", "types_of_every")
 torch.set_num_threads(1)  # what most tests train is so small that a second one costs more than it gives
+
+
+@pytest.fixture(autouse=True)
+def no_open_run():
+    """A W&B run that a test leaves open would take what the next one logs."""
+    yield
+    if "wandb" in sys.modules and sys.modules["wandb"].run is not None:
+        sys.modules["wandb"].finish()
 
 
 @pytest.fixture(autouse=True)
@@ -37,13 +47,11 @@ def no_environment_leak():
     assert not leaked, f"left in the environment: {leaked}"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Tests that share a fixture of their module run in one process, which makes it once."""
+    """Tests that share a fixture of their module run in one process, which makes it once; long ones come first."""
     for item in items:
-        shared = [
-            name
-            for name, definitions in item._fixtureinfo.name2fixturedefs.items()
-            if definitions[-1].scope != "function" and definitions[-1].baseid.endswith(".py")
-        ]
-        if shared:
-            item.add_marker(pytest.mark.xdist_group(f"{item.path}-{shared[0]}"))
+        fixtures = item._fixtureinfo.name2fixturedefs.values()
+        if any(f[-1].scope != "function" and f[-1].baseid.endswith(".py") for f in fixtures):
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+    items.sort(key=lambda item: not any(name in item.nodeid for name in LONG))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.cloud_io import get_filesystem
+from fsspec.core import url_to_fs
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -92,7 +92,7 @@ def save_figure(figure: Any, path: str) -> None:
         with replacing(path) as file:
             figure.savefig(file, dpi=120)
         return
-    files = get_filesystem(path)
+    files, _ = url_to_fs(path)
     files.makedirs(path.rpartition("/")[0], exist_ok=True)
     with files.open(path, "wb") as file:
         figure.savefig(file, dpi=120, format="png")

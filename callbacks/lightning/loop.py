@@ -45,6 +45,15 @@ def training_loaders(trainer: Trainer) -> list[Any]:
     return [] if loaders is None else loaders.flattened
 
 
+def has_length(loader: Any) -> bool:
+    """Whether a data loader tells how many batches it has."""
+    try:
+        len(loader)
+    except (TypeError, NotImplementedError):
+        return False
+    return True
+
+
 def prepares_training_loader(trainer: Trainer) -> bool:
     """Whether the data loader that Lightning is preparing is for training: a tuner prepares one for validation."""
     loop = trainer.fit_loop

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
+from curation.callbacks.lightning.loop import has_length
 from curation.callbacks.lightning.restart import (
     begin_next_epoch,
     mend_counters,
@@ -105,7 +105,7 @@ class ExactResume(SeamClient):
 
     def _warn_of_lost_batches(self, loader: Any) -> None:
         name = type(loader).__name__
-        if sized_len(loader) is None:
+        if not has_length(loader):
             rank_zero_warn(
                 f"ExactResume leaves the {name} to Lightning, which fetches a batch ahead of a loader without a "
                 "length: each resume loses a batch."

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule
 
+from contract.registry import CALLBACKS
 from curation import callbacks, evaluation, experts, instances, metrics, online, records, rollouts, samplers
 from curation.instances import CoverageInstanceSelector, InstanceSelector, SelectionIndex
 from curation.records import LedgerWriter
@@ -180,7 +181,8 @@ def cases() -> Iterator[Any]:
 
 
 def make(cls: type, **changes: Any) -> Any:
-    made = cls(**{**VALID.get(cls.__name__, {}), **changes})
+    registered = {entry.cls.__name__: entry.arguments for entry in CALLBACKS.values()}
+    made = cls(**{**VALID.get(cls.__name__, registered.get(cls.__name__, {})), **changes})
     return made.fit(FEATURES, CLASSES) if issubclass(cls, InstanceSelector) else made  # as scikit-learn wants it
 
 

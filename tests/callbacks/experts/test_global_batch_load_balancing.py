@@ -13,6 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from mixture import EXPERTS, Mixture, Tokens, error, routed, slow_counts, slow_gradients
 from processes import on_two_ranks
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
@@ -354,7 +355,7 @@ def test_a_compiled_model():
 
 def test_as_many_layers_as_there_are_make_one_graph():
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     module = Mixture(lr=0.0, layers=10)
     module.layers = nn.ModuleList(torch.compile(layer, backend=counter) for layer in module.layers)
     fit(GlobalBatchLoadBalancing(COEFFICIENT, routers=r"router$"), module)

@@ -180,7 +180,7 @@ class Source(FromScratch):
 
 def policy_gradient(estimator, token_budget):
     """The gradient of the router, and the tokens that counted."""
-    options = {"rollouts": 4, "max_new_tokens": 4, "temperature": 1e-3, "seed": 0, "max_grad_norm": 1e9}
+    options = {"rollouts": 4, "max_new_tokens": 4, "temperature": 1e-6, "seed": 0, "max_grad_norm": 1e9}
     policy = PolicyModule(Source(), token_budget=token_budget, lr=1e-12, **options)
     callback = GlobalBatchLoadBalancing(1.0, estimator=estimator)
     run = trainer(callback, max_steps=1, limit_val_batches=0)
