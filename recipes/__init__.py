@@ -17,6 +17,7 @@ _MOVED = {
     "mixture": "mixture_of_experts",
     "policy": "rollouts",
     "prompts": "rollouts",
+    "report": "compare.report compare.summary compare.pictures cli.report",
     "sft": "chat",
     "solve_picture": "rollouts",
     "tasks": "rollouts",
@@ -30,8 +31,11 @@ class _Moved(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # asked of every module by `inspect`
             raise AttributeError(name)
-        module = import_module(f"{__name__}.{_MOVED[self.__name__.rpartition('.')[2]]}")
-        return getattr(module, name)
+        for place in _MOVED[self.__name__.rpartition(".")[2]].split():
+            module = import_module(f"{__name__}.{place}")
+            if name in vars(module):
+                return vars(module)[name]
+        raise AttributeError(f"{self.__name__} has moved, and {name!r} is not among what it had")
 
 
 for _name in _MOVED:

@@ -1,5 +1,6 @@
 """What a comparison is asked for: recipes, methods, seeds, the budget, and how the runs are executed."""
 
+import argparse
 import math
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 
 from curation.checks import check_choice, check_integer, check_number
+from curation.recipes.compare.arms import METHODS
 
 BUDGETS = ("steps", "samples", "flops", "seconds")
 BACKENDS = ("threading", "dask", "ray", "loky")  # the last is the old name of the first
@@ -94,3 +96,64 @@ def read_budget(text: str) -> tuple[str, float | None]:
             f"or one with an amount, as in steps=500, but got {text!r}."
         )
     return unit, value
+
+
+def parse(args: list[str]) -> tuple[Options, list[str]]:
+    """The options of the command, and the overrides of the recipe.
+
+    Raises:
+        ValueError: If an option is out of its range.
+    """
+    given, overrides = parser().parse_known_args(args)
+    if any(word.startswith("--seed_everything") for word in overrides):
+        raise ValueError("Argument `--seed_everything` must be left out: every run has its own; see `--seeds`.")
+    out = given.out or Path("runs/compare") / "-".join(Path(recipe).stem for recipe in given.recipes)
+    options = Options(
+        given.recipes,
+        methods=None if given.methods is None else given.methods.split(","),
+        keep=given.keep,
+        seeds=given.seeds,
+        budget=read_budget(given.budget),
+        metric=given.metric,
+        mode=given.mode,
+        target=given.target,
+        backend=given.backend,
+        jobs=max(1, torch.cuda.device_count()) if given.jobs is None else given.jobs,
+        out=out,
+    )
+    return options, overrides
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the command's own options."""
+    parser = argparse.ArgumentParser(
+        "curation compare",
+        description="Does a method help on this data? Trains every arm with the same seeds, beside `full` (every "
+        "candidate) and `uniform` (as many at random), and writes report.html, .json, .png and .svg.",
+        epilog="Options of `curation fit` (--trainer.max_steps=50) hold for every run; {seed} in them is its seed. "
+        "Write them with =. An interrupted comparison goes on when it is started again.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipes", nargs="+", help="names of recipes, or files")
+    parser.add_argument(
+        "--methods",
+        help=f"separated by commas: {', '.join(METHODS)}, `recipe` (what the recipe itself does), one of its `arms`, "
+        "or the class path of a callback or a sampler (default: the arms, or `recipe`)",
+    )
+    parser.add_argument("--keep", type=float, help="fraction of each candidate batch (default: the recipe's)")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each arm (%(default)s)")
+    parser.add_argument(
+        "--budget",
+        default="steps",
+        help="what is held equal: steps, samples, flops or seconds; with an amount as in steps=500 (default: steps, "
+        "as many as uniform selection spends on the recipe)",
+    )
+    parser.add_argument("--metric", help="metric of validation (default: what the recipe monitors, or val_loss)")
+    parser.add_argument("--mode", choices=("min", "max"), help="what is better (default: as the recipe monitors it)")
+    parser.add_argument(
+        "--target", type=float, help="for the time to a target (default: what uniform always reaches)"
+    )
+    parser.add_argument("--backend", choices=BACKENDS, default="threading", help="backend of joblib (%(default)s)")
+    parser.add_argument("--jobs", type=int, help="runs side by side (default: one for every GPU, or one)")
+    parser.add_argument("--out", type=Path, help="folder (default: runs/compare/RECIPE)")
+    return parser

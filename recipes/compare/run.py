@@ -47,6 +47,18 @@ class Run:
             ) from error
         return result
 
+    def prepare(self) -> None:
+        """Make the folder ready to run in: see :func:`~curation.recipes.compare.resume.prepare`."""
+        from curation.recipes.compare.resume import prepare
+
+        prepare(self)
+
+    def execute(self, cwd: str, threads: int | None) -> None:
+        """Run in a process, unless finished: see :func:`~curation.recipes.compare.processes.fit`."""
+        from curation.recipes.compare.processes import fit
+
+        fit(self, cwd, threads)
+
     @property
     def finished(self) -> bool:
         """Whether the fit came to its end."""
