@@ -12,7 +12,8 @@ OLD = [
     "expert_picture.ExpertPicture", "fits.Run", "images.CorruptedShare", "images.ImageClassifier", "images.Images",
     "language_models.FromScratch", "language_models.LanguageModelSource", "language_models.Pretrained",
     "language_models.Text", "mixture.MixtureLM", "policy.PolicyModule", "prompts.Prompts", "report.build",
-    "sft.Conversations", "sft.SupervisedFineTuning", "solve_picture.SolvePicture", "tasks.Expression", "tasks.FinalNumber",
+    "sft.Conversations", "sft.SupervisedFineTuning", "solve_picture.SolvePicture", "tasks.Expression",
+    "tasks.FinalNumber",
     "tasks.Puzzles", "tasks.ReasoningGym", "tasks.Task", "texts.LinearProbe", "texts.TextEmbeddings",
 ]  # fmt: skip
 
