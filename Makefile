@@ -12,9 +12,9 @@ PYTEST := $(PY) -m pytest -n 2 --dist loadgroup
 test: .venv/ready lint
 	$(PYTEST) --cov --cov-report=term
 
-# The quick loop: no processes, no comparisons.
+# The quick loop, about a minute: format, lint, types and the tests of the maths; no processes, no fits of recipes.
 check: .venv/ready lint
-	$(PYTEST) tests/curation tests/callbacks/lightning -m "not slow"
+	$(PYTEST) tests/curation -k "not process and not two_ranks"
 
 lint: .venv/ready
 	.venv/bin/ruff format --check .
@@ -22,7 +22,8 @@ lint: .venv/ready
 	.venv/bin/mypy curation
 
 # The wheel, with the oldest and the newest torch and Lightning that it can be installed with: a recipe with no extra but
-# [recipes], then the contract suite. PYTHONSAFEPATH keeps the sources in this folder from standing in for the wheel.
+# [recipes], then the contract suite. Run in
+# another folder, where the sources do not stand in for the wheel.
 test-versions:
 	$(MAKE) -j 2 test-oldest test-newest
 
