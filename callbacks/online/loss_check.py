@@ -18,7 +18,7 @@ class LossCheck:
     """Compares the losses of the first training steps with the cross-entropy of the logits that they make.
 
     They differ where ``forward`` returns embeddings, or where the step's loss weights classes, ignores another index
-    or is another loss. The user is then told once what is scored. A ``score_step`` is not checked.
+    or is another loss. One warning then says what is scored. A ``score_step`` is not checked.
 
     Attributes:
         done: Whether enough losses were compared.

@@ -215,7 +215,24 @@ class ReasoningGym:
         return float(any(self.data.score_answer(candidate, item) == 1 for candidate in candidates))
 
 
-class FinalNumber:
+class _WorkedProblems:
+    """Problems with worked answers, from a file or the hub."""
+
+    items: list[tuple[str, str]]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def question(self, i: int) -> str:
+        """The problem."""
+        return self.items[i][0]
+
+    def solution(self, i: int) -> str:
+        """The worked answer."""
+        return self.items[i][1]
+
+
+class FinalNumber(_WorkedProblems):
     """Word problems whose answer is a number, such as GSM8K.
 
     Args:
@@ -235,23 +252,12 @@ class FinalNumber:
                 f"Argument `data` must have a number in every answer, but row {self.numbers.index(None)} has none."
             )
 
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def question(self, i: int) -> str:
-        """The problem."""
-        return self.items[i][0]
-
-    def solution(self, i: int) -> str:
-        """The worked answer."""
-        return self.items[i][1]
-
     def score(self, i: int, answer: str) -> float:
         """1 if the last number of the final answer is the correct one, else 0."""
         return float(number(final_answer(answer)) == self.numbers[i])
 
 
-class Expression:
+class Expression(_WorkedProblems):
     """Problems whose answer is an expression, such as MATH; math-verify decides which answers are equal to it.
 
     Args:
@@ -288,17 +294,6 @@ class Expression:
             return self._library.parse(last_box(text), parsing_timeout=None)
         finally:
             undo()
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def question(self, i: int) -> str:
-        """The problem."""
-        return self.items[i][0]
-
-    def solution(self, i: int) -> str:
-        """The worked answer."""
-        return self.items[i][1]
 
     def score(self, i: int, answer: str) -> float:
         r"""1 if the last ``\boxed{}`` of the answer, or else its expression, is equal to the correct one, else 0."""
