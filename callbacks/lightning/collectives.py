@@ -59,6 +59,31 @@ def sum_over_processes(trainer: Trainer, values: Tensor) -> Tensor:
     return values
 
 
+class Totals:
+    """Counts that are summed over all processes as they grow: any process can save them without a collective.
+
+    Sums of each process's own would be lost with the processes: a checkpoint holds those of rank 0.
+
+    Args:
+        counts: The first counts, integers.
+
+    Attributes:
+        values: int64 ``[n]``, the counts of all processes.
+    """
+
+    def __init__(self, *counts: int) -> None:
+        self.values = torch.tensor(counts, dtype=torch.int64)
+
+    def add(self, trainer: Trainer, *counts: int) -> None:
+        """Add the counts of every process, on all at the same time; the host does not wait for an accelerator."""
+        added = torch.tensor(counts, dtype=torch.int64)
+        if trainer.world_size > 1:
+            device = trainer.strategy.root_device
+            added = sum_over_processes(trainer, added.to(device, non_blocking=True))
+            self.values = self.values.to(device, non_blocking=True)
+        self.values = self.values + added
+
+
 def agree(trainer: Trainer, work: Callable[[], T]) -> T:
     """Run ``work`` on every process; if it fails on one, all raise, and none waits for it.
 

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from curation.batch import Columns, batch_size, copied, refuse_samples, take_rows, trim_padding
+from curation.callbacks.lightning.collectives import Totals
 from curation.callbacks.lightning.loop import muted
 from curation.callbacks.lightning.seam import (
     BatchSeam,
@@ -107,13 +108,13 @@ class OnlineSelection(SeamClient, ABC):
 
     @property
     def samples_scored(self) -> int:
-        """Rows of this rank that were scored."""
-        return self.statistics.samples_scored
+        """Rows of all ranks that were scored."""
+        return int(self.statistics.counts.values[0])
 
     @property
     def samples_trained(self) -> int:
-        """Rows of this rank that were trained on."""
-        return self.statistics.samples_trained
+        """Rows of all ranks that were trained on."""
+        return int(self.statistics.counts.values[1])
 
     @property
     def train_seconds(self) -> float:
@@ -347,6 +348,5 @@ class OnlineSelection(SeamClient, ABC):
         """Restore :meth:`state_dict`; a rule with a state of its own extends both."""
         self.budget.load_state_dict(state)
         self.batches = state["batches"]
-        self.statistics.samples_scored = state["samples_scored"]
-        self.statistics.samples_trained = state["samples_trained"]
+        self.statistics.counts = Totals(state["samples_scored"], state["samples_trained"])
         self.timer.load_state_dict(state, same_keep=state["k_is_for"][:1] == [self.keep])

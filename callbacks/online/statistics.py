@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from curation.callbacks.lightning.collectives import Totals
 from curation.callbacks.lightning.loggers import log_histogram, log_table, takes_histograms
 from curation.callbacks.lightning.loop import is_accumulating, logging_step, logs_now
 from curation.callbacks.online.choice import Choice, SelectionListener
@@ -16,7 +17,6 @@ from curation.callbacks.online.choice import Choice, SelectionListener
 TABLE_ROWS = 64
 TABLE_COLUMNS = ["step", "sample_id", "score", "kept"]
 IN_PROGRESS_BAR = ("candidate_loss", "samples_trained")
-SUMMED_OVER_RANKS = ("samples_scored", "samples_trained")
 
 
 class SelectionStatistics(SelectionListener):
@@ -26,13 +26,12 @@ class SelectionStatistics(SelectionListener):
         more: Further statistics of a choice, by name: the time of training, and what a rule reports.
 
     Attributes:
-        samples_scored: Rows of this rank that were scored and from which rows were chosen.
-        samples_trained: Rows of this rank that were trained on.
+        counts: Rows of all ranks that were scored and from which rows were chosen, and that were trained on.
     """
 
     def __init__(self, more: Callable[[Choice], dict[str, Tensor | float]]) -> None:
-        self.samples_scored = 0
-        self.samples_trained = 0
+        self.counts = Totals(0, 0)
+        self._scores = 0  # of this rank, in this process
         self._more = more
         self._not_finite: Tensor | None = None  # stays on the device until something is logged
         self._warned = False
@@ -40,14 +39,16 @@ class SelectionStatistics(SelectionListener):
 
     def on_selection(self, trainer: Trainer, pl_module: LightningModule, step: int, choice: Choice) -> None:
         """Count the rows of a choice; on logging steps log its statistics."""
-        self.samples_trained += choice.trained
+        chosen = choice.rows is not None and choice.scores is not None
+        scored = choice.size if chosen and choice.has_scores else 0
+        self.counts.add(trainer, scored, choice.trained)
+        self._scores += scored
         if choice.rows is not None and choice.scores is not None:
-            self.samples_scored += choice.size if choice.has_scores else 0
             not_finite = (~choice.scores.isfinite()).sum()
             self._not_finite = not_finite if self._not_finite is None else self._not_finite + not_finite
         if not logs_now(trainer):
             return
-        counts = {"samples_scored": float(self.samples_scored), "samples_trained": float(self.samples_trained)}
+        counts = dict(zip(("samples_scored", "samples_trained"), self.counts.values.float(), strict=True))
         for name, value in {**counts, **self._more(choice), **choice_statistics(choice)}.items():
             pl_module.log(
                 f"curation/{name}",
@@ -56,8 +57,7 @@ class SelectionStatistics(SelectionListener):
                 on_step=True,
                 on_epoch=False,
                 batch_size=1,
-                sync_dist=name in (*SUMMED_OVER_RANKS, "candidate_loss"),
-                reduce_fx="sum" if name in SUMMED_OVER_RANKS else "mean",
+                sync_dist=name == "candidate_loss",
             )
         self.warn_of_broken_scores()
         if choice.has_scores and takes_histograms(trainer) and not is_accumulating(trainer):
@@ -67,7 +67,7 @@ class SelectionStatistics(SelectionListener):
         """Warn once, if scores were not finite."""
         if self._not_finite is not None and not self._warned and int(self._not_finite):
             self._warned = True
-            broken = f"{int(self._not_finite)} of {self.samples_scored} scores"
+            broken = f"{int(self._not_finite)} of {self._scores} scores"
             rank_zero_warn(f"{broken} so far are not finite; such rows are kept last.")
 
     def log_table(self, trainer: Trainer) -> None:

@@ -10,9 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 class FlopCount:
     """Counts FLOPs with torch's own counter: matrix products, grouped ones too, convolutions and attention.
 
-    Args:
-        total: FLOPs that were counted before.
-
     Attributes:
         total: FLOPs counted so far.
 
@@ -25,8 +22,8 @@ class FlopCount:
         48
     """
 
-    def __init__(self, total: int = 0) -> None:
-        self._total = total
+    def __init__(self) -> None:
+        self._total = 0
         self._counter: FlopCounterMode | None = None
 
     @property

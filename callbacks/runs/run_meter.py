@@ -14,6 +14,7 @@ from torch import Tensor
 
 from curation.batch import batch_size
 from curation.callbacks.instances.instance_selection import InstanceSelection
+from curation.callbacks.lightning.collectives import Totals
 from curation.callbacks.lightning.loop import wait_for
 from curation.callbacks.lightning.seam import SeamClient, check_training_step
 from curation.callbacks.online.online_selection import OnlineSelection
@@ -49,7 +50,7 @@ class RunMeter(SeamClient):
 
     Attributes:
         points: The points so far.
-        samples: Samples that this process trained on.
+        samples: Samples that all processes trained on.
         seconds: Training seconds.
 
     Raises:
@@ -79,7 +80,7 @@ class RunMeter(SeamClient):
 
     def _reset(self) -> None:
         self.points: list[dict[str, Any]] = []
-        self.samples = 0
+        self._trained = Totals(0, 0)  # samples and FLOPs of all processes, up to the last batch that was trained on
         self.seconds = 0.0
         self._clock = 0.0
         self._steps = 0
@@ -87,10 +88,14 @@ class RunMeter(SeamClient):
         self._warned = False
         self._logged: dict[str, Tensor] = {}  # metrics at the last point
         self._flops = FlopCount()  # of this process
-        self._flops_trained = 0  # up to the last batch that was trained on
+        self._flops_trained = 0  # of them, in the totals
         self._peak = 0
         self._extra: dict[str, Any] = {}
         self._began = time.perf_counter()
+
+    @property
+    def samples(self) -> int:  # noqa: D102 - see Attributes
+        return int(self._trained.values[0])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit; strip sample ids, also where nothing is selected."""
@@ -140,9 +145,9 @@ class RunMeter(SeamClient):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the rows; end the fit if the budget is spent."""
-        self.samples += 0 if batch is None else self._rows
-        if self.count_flops:
-            self._flops_trained = self._flops.total
+        flops = self._flops.total
+        self._trained.add(trainer, 0 if batch is None else self._rows, flops - self._flops_trained)
+        self._flops_trained = flops
         self._tick()
         if trainer.global_step == self._steps:
             return  # a micro-batch
@@ -177,8 +182,9 @@ class RunMeter(SeamClient):
             return
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         scored = sum(c.samples_scored for c in callbacks if isinstance(c, OnlineSelection))
-        counts = torch.tensor([self.samples, scored, self._flops.total], device=pl_module.device)
-        trained, scored, flops = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        self._trained.add(trainer, 0, self._flops.total - self._flops_trained)
+        self._flops_trained = self._flops.total
+        trained, flops = self._trained.values.tolist()
         earlier, self._logged = self._logged, dict(trainer.callback_metrics)  # Lightning keeps the values of old ones
         self.points.append(
             {
@@ -228,17 +234,15 @@ class RunMeter(SeamClient):
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """What was measured so far; samples and FLOPs are those of rank 0."""
-        measured = {"points": self.points, "samples": self.samples, "seconds": self.seconds}
-        return {**measured, "flops": self._flops_trained}
+        """What was measured so far; samples and FLOPs are those of all processes, seconds those of rank 0."""
+        samples, flops = self._trained.values.tolist()
+        return {"points": self.points, "samples": samples, "seconds": self.seconds, "flops": flops}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on measuring."""
         self.points = list(state["points"])
-        self.samples = state["samples"]
+        self._trained = Totals(state["samples"], state.get("flops", 0))  # older checkpoints have no FLOPs
         self.seconds = state["seconds"]
-        self._flops_trained = state.get("flops", 0)  # checkpoints of before FLOPs were counted have none
-        self._flops = FlopCount(self._flops_trained)
 
 
 def _peak_memory(device: torch.device) -> int:
