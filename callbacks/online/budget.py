@@ -41,6 +41,8 @@ class Budget:
             self.candidates = int(trainer.strategy.reduce(largest, reduce_op="max"))
             self.k = keep_count(self.keep, self.candidates)
             self._fixed_for = conditions
+        if self.keep == 1:
+            return size  # also of a batch that is larger than the first
         self._watch(size)
         return self.k
 

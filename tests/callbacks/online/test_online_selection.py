@@ -66,6 +66,15 @@ def test_k_is_fixed_by_the_first_batch_and_a_short_batch_keeps_what_it_has():
     assert module.seen == [4, 4, 3]
 
 
+def test_keeping_everything_counts_every_row_of_a_batch_that_is_larger_than_the_first(recwarn):
+    rule, batches = UniformSelection(keep=1.0), DataLoader(data(), batch_sampler=[[0, 1], [2, 3, 4, 5, 6]])
+    run = trainer(rule, max_epochs=1)
+    run.fit(Classifier(), batches)
+    assert rule.samples_trained == 7
+    assert run.callback_metrics["curation/kept_fraction"] == 1
+    assert not [w for w in recwarn if "vary in size" in str(w.message)]
+
+
 @pytest.mark.parametrize("keep", [0, -0.1, 1.5, float("nan"), None, "half"])
 @pytest.mark.parametrize("rule", [UniformSelection, UtilityDiversitySelection])
 def test_keep_out_of_range_is_named(rule, keep):
