@@ -2,11 +2,17 @@
 
 import multiprocessing
 import os
+import pickle
 import runpy
 import socket
 import sys
+import traceback
+import warnings
+from collections.abc import Callable
 from multiprocessing import forkserver
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,18 +53,85 @@ def run_script(script: str, arguments: tuple[str, ...], environment: dict[str, s
     runpy.run_path(script, run_name="__main__")
 
 
+def rank_environment(rank: int, port: int) -> dict[str, str]:
+    """What ``torchrun`` sets for one of two ranks on CPUs."""
+    return {
+        "TORCHELASTIC_RUN_ID": "tests", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        "RANK": str(rank), "LOCAL_RANK": str(rank),
+    }  # fmt: skip
+
+
 def on_two_ranks(script: str, *arguments: object, **environment: str) -> None:
     """Run a test module as a script on two ranks, as ``torchrun`` starts them on CPUs; it must succeed."""
-    common = {
-        **os.environ, "TORCHELASTIC_RUN_ID": "tests", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", **environment,
-    }  # fmt: skip
+    port = free_port()
     ranks = [
         forked().Process(
-            target=run_script, args=(script, tuple(map(str, arguments)), {**common, "RANK": rank, "LOCAL_RANK": rank})
+            target=run_script,
+            args=(script, tuple(map(str, arguments)), {**os.environ, **rank_environment(rank, port), **environment}),
         )
-        for rank in ("0", "1")
+        for rank in (0, 1)
     ]
     for rank in ranks:
         rank.start()
     join(*ranks)
+
+
+class TwoRanks:
+    """Two ranks that stay, for many small questions; after a failure or a hang the next question starts new ones."""
+
+    def __init__(self, patience: int = 60) -> None:
+        self.patience = patience  # seconds
+        self.processes: list[Any] = []
+        self.pipes: list[Connection] = []
+
+    def ask(self, work: Callable[[Any], Any], *arguments: Any) -> list[Any]:
+        """What ``work`` gives on each rank for its argument."""
+        if not self.processes:
+            self._start()
+        for pipe, argument in zip(self.pipes, arguments, strict=True):
+            pipe.send_bytes(pickle.dumps((work, argument)))
+        answers: dict[int, Any] = {}
+        while len(answers) < len(self.pipes):
+            ready = wait([pipe for rank, pipe in enumerate(self.pipes) if rank not in answers], self.patience)
+            for pipe in ready:
+                rank = self.pipes.index(pipe)
+                answers[rank], error = pickle.loads(pipe.recv_bytes())
+                if error:
+                    self.stop()
+                    raise AssertionError(f"rank {rank}: {error}")
+            if not ready:
+                self.stop()
+                raise AssertionError(f"hangs; ranks that answered: {sorted(answers)}")
+        return [answers[rank] for rank in sorted(answers)]
+
+    def _start(self) -> None:
+        port, context = free_port(), forked()
+        for rank in (0, 1):
+            here, there = context.Pipe()
+            process = context.Process(target=answer, args=(there, rank_environment(rank, port)), daemon=True)
+            process.start()
+            there.close()
+            self.processes.append(process)
+            self.pipes.append(here)
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.processes, self.pipes = [], []
+
+
+def answer(pipe: Connection, environment: dict[str, str]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update(environment)
+    warnings.simplefilter("ignore")
+    while True:
+        work, argument = pickle.loads(pipe.recv_bytes())
+        try:
+            result = work(argument), None
+        except Exception:
+            result = None, traceback.format_exc()
+        pipe.send_bytes(pickle.dumps(result))

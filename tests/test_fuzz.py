@@ -17,15 +17,17 @@ import numpy as np
 import pytest
 import torch
 from contract.registry import CALLBACKS
-from helpers import Pair, Record, trainer
+from generated import COLUMNS, CONTAINERS, DTYPES, MOST, Tiny, build, column, constant, table, tag, with_ids
+from helpers import trainer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from interruptions import draw_run, fit, last_checkpoint
-from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
+from processes import TwoRanks
 from torch.utils.data import DataLoader
 from twins import tags
+from unequal import Fit, Rows, gather, gathered, train, trained
 
 from curation import instances
 from curation.batch import (
@@ -78,47 +80,16 @@ def number(value, low, high=sys.float_info.max, kind=Real):
 
 
 pick, lists = st.sampled_from, st.lists
-MOST = 16  # rows of a batch at most
-DTYPES = (torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FLOATING, SIZE, FEW, SEED = pick(DTYPES[3:]), st.integers(1, MOST), st.integers(1, 3), st.integers(0, 2**63 - 1)
 NUMBERS = st.one_of(st.floats(width=32), pick([0.0, 1.0, 1e-45, 3e38, math.nan, math.inf, -math.inf]))
 ANYTHING = st.one_of(st.floats(0, 1), st.floats(), st.integers(), SEED, pick([True, 0, 1, 2, 2**63, None, "0.5"]))
 BROKEN, FRACTION = pick([math.nan, math.inf]), st.floats(0, 1, exclude_min=True)
 
-# Every field is a function that makes it of the rows asked for: the twin of taking them.
-
-
-def tag(rows):
-    return torch.tensor(rows, dtype=torch.int64)
-
-
-def table(dtype, shape, rows):
-    return torch.arange(MOST * math.prod(shape)).view(MOST, *shape)[rows].to(dtype)
-
-
-def build(kind, a, b, rows):
-    return CONTAINERS[kind](tag(rows), a(rows), b(rows))
-
-
-CONTAINERS = {
-    "tensor": lambda rows, a, b: rows,
-    "dict": lambda rows, a, b: {"rows": rows, 0: a, "0": b},
-    "list": lambda rows, a, b: [rows, a, b],
-    "tuple": lambda rows, a, b: (rows, a, b),
-    "namedtuple": lambda rows, a, b: Pair(rows, {"a": a, "b": b}),
-    "dataclass": lambda rows, a, b: Record(rows, (a, b, rows)),
-}
-COLUMNS = [
-    lambda rows: [f"row {i}" for i in rows],
-    lambda rows: tuple({"i": i} for i in rows),
-    lambda rows: [[i] * (i % 3) for i in rows],
-    lambda rows: [torch.tensor(i) for i in rows],
-    lambda rows: np.arange(MOST, dtype=np.float16)[rows],
-]
 CONSTANTS = [None, "text", b"", 0.5, math.nan, {}, [], (), ["a"] * 40, torch.Size([2]), np.zeros(40), torch.tensor(2)]
 DISAGREE = [lambda rows: table(torch.int64, (), [*rows, 0]), lambda rows: [torch.zeros(40 + i) for i in rows]]
 TABLES = st.builds(functools.partial, st.just(table), pick(DTYPES), pick([(), (2,), (0,), (1, 3), (2, 0, 1)]))
-FIELDS = st.one_of(TABLES, pick(COLUMNS), pick(CONSTANTS).map(lambda value: lambda rows: value))
+COLUMN = st.builds(functools.partial, st.just(column), st.integers(0, len(COLUMNS) - 1))
+FIELDS = st.one_of(TABLES, COLUMN, st.builds(functools.partial, st.just(constant), pick(CONSTANTS)))
 
 
 def inside(fields):
@@ -190,32 +161,6 @@ def test_ids(ids, kind, mapping, seed):
     assert got is None or repr(got) == repr(({"x": "x"} if mapping else ["x"], tag(ids)))
 
 
-class Tiny(LightningModule):
-    """Its logits are those of a table; remembers the rows that it was trained on."""
-
-    def __init__(self, logits, make, stop=None):
-        super().__init__()
-        self.weight, self.sample_weights, self.got = nn.Parameter(torch.ones(())), None, []
-        self.logits, self.make, self.stop = logits, make, stop
-
-    def score_step(self, batch):
-        rows = leaves(batch)[0][1]
-        return self.logits[rows], rows % 2
-
-    def training_step(self, batch, batch_idx):
-        if len(self.got) == self.stop:
-            raise InterruptedError
-        rows = leaves(batch)[0][1]
-        assert repr(batch) == repr(self.make(rows.tolist()))
-        weights = torch.ones(len(rows)) if self.sample_weights is None else self.sample_weights
-        assert weights.isfinite().tolist() == [True] * len(rows)
-        self.got.append(rows.tolist())
-        return (weights * (self.weight - rows.float()) ** 2).mean()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=1e-3)
-
-
 SELECTIONS = [name for name, entry in CALLBACKS.items() if entry.selects]
 LOGITS = lists(st.tuples(*[st.floats(-30, 30, width=16)] * 2), min_size=1, max_size=MOST)
 
@@ -226,18 +171,17 @@ def test_fits(name, make, logits, broken, value, dtype, size, keep, seed):
     kind, entry, n, batches = make.args[0], CALLBACKS[name], len(logits), []
     logits, broken = torch.tensor(logits, dtype=dtype), {i for i in broken if i < n}
     logits[sorted(broken), 0] = value
-    with_ids = kind in ("dict", "list", "tuple")
+    has_ids = kind in ("dict", "list", "tuple")
 
     def collate(rows):
         batches.append(rows)
-        batch, ids = make(rows), {"sample_id": tag(rows)}
-        return {**batch, **ids} if kind == "dict" else type(batch)([*batch, ids]) if with_ids else batch
+        return with_ids(make, rows) if has_ids else make(rows)
 
     needs = {"concepts": ConceptIndex.from_lists(map(tags, range(1, n + 1)))} if "concepts" in entry.arguments else {}
-    callbacks = [entry.make(keep=keep, seed=seed, **needs), *([SampleRecord()] if with_ids else [])]
+    callbacks = [entry.make(keep=keep, seed=seed, **needs), *([SampleRecord()] if has_ids else [])]
     module, draw = Tiny(logits, make), torch.Generator().manual_seed(seed)
     loader = DataLoader(range(n), size, shuffle=True, generator=draw, collate_fn=collate)
-    valid = with_ids or not needs or keep == 1
+    valid = has_ids or not needs or keep == 1
     answer(valid, lambda: trainer(*callbacks, max_epochs=1).fit(module, loader), "needs sample ids")
     k = keep_count(keep, min(size, n))
     for candidates, kept in zip(batches, module.got, strict=True) if valid else []:
@@ -245,7 +189,7 @@ def test_fits(name, make, logits, broken, value, dtype, size, keep, seed):
         assert len(kept) == min(k, len(candidates))
         if entry.cls.has_scores and keep < 1:
             assert len(broken & set(kept)) == max(0, len(kept) - len(set(candidates) - broken))
-    if valid and with_ids:
+    if valid and has_ids:
         store, times = callbacks[1].store, Counter(i for kept in module.got for i in kept)
         assert [store.seen.tolist(), store.kept.tolist()] == [[1] * n, [times[i] for i in range(n)]]
 
@@ -523,3 +467,82 @@ def test_runs_go_on_from_every_boundary(seed):
             trained = fit(folder, run.options, run.save, interruption, run.early, **resume)
             checkpoint = last_checkpoint(folder)
     assert trained == whole
+
+
+def same(got, expected):
+    """Whether numbers in lists and dictionaries are those that are expected, up to the rounding of fp32."""
+    if isinstance(expected, dict):
+        return got.keys() == expected.keys() and all(same(got[key], expected[key]) for key in expected)
+    if isinstance(expected, (list, tuple)):
+        return len(got) == len(expected) and all(map(same, got, expected))
+    if isinstance(expected, torch.Tensor):
+        return got.dtype == expected.dtype and torch.equal(got, expected)
+    return got == (expected if not isinstance(expected, float) else pytest.approx(expected, 1e-3, 1e-6, nan_ok=True))
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    ranks = TwoRanks()
+    yield ranks
+    ranks.stop()
+
+
+ROW = st.integers(0, MOST - 1)
+CANDIDATES = lists(lists(st.tuples(ROW, st.integers(0, 2)), max_size=5), min_size=3, max_size=3)
+RANK = st.tuples(lists(ROW, max_size=6), CANDIDATES, st.booleans())
+KEEP, POOL = pick([0.1, 0.3, 0.5, 0.75, 1.0]), st.integers(1, 12)
+
+
+@fuzz(
+    40,
+    1500,
+    RANK,
+    RANK,
+    pick(DTYPES),
+    pick([(), (3,), (0,), (2, 3)]),
+    lists(NUMBERS, min_size=MOST, max_size=MOST),
+    KEEP,
+    POOL,
+    st.integers(1, 3),
+)
+def test_rows_of_two_ranks(two_ranks, one, other, dtype, shape, scores, keep, pool, steps):
+    """Unequal numbers of rows on two processes, none on some, are what one process makes of all of them."""
+    pairs = [pair for pair in zip(one[1][:steps], other[1][:steps], strict=True) if any(pair)] or [([(0, 1)], [])]
+    scores = [*map(float, torch.tensor(scores))]
+    both = [
+        Rows(dtype, shape, rows, [pair[rank] for pair in pairs], scores, pool, keep, fails)
+        for rank, (rows, _, fails) in enumerate((one, other))
+    ]
+    assert same(two_ranks.ask(gather, *both), gathered(*both))
+
+
+SAMPLES = lists(ROW, min_size=1, max_size=6)
+ALIKE = st.builds(functools.partial, st.just(build), pick(["dict", "list", "tuple"]), FIELDS, FIELDS)
+UNEQUAL = lists(st.one_of(st.tuples(SAMPLES, SAMPLES), st.just(([], []))), min_size=1, max_size=4).filter(
+    lambda batches: any(samples for samples, _ in batches)
+)
+FITS = st.builds(
+    Fit,
+    ALIKE,
+    UNEQUAL,
+    lists(st.one_of(st.none(), st.integers(-32, 32)), min_size=1, max_size=MOST),
+    pick(["uniform", "top", "selective_backprop", "importance"]),
+    KEEP,
+    POOL,
+    st.integers(1, 2),
+    st.integers(1, 3),
+    SEED,
+    st.integers(0, 4),
+)
+
+
+@fuzz(8, 1000, FITS)
+def test_fits_of_two_ranks(two_ranks, fit):
+    """Batches of unequal size, some of none, on two processes: rows, record, pool and ledger by plain loops."""
+    answers, rows = trained(fit)
+    with tempfile.TemporaryDirectory() as folder:
+        got = two_ranks.ask(train, *[(fit, Path(folder))] * 2)
+        ledger = Ledger(Path(folder) / "ledger")
+        assert same([tuple(row.values()) for row in ledger.rows().to_pylist()], rows)
+        assert ledger.cut_off() == {}
+    assert same(got, answers)
