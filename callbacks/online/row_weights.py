@@ -95,6 +95,8 @@ class RowWeights:
         weights = self.weights
         if weights is None or not isinstance(logits, Tensor) or not logits.requires_grad:
             return
+        if logits.dim() == 0:  # the loss: DDP runs the step as a `forward` of the module
+            return
         if logits.dim() < 2 or len(logits) != len(weights):
             self._refuse(f" (logits {list(logits.shape)} for {len(weights)} rows)")
         edge = torch.autograd.graph.get_gradient_edge(logits)

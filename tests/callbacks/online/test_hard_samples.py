@@ -18,6 +18,8 @@ from helpers import (
     weights,
 )
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import nn
 from torch.utils.data import DataLoader
 
 from curation.callbacks import HardSampleSelection
@@ -108,12 +110,31 @@ def test_scores_of_a_language_model_are_taken_at_scored_positions_unless_that_di
     assert ("at scored positions only" in selection.describe()) == (soft_cap is None)
 
 
+class Wrapper(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+class Wrapping(SingleDeviceStrategy):
+    """As DDP: the training step is run as a ``forward`` of the module."""
+
+    def setup(self, trainer):
+        super().setup(trainer)
+        self.model = Wrapper(self.model)
+
+
+@pytest.mark.parametrize("strategy", [SingleDeviceStrategy, Wrapping])
 @pytest.mark.parametrize("cls", [Plain, TakesWeights])
-def test_importance_weights_reach_the_gradient(cls):
+def test_importance_weights_reach_the_gradient(cls, strategy):
     selection = HardSampleSelection(keep=0.5, rule="importance", score="grad_norm")
     module, seen = cls(), Keeps(selection)
     before = weights(module)
-    trainer(selection, seen, max_epochs=1, limit_train_batches=1).fit(module, loader(ids=False))
+    run = trainer(selection, seen, max_epochs=1, limit_train_batches=1, strategy=strategy(torch.device("cpu")))
+    run.fit(module, loader(ids=False))
     (x, y), _, _, row_weights = seen.steps[0]
     assert len(row_weights.unique()) > 1
     by_hand = cls()
