@@ -1,6 +1,6 @@
 """Whatever comes in: a result that keeps its promises, or a ValueError or TypeError that says what was wrong.
 
-`make test` runs a few examples, always the same; `make fuzz` 40,000 others, and says how many of each.
+`make test` runs a few examples; `make fuzz` 40,000 others, and says how many of each. Both always run the same.
 """
 
 import functools

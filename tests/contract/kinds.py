@@ -6,12 +6,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from helpers import Classifier, data
+from helpers import Classifier, data, stack
 from lightning.pytorch import Callback, callbacks
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
+from torchmetrics import SumMetric
 
 from contract.registry import Entry
 
@@ -24,6 +25,7 @@ class Kind:
     module: Callable[[Entry], Any] = lambda entry: entry.module()
     loader: Callable[[Entry], Any] = lambda entry: entry.loader()
     seen: Callable[[Any], set[int]] = lambda module: set(module.seen)  # rows of the batches trained on, of 8
+    needs: str = ""  # a package
 
     def trainer_options(self) -> dict[str, Any]:
         return {name: value() if name == "plugins" else value for name, value in self.options.items()}
@@ -91,6 +93,74 @@ def tunable(entry: Entry) -> Classifier:
     return Tunable()
 
 
+def measuring(entry: Entry) -> Classifier:
+    """Counts its rows in ``forward``."""
+
+    class Measuring(entry.module):  # type: ignore[name-defined]
+        def __init__(self):
+            super().__init__()
+            self.rows = SumMetric()
+
+        def forward(self, x):
+            self.rows.update(len(x))
+            return super().forward(x)
+
+    return Measuring()
+
+
+def in_place(entry: Entry) -> Classifier:
+    """Doubles what it is given; a row that had been given before would not be one of the data."""
+
+    class InPlace(entry.module):  # type: ignore[name-defined]
+        doubled = False
+
+        def forward(self, x):
+            return super().forward(x.mul_(2))
+
+        def training_step(self, batch, batch_idx):
+            rows = data(64 * entry.candidates).tensors[0]
+            self.doubled |= not all((rows == row).all(1).any() for row in batch[0])
+            return super().training_step(batch, batch_idx)
+
+    return InPlace()
+
+
+def adapted(entry: Entry) -> Classifier:
+    """Trains adapters of its linear layers."""
+    import peft
+
+    module = entry.module()
+    names = [name for name, part in module.named_modules() if isinstance(part, torch.nn.Linear)]
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=names), module)
+    module.before = {name: value.clone() for name, value in module.named_parameters()}
+    return module
+
+
+def trains_adapters_alone(module: Classifier) -> bool:
+    changed = {name for name, value in module.named_parameters() if not torch.equal(value, module.before[name])}
+    return bool(changed) and all(".lora_" in name for name in changed)
+
+
+def penalised(entry: Entry) -> Classifier:
+    """A part of its loss is not made of its logits."""
+
+    class Penalised(entry.module):  # type: ignore[name-defined]
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + 1e-3 * self.net[0].weight.square().sum()
+
+    return Penalised()
+
+
+def of_samples(entry: Entry) -> Classifier:
+    """Stacks its samples itself."""
+
+    class OfSamples(entry.module):  # type: ignore[name-defined]
+        def training_step(self, batch, batch_idx):
+            return super().training_step(stack(batch), batch_idx)
+
+    return OfSamples()
+
+
 def averaging() -> list[Callback]:
     return [callbacks.EMAWeightAveraging(decay=0.9)]
 
@@ -118,6 +188,24 @@ KINDS = {
         "`CombinedLoader`",
         module=of_pairs,
         loader=lambda entry: CombinedLoader({"a": entry.loader(), "b": entry.loader()}, "min_size"),
+    ),
+    "torchmetrics": Kind(
+        "a metric of torchmetrics in `forward`",
+        module=measuring,
+        seen=lambda module: set(module.seen) if module.rows.compute() == sum(module.seen) else set(),
+    ),
+    "in_place": Kind(
+        "a `forward` in place", module=in_place, seen=lambda module: set() if module.doubled else set(module.seen)
+    ),
+    "adapter": Kind(
+        "adapters of peft (LoRA)",
+        module=adapted,
+        seen=lambda module: set(module.seen) if trains_adapters_alone(module) else set(),
+        needs="peft",
+    ),
+    "auxiliary_loss": Kind("an auxiliary loss", module=penalised),
+    "samples": Kind(
+        "batches as lists of samples", module=of_samples, loader=lambda entry: entry.loader(collate_fn=list)
     ),
     "ema": Kind("`EMAWeightAveraging`", callbacks=averaging),
     "swa": Kind(

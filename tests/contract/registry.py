@@ -45,6 +45,7 @@ class Entry:
     candidates: int = 1  # batches of samples that it takes to make one to train on
     ids: bool = False  # it needs them
     refuses: dict[str, str] = field(default_factory=dict)  # by kind of run, what the error says
+    warns: dict[str, str] = field(default_factory=dict)  # where it does not do its work, what the warning says
     module: type[Classifier] = Classifier
     manual: type[Classifier] = ManualClassifier
     waits: int = 0  # of the host for a GPU, in a round of four batches
@@ -59,6 +60,11 @@ class Entry:
     @property
     def name(self) -> str:
         return "-".join([self.cls.__name__, *(str(self.arguments[k]) for k in ("rule",) if k in self.arguments)])
+
+    @property
+    def title(self) -> str:
+        """With what tells it from other entries of its class."""
+        return f'{self.cls.__name__}(rule="{self.arguments["rule"]}")'
 
     @property
     def selects(self) -> bool:
@@ -76,7 +82,8 @@ class Entry:
 
     def refusal(self, kind: str) -> str | None:
         """What the error says of that kind of run or that strategy; None where it works."""
-        return {**DEEPSPEED, **({**ONE_LOADER, **FSDP1} if self.curates else {}), **self.refuses}.get(kind)
+        of_selections = {**ONE_LOADER, **FSDP1, **NO_SAMPLES} if self.curates else {}
+        return {**DEEPSPEED, **of_selections, **self.refuses}.get(kind)
 
     @property
     def curates(self) -> bool:
@@ -109,6 +116,7 @@ def concept_aware_sampler(dataset: Any, batch_size: int) -> Sampler:
 
 DEEPSPEED = {"deepspeed": "does not support DeepSpeedStrategy"}
 FSDP1 = {"fsdp1": "does not support FSDPStrategy"}
+NO_SAMPLES = {"samples": "list of 8 samples"}
 ONE_LOADER = {"combined_loader": "needs one training data loader"}
 NOT_OF_HARD_BATCHES = {
     **ONE_LOADER,
@@ -134,6 +142,7 @@ CALLBACKS = {
                 {"keep": 0.25, "rule": rule, **options},
                 {"pressure": 0.5},
                 partial(HardSampleTwin, rule, **options),
+                refuses={"auxiliary_loss": "a part of it is not made of the logits"} if rule == "importance" else {},
             )
             for rule, options in {
                 "top": {},
@@ -149,13 +158,13 @@ CALLBACKS = {
             candidates=2,
             ids=True,
             acted=lambda monitor: int(monitor.visits.sum()) > 0,
-            refuses={**ONE_LOADER, "overfit_batches": "overfit_batches"},
+            refuses={**ONE_LOADER, "overfit_batches": "overfit_batches", "samples": "needs sample ids"},
         ),
         Entry(
             DifficultyAdaptiveRollouts,
             {"n": 2, "preflight": 4},
             {"n": 0},
-            refuses=FSDP1,
+            refuses={**FSDP1, **NO_SAMPLES},
             acted=lambda rollouts: rollouts._per_prompt.max() > 2,
             module=Answering,
             manual=ManualAnswering,
@@ -178,7 +187,12 @@ CALLBACKS = {
             refuses={**ONE_LOADER, "overfit_batches": "overfit_batches"},
             acted=lambda selection: len(selection.indices) == 64,
         ),
-        Entry(RunMeter, {"path": "run.json"}, acted=lambda meter: meter.samples > 0),
+        Entry(
+            RunMeter,
+            {"path": "run.json"},
+            warns={"samples": "leaves batches out of `samples_trained` .* list of 8 samples"},
+            acted=lambda meter: meter.samples > 0,
+        ),
         Entry(SampleRecord, records=True, acted=lambda record: int(record.store.seen.sum()) > 0),
         Entry(
             SelectionLedger, {"path": "ledger"}, records=True, acted=lambda _: Ledger("ledger").rows().num_rows > 0

@@ -7,8 +7,10 @@ from contract.registry import CALLBACKS, Entry
 
 PAGE = Path(__file__).parents[2] / "docs/strategies.md"
 SUITE = "tests/contract/test_contract.py"
-STRATEGIES = {
+ELSEWHERE = {
+    "boundaries": "resumed from the first batch, the last one of an epoch, its validation, an exception",
     "ddp": "DDP, two processes",
+    "unequal_ranks": "DDP, two processes with batches of unequal size",
     "fsdp2": "FSDP2 (`ModelParallelStrategy`), two processes",
     "fsdp1": "FSDP1 (`FSDPStrategy`)",
     "deepspeed": "DeepSpeed",
@@ -23,6 +25,7 @@ counts their batches: `ConceptAwareSampler` with `ConceptCoverageMonitor`, `Hard
 - **yes**: a test trains in that way and checks what was trained on, and that the callback did its work.
 - **no**: refused with an error that says why, before the first step (what a `training_step` returns: after it), and
   a test checks that.
+- **part**: trains, and a warning says what the callback leaves out; a test checks that.
 - **GPU**: the test needs one (`pytest -m gpu`), and has not run yet.
 
 Callbacks of which all of this is the same share a column:
@@ -30,8 +33,10 @@ Callbacks of which all of this is the same share a column:
 """
 FOOT = f"""
 The tests of a cell are `{SUITE}::test_works_in_every_kind_of_run_or_says_why_not[ROW-CALLBACK]`, with the name in the
-first column; of two processes `test_two_ranks_select_what_one_process_selects` (rows and weights equal to those of
-one process) and `test_sharded_weights_are_trained_as_whole_ones`; of strategies that are refused
+first column; of checkpoints `test_a_run_goes_on_from_a_checkpoint_at_every_boundary`; of batches of unequal size
+`test_ranks_may_have_batches_of_unequal_size`; of two processes `test_two_ranks_select_what_one_process_selects` (rows
+and weights equal to those of one process) and `test_sharded_weights_are_trained_as_whole_ones`; of strategies that
+are refused
 `test_strategies_that_were_never_tried_are_refused`; of FSDP1 `tests/contract/test_gpu.py::test_trains_under_fsdp1`.
 Every callback, of whatever column, is also killed and resumed, with and without workers of the loader
 (`test_a_run_killed_mid_epoch_resumes_bit_for_bit`), tried with W&B offline, and on a GPU in fp32, bf16-mixed and
@@ -54,16 +59,21 @@ What some of them do not do, whatever the run:
 def outcome(entry: Entry, kind: str) -> str:
     if entry.refusal(kind):
         return "no"
+    if kind in entry.warns:
+        return "part"
     return "GPU" if kind == "fsdp1" else "yes"
 
 
 def table() -> str:
-    rows = {kind: how.title for kind, how in KINDS.items()} | STRATEGIES
+    rows = {kind: how.title for kind, how in KINDS.items()} | ELSEWHERE
     columns: dict[tuple[str, ...], list[str]] = {}
-    for entry in CALLBACKS.values():
-        names = columns.setdefault(tuple(outcome(entry, kind) for kind in rows), [])
-        if entry.cls.__name__ not in names:
-            names.append(entry.cls.__name__)
+    outcomes = {name: tuple(outcome(entry, kind) for kind in rows) for name, entry in CALLBACKS.items()}
+    for name, entry in CALLBACKS.items():
+        names = columns.setdefault(outcomes[name], [])
+        usual = next(other for other, same in CALLBACKS.items() if same.cls is entry.cls)
+        title = entry.cls.__name__ if outcomes[name] == outcomes[usual] else entry.title
+        if title not in names:
+            names.append(title)
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(columns)]
     legend = [
         f"- **{letter}**: {', '.join(f'`{name}`' for name in names)}"

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from contextlib import nullcontext
 
 import lightning.pytorch.callbacks
 import pytest
@@ -11,7 +12,7 @@ from helpers import Classifier, Watch, assert_same_weights, loader, trainer, wei
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from processes import forked, free_port, join
+from processes import TwoRanks, forked, free_port, join
 
 import curation.callbacks
 from contract import strategies, worker
@@ -145,15 +146,19 @@ def test_works_in_every_kind_of_run_or_says_why_not(entry, kind):
     if kind == "ema" and not hasattr(lightning.pytorch.callbacks, "EMAWeightAveraging"):
         pytest.skip("Lightning has had it since 2.6")
     how, refusal = KINDS[kind], entry.refusal(kind)
+    if how.needs:
+        pytest.importorskip(how.needs)
     module, callbacks = how.module(entry), entry.in_trainer()
     run = trainer(*callbacks, *how.callbacks(), **how.trainer_options())
     if refusal is not None:
         with pytest.raises((TypeError, ValueError), match=refusal):
             run.fit(module, how.loader(entry))
         return
-    run.fit(module, how.loader(entry))
+    warning = entry.warns.get(kind)
+    with pytest.warns(UserWarning, match=warning) if warning else nullcontext():
+        run.fit(module, how.loader(entry))
     assert how.seen(module) == {2 if entry.curates else 8}
-    assert entry.acted(callbacks[0])
+    assert bool(entry.acted(callbacks[0])) == (warning is None)
 
 
 @pytest.mark.parametrize(
@@ -269,6 +274,36 @@ def test_ranks_agree_on_the_state_and_on_what_is_logged(two_ranks, entry):
     ):
         assert one["logged"][key] == other["logged"][key]
     assert one["logged"]["curation/samples_trained"] == sum(len(b) for run in (one, other) for b in run["rows"])
+
+
+@every
+def test_a_run_goes_on_from_a_checkpoint_at_every_boundary(entry, tmp_path):
+    folder = tmp_path / "interrupted"
+    folder.mkdir()
+    whole = worker.interrupted(entry.name, tmp_path)
+    worker.interrupted(entry.name, folder, fails=True)
+    for boundary, trained in {"first": 1, "last": 3, "validation": 3, "exception": 4}.items():
+        resumed = worker.interrupted(entry.name, folder, resume=folder / f"{boundary}.ckpt")
+        assert (boundary, resumed["rows"]) == (boundary, whole["rows"][trained:])
+        assert_same_weights(whole["weights"], resumed["weights"])
+        assert (boundary, repr(resumed["callbacks"])) == (boundary, repr(whole["callbacks"]))
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    ranks = TwoRanks()
+    yield ranks
+    ranks.stop()
+
+
+@every
+def test_ranks_may_have_batches_of_unequal_size(ranks, entry, tmp_path):
+    one, other = ranks.ask(worker.unequal_rank, *[(entry.name, str(tmp_path))] * 2)
+    k = 2 if entry.curates else 8
+    assert (one["seen"], set(other["seen"])) == ([k] * 4, {min(k, size) for size in worker.SIZES})
+    assert [one["acted"], other["acted"]] == [True, True]
+    assert one["state"] == other["state"]
+    assert one["weights"] == other["weights"]
 
 
 def test_the_published_matrix_is_that_of_this_suite():

@@ -114,6 +114,72 @@ def short_on_rank_one(samples):
     return default_collate(samples[:1] if len(samples) < 8 and os.environ.get("RANK") == "1" else samples)
 
 
+class Saves(Callback):
+    """A checkpoint after the first batch and the last one of an epoch, its validation, and an exception."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        name = {0: "first", 2: "last"}.get(batch_idx)
+        if name and not trainer.current_epoch:
+            trainer.save_checkpoint(self.folder / f"{name}.ckpt")
+
+    def on_validation_end(self, trainer, pl_module):
+        if not trainer.sanity_checking and not trainer.current_epoch:
+            trainer.save_checkpoint(self.folder / "validation.ckpt")
+
+    def on_exception(self, trainer, pl_module, exception):
+        trainer.save_checkpoint(self.folder / "exception.ckpt")
+
+
+class Fails(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 4:
+            raise InterruptedError
+
+
+def interrupted(name: str, folder: Path, fails: bool = False, resume: Path | None = None) -> dict:
+    """Two epochs of three batches, saved at every boundary and ended in the second, or resumed from there."""
+    seed_everything(7, verbose=False)
+    os.chdir(folder)
+    write_tags(24)
+    entry, kept = CALLBACKS[name], KeptRows()
+    callbacks = [*entry.in_trainer(), *([] if entry.cls is ExactResume else [ExactResume()]), kept]
+    run, module = trainer(*callbacks, *([Saves(folder), Fails()] if fails else [])), entry.module()
+    batches, val = entry.loader(data(24 * entry.candidates)), DataLoader(entry.dataset(data(8)), 8)
+    try:
+        run.fit(module, batches, val, ckpt_path=resume)
+    except InterruptedError:
+        assert fails
+    states = _states(run)
+    if name == "RunMeter":  # Lightning leaves out the validation before which a checkpoint was saved
+        del states[name]["points"][:-1]
+    return {"rows": kept.rows, "weights": module.state_dict(), "callbacks": states}
+
+
+SIZES = (5, 3)  # of the batches of rank 1; those of rank 0 have 8 rows
+
+
+def unequal(samples):
+    """By what is in them, since some callbacks load batches before their time."""
+    return default_collate(samples[: SIZES[int(samples[0][0][0] > 0)]] if os.environ["RANK"] == "1" else samples)
+
+
+def unequal_rank(given: tuple[str, str]) -> dict:
+    """An epoch of an entry on one of two gloo ranks."""
+    name, folder = given
+    seed_everything(7, verbose=False)
+    os.chdir(folder)
+    entry = CALLBACKS[name]
+    module, callbacks = entry.module(), entry.in_trainer()
+    run = trainer(*callbacks, strategy="ddp", devices=2, max_epochs=1)
+    run.fit(module, entry.loader(collate_fn=unequal))
+    weights = {name: value.tolist() for name, value in module.named_parameters()}
+    acted, state = entry.acted(callbacks[0]), repr(_states(run))
+    return {"seen": module.seen, "acted": bool(acted), "state": state, "weights": weights}
+
+
 def two_ranks(rank: int, port: int, folder: Path, names: list[str]) -> None:
     """The entries of these names once, on one of two gloo ranks."""
     torch.set_num_threads(1)
