@@ -32,8 +32,8 @@ class RunMeter(SeamClient):
     The file holds ``points``, a list with ``step`` (optimizer steps), ``seconds``, ``samples_trained`` and
     ``samples_scored`` (of all processes) and ``metrics`` (every number that was logged since the point before, so
     none that was measured on earlier weights only); ``finished``; ``steps``; ``wall_seconds`` (with evaluation);
-    ``peak_memory`` (bytes: of a GPU's tensors while training, or of the process on a CPU); ``device``; ``torch``. It
-    is replaced as a whole, so a killed fit leaves a readable file.
+    ``peak_memory`` (bytes: of a GPU's tensors while training, or of the process on a CPU, imports included);
+    ``device``; ``torch``. It is replaced as a whole, so a killed fit leaves a readable file.
 
     Rows are counted when the step has trained on them. A batch whose rows cannot be counted, such as one of data
     loaders with other batch sizes or one of texts only, is left out of ``samples_trained``, with a warning.

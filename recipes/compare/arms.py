@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import yaml
@@ -202,11 +203,10 @@ def configure(
     Raises:
         ValueError: If the parser refuses the arguments.
     """
-    overrides = [
-        f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
-        for name, value in with_seed(arm.overrides, seed).items()
-    ]
-    config = resolve([*with_seed(args, seed), *overrides, f"--seed_everything={seed}"])
+    with NamedTemporaryFile("w", suffix=".json") as file:  # as options, strings would be read as what they look like
+        file.write(json.dumps(with_seed(arm.overrides, seed)))
+        file.flush()
+        config = resolve([*with_seed(args, seed), f"--config={file.name}", f"--seed_everything={seed}"])
     for name in ("arms", "ckpt_path", "weights_only"):
         config.pop(name)
     for name in ("optimizer", "lr_scheduler"):  # of the command line; absent as they are by default

@@ -9,6 +9,7 @@ from curation.recipes.compare.resume import check_same
 from curation.recipes.compare.run import Run
 from curation.recipes.compare.schedule import schedule
 from curation.recipes.compare.summary import build
+from curation.recipes.compare.warm import Server
 from curation.recipes.compare.workload import Workload
 
 
@@ -26,10 +27,12 @@ def compare(workloads: list[Workload], options: Options, command: str) -> dict[s
     Raises:
         ValueError: If an arm fails its rehearsal, or the folder holds another comparison.
     """
-    rehearse(workloads, options)
-    for workload in workloads:
-        schedule(workload, options)
-    execute([run for workload in workloads for run in workload.runs], "runs", options.backend, options.jobs)
+    with Server() as server:
+        rehearse(workloads, options, server)
+        for workload in workloads:
+            schedule(workload, options, server)
+        runs = [run for workload in workloads for run in workload.runs]
+        execute(runs, "runs", options.backend, options.jobs, server)
     return build(command, [collect(workload, options) for workload in workloads])
 
 

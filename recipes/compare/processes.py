@@ -16,12 +16,13 @@ import torch
 
 from curation.recipes.compare.resume import begin, try_lock, unfinished
 from curation.recipes.compare.run import ENDED, FIT, KILLED, Run
+from curation.recipes.compare.warm import MODULE, Server
 
 LOCAL = ("threading", "loky")  # a thread that waits for the process of a run cannot be killed alone
 DEATHS = ("KilledWorker", "WorkerCrashedError", "TaskCrashedError")  # errors of dask and of ray
 
 
-def execute(runs: list[Run], title: str, backend: str, jobs: int) -> None:
+def execute(runs: list[Run], title: str, backend: str, jobs: int, server: Server | None = None) -> None:
     """Run what is not finished, over joblib, with a progress bar.
 
     Args:
@@ -29,6 +30,7 @@ def execute(runs: list[Run], title: str, backend: str, jobs: int) -> None:
         title: Title of the progress bar.
         backend: Backend of joblib: ``"threading"``, ``"dask"`` or ``"ray"``.
         jobs: Runs side by side.
+        server: What runs of this machine are forked from; None starts each anew.
 
     Raises:
         ValueError: If a worker of the backend is killed, or another comparison uses the folder.
@@ -39,9 +41,10 @@ def execute(runs: list[Run], title: str, backend: str, jobs: int) -> None:
     # Some backends give their processes one thread each.
     threads = None if backend in LOCAL and jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
     left = unfinished(runs)
+    server = server if backend in LOCAL else None
     with _progress_bar(runs, title), _backend(backend, max(1, min(jobs, len(left)))):
         try:
-            Parallel(batch_size=1)(delayed(fit)(run, os.getcwd(), threads) for run in left)
+            Parallel(batch_size=1)(delayed(fit)(run, os.getcwd(), threads, server) for run in left)
         except Exception as error:
             if type(error).__name__ not in DEATHS:
                 raise
@@ -50,13 +53,14 @@ def execute(runs: list[Run], title: str, backend: str, jobs: int) -> None:
             ) from error
 
 
-def fit(run: Run, cwd: str, threads: int | None) -> None:
+def fit(run: Run, cwd: str, threads: int | None, server: Server | None = None) -> None:
     """Run ``curation fit`` in a process, unless the run is finished; wait if another process is running it.
 
     Args:
         run: The run, which is prepared.
         cwd: Working directory of the process.
         threads: Threads of PyTorch in the process; None leaves the setting alone.
+        server: What the process is forked from; None starts it anew.
     """
     with begin(run) as held:
         if held is None:
@@ -65,23 +69,25 @@ def fit(run: Run, cwd: str, threads: int | None) -> None:
         on_gpu = trainer["accelerator"] in ("auto", "gpu", "cuda") and trainer["devices"] in ("auto", 1)
         with free_gpu(torch.cuda.device_count() if on_gpu else 0) as gpu, _log(run.folder / "log.txt") as log:
             devices = [] if gpu is None else [f"--trainer.devices=[{gpu.index}]"]
-            command = [sys.executable, "-m", "curation.recipes.cli", "fit", "--config", str(run.folder / FIT)]
+            args = ["fit", "--config", str(run.folder / FIT), *devices]
             environment = {"WANDB_SILENT": "true", **os.environ}  # so that the log ends with the run's own error
             if threads is not None:
                 environment["OMP_NUM_THREADS"] = str(threads)
             # The fit keeps the locks if this process is killed: who resumes the comparison waits for it.
             locks = [held.fileno(), *([] if gpu is None else [gpu.lock.fileno()])]
-            status = subprocess.run(
-                [*command, *devices],
-                check=False,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                cwd=cwd,
-                pass_fds=locks,
-            ).returncode
-            if not run.finished:
+            status = server.run(args, environment, cwd, log.fileno(), locks) if server else None
+            if status is None and not run.finished:
+                status = subprocess.run(
+                    [sys.executable, "-m", MODULE, *args],
+                    check=False,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
+                    cwd=cwd,
+                    pass_fds=locks,
+                ).returncode
+            if status is not None and not run.finished:
                 log.seek(0, os.SEEK_END)
                 log.write(f"\n{KILLED} {-status}\n" if status < 0 else f"\n{ENDED} {status}\n")
 

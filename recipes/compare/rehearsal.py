@@ -6,18 +6,20 @@ from curation.recipes.compare.processes import execute
 from curation.recipes.compare.resume import forget, prepare
 from curation.recipes.compare.run import FIT, Run
 from curation.recipes.compare.schedule import NO_LIMITS
+from curation.recipes.compare.warm import Server
 from curation.recipes.compare.workload import Workload
 
 STEPS = 8
 VALIDATION_BATCHES = 2
 
 
-def rehearse(workloads: list[Workload], options: Options) -> None:
+def rehearse(workloads: list[Workload], options: Options, server: Server | None = None) -> None:
     """Run a few steps and two validation batches of every arm.
 
     Args:
         workloads: The workloads; each gets its ``rehearsals``.
         options: The options of the comparison.
+        server: What runs are forked from.
 
     Raises:
         ValueError: If an arm fails, or does not log the metric.
@@ -33,7 +35,7 @@ def rehearse(workloads: list[Workload], options: Options) -> None:
             except ValueError as error:
                 raise ValueError(f"{workload.name}, arm {name!r}: {error}") from error
     rehearsals = [run for workload in workloads for run in workload.rehearsals.values()]
-    execute(rehearsals, "rehearsal", options.backend, options.jobs)
+    execute(rehearsals, "rehearsal", options.backend, options.jobs, server)
     errors = [error for workload in workloads for error in rehearsal_errors(workload)]
     if errors:
         for run in rehearsals:

@@ -8,23 +8,25 @@ from curation.recipes.compare.options import Options
 from curation.recipes.compare.processes import execute
 from curation.recipes.compare.resume import prepare
 from curation.recipes.compare.run import Run
+from curation.recipes.compare.warm import Server
 from curation.recipes.compare.workload import Workload
 
 NO_LIMITS = {"max_steps": -1, "max_epochs": -1}
 
 
-def schedule(workload: Workload, options: Options) -> None:
+def schedule(workload: Workload, options: Options, server: Server | None = None) -> None:
     """Give every run its length, so that all spend the same; learning-rate schedules end with it.
 
     Args:
         workload: A workload that was rehearsed; gets its ``amount`` and its ``runs``.
         options: The options of the comparison.
+        server: What runs are forked from.
 
     Raises:
         ValueError: If the length of the recipe is not known, or the folder holds another comparison.
     """
     costs = costs_per_step(workload)
-    workload.amount = budget_amount(workload, options, costs)
+    workload.amount = budget_amount(workload, options, costs, server)
     for seed in range(options.seeds):
         for arm in workload.arms:
             run = make_scheduled_run(workload, arm, seed, options, costs)
@@ -44,7 +46,9 @@ def costs_per_step(workload: Workload) -> dict[str, dict[str, float]]:
     }
 
 
-def budget_amount(workload: Workload, options: Options, costs: dict[str, dict[str, float]]) -> float:
+def budget_amount(
+    workload: Workload, options: Options, costs: dict[str, dict[str, float]], server: Server | None = None
+) -> float:
     """What every run spends: the amount that was asked for, or what uniform selection spends on the recipe.
 
     Raises:
@@ -60,10 +64,10 @@ def budget_amount(workload: Workload, options: Options, costs: dict[str, dict[st
         raise ValueError(
             f"Argument `--budget` must be an amount, such as {unit}=1000: {workload.name} has no length."
         )
-    return uniform_seconds(workload, options) if unit == "seconds" else length * costs["uniform"][unit]
+    return uniform_seconds(workload, options, server) if unit == "seconds" else length * costs["uniform"][unit]
 
 
-def uniform_seconds(workload: Workload, options: Options) -> float:
+def uniform_seconds(workload: Workload, options: Options, server: Server | None = None) -> float:
     """Training seconds of uniform selection on the recipe, measured by a run.
 
     Raises:
@@ -72,7 +76,7 @@ def uniform_seconds(workload: Workload, options: Options) -> float:
     length = int(workload.rehearsed("uniform")["total_steps"])
     timing = make_run(workload, workload.arm("uniform"), 0, options, "timing", {"max_steps": length})
     prepare(timing)
-    execute([timing], "timing of uniform selection", options.backend, options.jobs)
+    execute([timing], "timing of uniform selection", options.backend, options.jobs, server)
     if not timing.finished:
         raise ValueError(f"{workload.name}, arm 'uniform': {timing.failure}")
     return timing.result["points"][-1]["seconds"]

@@ -470,6 +470,8 @@ def test_a_string_stays_the_string_that_fit_gets(tagged, text):
     model = {"class_path": "tagged.Tagged", "init_args": given}
     recipe.write_text(json.dumps({**BORING, "model": model, "trainer": {**BORING["trainer"], "logger": False}}))
     config = arms.configure([f"--config={recipe}"], arms.Arm("recipe"), 0, None, Path("out"), "", {})
+    override = arms.Arm("a", None, {f"model.{name}": value for name, value in given.items()})
+    assert arms.configure([f"--config={recipe}"], override, 0, None, Path("out"), "", {}) == config
     place.write_text(yaml_text.dump(config))
     assert yaml.safe_load(place.read_text()) == config
     assert lightning_cli.run([f"--config={place}"], execute=False).model.given == [text] * 3

@@ -477,6 +477,34 @@ def test_the_recipe_runs_and_draws_what_is_solved(tmp_path, monkeypatch):
     assert [line.get_label() for line in figure.axes[0].lines] == [label for label, _, _ in PARTS.values()]
 
 
+def test_a_killed_run_of_the_recipe_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    """From a checkpoint of every step, which is what a kill leaves."""
+    monkeypatch.chdir(tmp_path)
+    saves = [
+        "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
+        "--trainer.callbacks.filename={step}",
+    ]
+    saves += ["--trainer.callbacks.every_n_train_steps=1", "--trainer.callbacks.save_top_k=-1"]
+
+    def fit(folder, *more):
+        few = [*FEW, "--trainer.logger=false", f"--trainer.default_root_dir={folder}", *saves]
+        run = cli.run(["fit", f"--config={find_recipe('rollouts_tiny')}", *few, *more]).trainer
+        (optimizer,) = run.optimizers
+        moments = [value for state in optimizer.state.values() for value in state.values()]
+        return run.global_step, run.callback_metrics, [*run.lightning_module.state_dict().values(), *moments]
+
+    steps, metrics, weights = fit("whole")
+    assert steps == 4
+    for step in (1, 2, 3):
+        (saved,) = Path("whole").glob(f"**/step={step}.ckpt")
+        again = fit(f"from-{step}", f"--ckpt_path={saved}")
+        assert again[0] == steps
+        assert all(torch.equal(a, b) for a, b in zip(again[2], weights, strict=True))
+        assert {k: v for k, v in again[1].items() if k.startswith("val")} == {
+            k: v for k, v in metrics.items() if k.startswith("val")
+        }
+
+
 @smollm2
 def test_the_recipe_of_a_real_model_runs(tmp_path, monkeypatch):
     pytest.importorskip("reasoning_gym", reason="needs reasoning-gym, from the [demo] extra")
