@@ -38,7 +38,7 @@ class CostRatio:
 
     @property
     def plateau(self) -> bool:
-        """Whether the rise of the baseline cannot be told from 0: many costs have its quality, and no ratio counts."""
+        """Whether the rise of the baseline cannot be told from 0: many costs have its quality; no ratio counts."""
         return self.rise[1] <= 0
 
 
