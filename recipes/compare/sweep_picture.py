@@ -50,7 +50,8 @@ def _draw_quality(axes: Any, workload: dict[str, Any], unit: str, colours: dict[
     if found["plateau"]:
         axes.text(0.98, 0.03, "plateau: a ratio is worth nothing", transform=axes.transAxes, ha="right")
     axes.set(xscale="log", xlabel=AXES[unit], ylabel=metric)
-    _set_ticks(axes, places, [short(place) for place in places])
+    whole = places[np.isfinite(places)]
+    _set_ticks(axes, whole, [short(place) for place in whole])
     axes.grid(alpha=0.3)
 
 

@@ -307,6 +307,18 @@ def test_a_run_of_the_sweep_that_failed_is_never_dropped(tmp_path, capsys, chang
     assert not report.failed(built(content(half=0.5))["workloads"][0])
 
 
+@pytest.mark.parametrize("arms", [["full"], ["full", "half"]])
+def test_nothing_that_ran_is_no_reason_to_fail(tmp_path, arms):
+    workload = content(half=0.5)
+    for run in workload["sweep"]["runs"]:
+        if run["arm"] in arms:
+            run |= {"error": "it was not run", "metrics": {}, "step": 0, "seconds": 0.0, "flops": 0.0}
+    whole = built(workload)
+    report.write(whole, tmp_path / "report")
+    assert sentences(whole["workloads"][0])[0][1].startswith("half: no cost ratio, 20 of 20 runs of full failed")
+    assert whole["workloads"][0]["cost_ratio"] == {"half": {"flops": None, "seconds": None}}
+
+
 def test_one_seed_says_nothing(tmp_path):
     whole = built(content(seeds=1, half=0.5))
     assert sentences(whole["workloads"][0]) == [
