@@ -50,8 +50,12 @@ def _draw_quality(axes: Any, workload: dict[str, Any], unit: str, colours: dict[
     if found["plateau"]:
         axes.text(0.98, 0.03, "plateau: a ratio is worth nothing", transform=axes.transAxes, ha="right")
     axes.set(xscale="log", xlabel=AXES[unit], ylabel=metric)
-    whole = places[np.isfinite(places)]
-    _set_ticks(axes, whole, [short(place) for place in whole])
+    apart = np.log(axes.get_xlim()[1] / axes.get_xlim()[0]) / 8
+    ticks: list[float] = []
+    for place in places[np.isfinite(places)]:
+        if not ticks or np.log(place / ticks[-1]) > apart:
+            ticks.append(float(place))
+    _set_ticks(axes, ticks, [short(float(f"{place:.3g}")) for place in ticks])
     axes.grid(alpha=0.3)
 
 
