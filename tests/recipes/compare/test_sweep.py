@@ -14,7 +14,7 @@ import yaml
 
 from curation.recipes import cli
 from curation.recipes.catalogue import find_recipe
-from curation.recipes.compare import comparison, options, processes, report
+from curation.recipes.compare import comparison, options, processes, report, verdict
 from curation.recipes.compare.arms import make_arm
 from curation.recipes.compare.equal_quality import failed_runs, notes, sentences, table
 from curation.recipes.compare.run import Run
@@ -268,6 +268,12 @@ def test_ratios_bounds_and_sentences(tmp_path):
     text = (tmp_path / "report.json").read_text()
     assert report.as_json(report.read(tmp_path / "report.json")) == text
     assert text.count('"share": 0.25') == 25
+
+
+def test_the_length_of_short_is_told():
+    (with_short,), (without,) = (built(content(**{arm: 1.0}))["workloads"] for arm in ("short", "half"))
+    assert "Every run had 100 steps (short: as many samples as uniform);" in verdict.notes(with_short)[0]
+    assert "Every run had 100 steps;" in verdict.notes(without)[0]
 
 
 def test_a_plateau_has_no_ratio(tmp_path, capsys):
