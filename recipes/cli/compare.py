@@ -11,8 +11,7 @@ from lightning.pytorch.loggers import WandbLogger
 from curation.recipes.compare.arms import is_a
 from curation.recipes.compare.comparison import compare
 from curation.recipes.compare.options import parse
-from curation.recipes.compare.report import log_to_wandb, show, write
-from curation.recipes.compare.summary import failures
+from curation.recipes.compare.report import failed, log_to_wandb, show, write
 from curation.recipes.compare.workload import Workload, make_workload
 
 
@@ -32,7 +31,7 @@ def main(args: list[str]) -> None:
     show(content, report)
     for project in wandb_projects(workloads):
         log_to_wandb(content, report, project, options.out.name)
-    if any(failures(workload, arm) for workload in content["workloads"] for arm in workload["arms"]):
+    if any(map(failed, content["workloads"])):
         raise SystemExit(1)
 
 

@@ -1,4 +1,4 @@
-"""``curation compare``: every method over the same seeds, at one budget, in one report."""
+"""``curation compare``: every method over the same seeds, at one budget or several, in one report."""
 
 from curation.recipes.compare.arms import Arm
 from curation.recipes.compare.options import parse

@@ -32,6 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
     # bit-identical to no callback
     "full": {"class_path": CALLBACKS + "UniformSelection", "init_args": {"keep": 1.0}},
     "uniform": {"class_path": CALLBACKS + "UniformSelection"},
+    "short": {"class_path": CALLBACKS + "UniformSelection", "init_args": {"keep": 1.0}},
     "utility_diversity": {"class_path": CALLBACKS + "UtilityDiversitySelection"},
     "concept_aware": {"class_path": CALLBACKS + "ConceptAwareSelection"},
     "loss": {"class_path": CALLBACKS + "HardSampleSelection", "init_args": {"rule": "top"}},
@@ -48,6 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+SHORT = "short"  # as full, for as many samples as uniform selection trains on
 LEFT_OUT = (Checkpoint, EarlyStopping, ProgressBar, Timer)  # callbacks that end a fit, or that nobody would see
 
 
@@ -106,6 +108,8 @@ def make_arm(name: str, recipe: dict[str, Any], keep: float | None) -> Arm:
         return _recipe_arm(name, arms[name], keep)
     if name == "recipe":
         return Arm(name)
+    if name == SHORT and "full" in arms:
+        return _recipe_arm(name, arms["full"], keep)
     if name in METHODS:
         return Arm(name, [_with_defaults(METHODS[name], keep)])
     if "." not in name:
@@ -186,8 +190,27 @@ def with_seed(value: Any, seed: int) -> Any:
     return json.loads(json.dumps(value).replace('"{seed}"', str(seed)).replace("{seed}", str(seed)))
 
 
+def resolve_arm(args: list[str], arm: Arm, seed: int) -> dict[str, Any]:
+    """The configuration of an arm with a seed, before callbacks and loggers are those of a run.
+
+    Raises:
+        ValueError: If the parser refuses the arguments.
+    """
+    with NamedTemporaryFile("w", suffix=".json") as file:  # as options, strings would be read as what they look like
+        file.write(json.dumps(with_seed(arm.overrides, seed)))
+        file.flush()
+        return resolve([*with_seed(args, seed), f"--config={file.name}", f"--seed_everything={seed}"])
+
+
 def configure(
-    args: list[str], arm: Arm, seed: int, keep: float | None, folder: Path, group: str, meter: dict[str, Any]
+    args: list[str],
+    arm: Arm,
+    seed: int,
+    keep: float | None,
+    folder: Path,
+    group: str,
+    meter: dict[str, Any],
+    config: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The configuration of one run.
 
@@ -199,14 +222,12 @@ def configure(
         folder: Folder of the run.
         group: Group of the W&B runs.
         meter: Arguments of the run's ``RunMeter``.
+        config: What :func:`resolve_arm` has returned; it is changed. None to call it.
 
     Raises:
         ValueError: If the parser refuses the arguments.
     """
-    with NamedTemporaryFile("w", suffix=".json") as file:  # as options, strings would be read as what they look like
-        file.write(json.dumps(with_seed(arm.overrides, seed)))
-        file.flush()
-        config = resolve([*with_seed(args, seed), f"--config={file.name}", f"--seed_everything={seed}"])
+    config = resolve_arm(args, arm, seed) if config is None else config
     for name in ("arms", "ckpt_path", "weights_only"):
         config.pop(name)
     for name in ("optimizer", "lr_scheduler"):  # of the command line; absent as they are by default

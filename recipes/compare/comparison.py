@@ -10,7 +10,7 @@ from curation.recipes.compare.run import Run
 from curation.recipes.compare.schedule import schedule
 from curation.recipes.compare.summary import build
 from curation.recipes.compare.warm import Server
-from curation.recipes.compare.workload import Workload
+from curation.recipes.compare.workload import Workload, is_validation, mode_of_name
 
 
 def compare(workloads: list[Workload], options: Options, command: str) -> dict[str, Any]:
@@ -31,7 +31,10 @@ def compare(workloads: list[Workload], options: Options, command: str) -> dict[s
         rehearse(workloads, options, server)
         for workload in workloads:
             schedule(workload, options, server)
-        runs = [run for workload in workloads for run in workload.runs]
+        if options.jobs > 1:  # their seconds stand for those of all seeds, since runs side by side slow one another
+            alone = [r for w in workloads for runs in w.sweep.values() for r in runs if r.seed == 0]
+            execute(alone, "runs of seed 0, one at a time", options.backend, 1, server)
+        runs = [run for workload in workloads for run in workload.all_runs]
         execute(runs, "runs", options.backend, options.jobs, server)
     return build(command, [collect(workload, options) for workload in workloads])
 
@@ -40,7 +43,7 @@ def collect(workload: Workload, options: Options) -> dict[str, Any]:
     """Everything that the runs of a workload wrote, by seed and arm."""
     order = {arm.name: i for i, arm in enumerate(workload.arms)}
     runs = sorted(workload.runs, key=lambda run: (run.seed, order[run.arm]))
-    return {
+    content = {
         "name": workload.name,
         "metric": workload.metric,
         "mode": workload.mode,
@@ -49,6 +52,39 @@ def collect(workload: Workload, options: Options) -> dict[str, Any]:
         "jobs": options.jobs,
         "arms": list(order),
         "runs": [collect_run(workload, run) for run in runs],
+    }
+    return {**content, "sweep": collect_sweep(workload)} if workload.sweep else content
+
+
+def collect_sweep(workload: Workload) -> dict[str, Any]:
+    """What the runs of a sweep cost and reached, and the metrics that all of them have, with what is better.
+
+    The metrics are that of the comparison and those of validation whose names say what is better.
+    """
+    runs = [collect_swept_run(workload, run, share) for share, runs in workload.sweep.items() for run in runs]
+    modes = {name: mode_of_name(name) for run in runs for name in run["metrics"] if is_validation(name)}
+    modes[workload.metric] = workload.mode
+    whole = [run["metrics"] for run in runs if not run["error"]]
+    known = {name: mode for name, mode in modes.items() if mode and all(name in metrics for metrics in whole)}
+    for run in runs:
+        run["metrics"] = {name: value for name, value in run["metrics"].items() if name in known}
+    return {
+        "shares": list(workload.sweep),
+        "arms": workload.swept,
+        "metrics": dict(sorted(known.items())),
+        "runs": runs,
+    }
+
+
+def collect_swept_run(workload: Workload, run: Run, share: float) -> dict[str, Any]:
+    """The costs of a run and its last metrics."""
+    collected, points = collect_run(workload, run), run.result["points"]
+    last = points[-1] if points else {"step": 0, "samples_trained": 0, "seconds": 0.0, "metrics": {}}
+    return {
+        "share": share,
+        **{name: collected[name] for name in ("arm", "seed", "error", "wall_seconds")},
+        **{name: last[name] for name in ("step", "samples_trained", "seconds", "metrics")},
+        "flops": last["step"] * collected["flops_per_step"],
     }
 
 

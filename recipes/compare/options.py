@@ -1,17 +1,20 @@
 """What a comparison is asked for: recipes, methods, seeds, the budget, and how the runs are executed."""
 
 import argparse
+import itertools
 import math
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from curation.checks import check_choice, check_integer, check_number
 from curation.recipes.compare.arms import METHODS
 
 BUDGETS = ("steps", "samples", "flops", "seconds")
+WANTED_BUDGETS = 4  # of a sweep; fewer say little of the curves between them
 BACKENDS = ("threading", "dask", "ray", "loky")  # the last is the old name of the first
 
 
@@ -26,6 +29,9 @@ class Options:
         seeds: Number of runs of each arm.
         budget: What every run has the same amount of (``"steps"``, ``"samples"``, ``"flops"`` or ``"seconds"``), and
             the amount; None for as much as uniform selection spends on the recipe.
+        budget_sweep: Shares of the budget, rising, at each of which the arms of the sweep run; empty for no sweep.
+        sweep_arms: Names of the arms that run at every share, beside ``full``; the others have the whole budget only.
+            None for all arms.
         metric: Metric of validation; None for what the recipe monitors.
         mode: ``"min"`` or ``"max"``, what is better; None for what the recipe says.
         target: Value of the metric for the time to a target; None for what uniform selection always reaches.
@@ -42,6 +48,8 @@ class Options:
     keep: float | None = None
     seeds: int = 5
     budget: tuple[str, float | None] = ("steps", None)
+    budget_sweep: tuple[float, ...] = ()
+    sweep_arms: list[str] | None = None
     metric: str | None = None
     mode: str | None = None
     target: float | None = None
@@ -59,6 +67,7 @@ class Options:
                 f"Argument `--jobs` must be at most {gpus} with a budget of seconds, since runs on one device slow "
                 f"each other, but got {self.jobs}."
             )
+        self._check_sweep()
         check_choice("--backend", self.backend, BACKENDS)
         package = {"dask": "distributed", "ray": "ray"}.get(self.backend)
         if package is not None and find_spec(package) is None:
@@ -69,6 +78,46 @@ class Options:
             raise ValueError(f"Argument `--target` must be a finite number, but got {self.target!r}.")
         if len(set(names)) < len(names):
             raise ValueError(f"Argument `recipes` must have different names, but got {' '.join(self.recipes)}.")
+
+    def _check_sweep(self) -> None:
+        shares = self.budget_sweep
+        if self.sweep_arms is not None and not shares:
+            raise ValueError("Argument `--sweep-arms` must be left out without `--budget-sweep`.")
+        if shares and self.budget[0] == "seconds":
+            raise ValueError(
+                "Argument `--budget-sweep` needs a `--budget` in steps, samples or flops: with seconds the length of "
+                "a run is not known before, and no schedule can end with it."
+            )
+        if 0 < len(shares) < WANTED_BUDGETS:
+            rank_zero_warn(
+                f"Sweep: {len(shares)} budgets say little of the curves between; {WANTED_BUDGETS} are a start."
+            )
+
+
+def read_shares(text: str) -> tuple[float, ...]:
+    """Shares of the budget.
+
+    Args:
+        text: As on the command line: numbers with commas.
+
+    Raises:
+        ValueError: If they are not at least two, positive, finite, rising, or 1 is not among them.
+
+    Example:
+        >>> read_shares("0.25,0.5,1,2")
+        (0.25, 0.5, 1.0, 2.0)
+    """
+    try:
+        shares = tuple(map(float, text.split(",")))
+    except ValueError:
+        shares = ()
+    rising = all(a < b for a, b in itertools.pairwise((0.0, *shares, math.inf)))  # NaN is not
+    if len(shares) < 2 or not rising or 1 not in shares:
+        raise ValueError(
+            "Argument `--budget-sweep` must be at least two positive shares of the budget, rising, with 1 among "
+            f"them, as in 0.25,0.5,1,2, but got {text!r}."
+        )
+    return shares
 
 
 def read_budget(text: str) -> tuple[str, float | None]:
@@ -114,6 +163,8 @@ def parse(args: list[str]) -> tuple[Options, list[str]]:
         keep=given.keep,
         seeds=given.seeds,
         budget=read_budget(given.budget),
+        budget_sweep=() if given.budget_sweep is None else read_shares(given.budget_sweep),
+        sweep_arms=None if given.sweep_arms is None else given.sweep_arms.split(","),
         metric=given.metric,
         mode=given.mode,
         target=given.target,
@@ -148,6 +199,12 @@ def parser() -> argparse.ArgumentParser:
         help="what is held equal: steps, samples, flops or seconds; with an amount as in steps=500 (default: steps, "
         "as many as uniform selection spends on the recipe)",
     )
+    parser.add_argument(
+        "--budget-sweep",
+        help="shares of the budget, as in 0.25,0.5,1,2: every arm runs at each, its schedule annealed to it, and the "
+        "report says at what share of full's cost a method is as good",
+    )
+    parser.add_argument("--sweep-arms", help="arms that run at every share, beside full (default: all)")
     parser.add_argument("--metric", help="metric of validation (default: what the recipe monitors, or val_loss)")
     parser.add_argument("--mode", choices=("min", "max"), help="what is better (default: as the recipe monitors it)")
     parser.add_argument(

@@ -7,6 +7,7 @@ import numpy as np
 
 from curation.evaluation.statistics import performance_profile
 from curation.recipes.compare.summary import BASE
+from curation.recipes.compare.sweep_picture import draw_sweep
 
 AXES = {
     "steps": "optimizer steps",
@@ -43,10 +44,12 @@ def _draw(content: dict[str, Any]) -> Any:
 
     workloads = content["workloads"]
     profiled = len(workloads) > 1 and len({tuple(sorted(workload["arms"])) for workload in workloads}) == 1
-    rows = len(workloads) + profiled
-    figure = Figure(figsize=(14, 4.3 * rows), layout="constrained")
-    grid = figure.subplots(rows, 3, squeeze=False)
-    for workload, (left, middle, right) in zip(workloads, grid, strict=False):
+    count = len(workloads) + sum("sweep" in workload for workload in workloads) + profiled
+    figure = Figure(figsize=(14, 4.3 * count), layout="constrained")
+    grid = figure.subplots(count, 3, squeeze=False)
+    rows = iter(grid)
+    for workload in workloads:
+        left, middle, right = next(rows)
         unit = workload["budget"]["unit"]
         _draw_curves(left, workload, unit)
         _draw_curves(middle, workload, "samples" if unit == "seconds" else "seconds")
@@ -54,6 +57,8 @@ def _draw(content: dict[str, Any]) -> Any:
         if left.lines:
             left.legend(frameon=False, fontsize=8)
         _draw_differences(right, workload)
+        if "sweep" in workload:
+            draw_sweep(next(rows), workload, colours(workload["arms"]))
     if profiled:
         _draw_profile(grid[-1][0], workloads)
         for axes in grid[-1][1:]:
@@ -61,7 +66,8 @@ def _draw(content: dict[str, Any]) -> Any:
     return figure
 
 
-def _colours(arms: list[str]) -> dict[str, Any]:
+def colours(arms: list[str]) -> dict[str, Any]:
+    """The colours of arms: grey and black for the baselines."""
     baselines = {"uniform": "black", "full": "0.6"}
     methods = [arm for arm in arms if arm not in baselines]
     return {**baselines, **{arm: f"C{i}" for i, arm in enumerate(methods)}}
@@ -69,11 +75,11 @@ def _colours(arms: list[str]) -> dict[str, Any]:
 
 def _draw_curves(axes: Any, workload: dict[str, Any], unit: str) -> None:
     """The metric of every arm: the mean over seeds, in a band from the smallest to the largest."""
-    colours = _colours(workload["arms"])
+    of_arm = colours(workload["arms"])
     for arm in workload["arms"]:
         runs = [run for run in workload["runs"] if run["arm"] == arm and not run["error"]]
         if runs:
-            _draw_curve(axes, runs, unit, arm, colours[arm])
+            _draw_curve(axes, runs, unit, arm, of_arm[arm])
     axes.set(xlabel=AXES[unit], ylabel=workload["metric"])
     axes.grid(alpha=0.3)
 
@@ -90,12 +96,12 @@ def _draw_curve(axes: Any, runs: list[dict[str, Any]], unit: str, arm: str, colo
 
 def _draw_differences(axes: Any, workload: dict[str, Any]) -> None:
     """The paired difference of every arm to the baseline, with its interval."""
-    colours, is_min = _colours(workload["arms"]), workload["mode"] == "min"
+    of_arm, is_min = colours(workload["arms"]), workload["mode"] == "min"
     arms = [arm for arm in workload["arms"] if workload["summary"][arm]["difference"]]
     for y, arm in enumerate(reversed(arms)):
         mean, low, high = workload["summary"][arm]["difference"]
         ends = [[mean - low], [high - mean]] if math.isfinite(high - low) else None
-        axes.errorbar(mean, y, xerr=ends, fmt="o", capsize=4, color=colours[arm])
+        axes.errorbar(mean, y, xerr=ends, fmt="o", capsize=4, color=of_arm[arm])
     if not arms:
         axes.text(0, 0, "an interval needs two seeds", ha="center")
     axes.axvline(0, color="black", linewidth=1)
@@ -110,10 +116,10 @@ def _draw_differences(axes: Any, workload: dict[str, Any]) -> None:
 def _draw_profile(axes: Any, workloads: list[dict[str, Any]]) -> None:
     """Dolan and More's performance profile: the share of workloads that an arm solves within a multiple of a time."""
     ratios = np.linspace(1, 4, 301).tolist()
-    colours = _colours(workloads[0]["arms"])
+    of_arm = colours(workloads[0]["arms"])
     times = {w["name"]: {arm: w["summary"][arm]["time_to_target"] for arm in w["arms"]} for w in workloads}
     for arm, shares in performance_profile(times, ratios).items():
-        axes.step(ratios, shares, where="post", label=arm, color=colours[arm])
+        axes.step(ratios, shares, where="post", label=arm, color=of_arm[arm])
     axes.set(xlabel="times the fastest arm's time to the target", ylabel="share of workloads", ylim=(-0.03, 1.03))
     axes.set_title("performance profile", loc="left")
     axes.grid(alpha=0.3)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from curation.files import replacing
+from curation.recipes.compare import equal_quality
 from curation.recipes.compare.pictures import draw
 from curation.recipes.compare.summary import build, failures, final_value
 from curation.recipes.compare.verdict import interval, notes, number, verdict, verdicts
@@ -35,6 +36,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {  # cells made from the s
     "seconds": lambda arm: number(arm["seconds"]),
     "peak memory": lambda arm: f"{arm['peak_memory'] / 2**20:.0f} MiB",
 }
+RATIOS = ["arm", "metric", "full's", "time, of full's", "FLOPs, of full's"]  # columns of the cost ratios
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -102,7 +104,9 @@ def _workload_html(workload: dict[str, Any]) -> list[str]:
         parts.append(_row("td", _cells(workload, arm)))
     items = "".join(f"<li>{html.escape(note)}</li>" for note in notes(workload))
     parts.append(f"</table></div><ul>{items}</ul>")
-    is_open = " open" if any(failures(workload, arm) for arm in workload["arms"]) else ""
+    if "sweep" in workload:
+        parts += _sweep_html(workload)
+    is_open = " open" if failed(workload) else ""
     head = _row("th", ["arm", "seed", "final", "steps", "seconds", ""])
     parts.append(f"<details{is_open}><summary>Every run</summary><table>{head}")
     for run in workload["runs"]:
@@ -111,6 +115,31 @@ def _workload_html(workload: dict[str, Any]) -> list[str]:
         error = f'<td class="failed">{html.escape(run["error"] or "")}</td>'
         parts.append(_row("td", cells, error))
     return [*parts, "</table></details>"]
+
+
+def _sweep_html(workload: dict[str, Any]) -> list[str]:
+    """The cost ratios at equal quality: sentences, a table of all metrics, and the runs with other budgets."""
+    items = "".join(
+        f'<li class="{kind}">{html.escape(text)}</li>' for kind, text in equal_quality.sentences(workload)
+    )
+    head, sweep = _row("th", RATIOS), workload["sweep"]
+    table = "".join(_row("td", cells) for cells in equal_quality.rows(workload))
+    parts = [f'<h3>Cost at equal quality</h3><ul>{items}</ul><div class="wide"><table>{head}{table}</table></div>']
+    parts.append(f"<ul>{''.join(f'<li>{html.escape(note)}</li>' for note in equal_quality.notes(workload))}</ul>")
+    is_open = " open" if equal_quality.failed_runs(workload) else ""
+    head = _row("th", ["arm", "seed", "of the budget", *sweep["metrics"], "steps", "seconds", "FLOPs", ""])
+    parts.append(f"<details{is_open}><summary>Every run of the sweep</summary><table>{head}")
+    for run in sweep["runs"]:
+        values = [run["metrics"].get(name) for name in sweep["metrics"]]
+        cells = [run["arm"], run["seed"], f"{run['share']:g}", *("-" if v is None else number(v) for v in values)]
+        cells += [run["step"], number(run["seconds"]), number(run["flops"])]
+        parts.append(_row("td", cells, f'<td class="failed">{html.escape(run["error"] or "")}</td>'))
+    return [*parts, "</table></details>"]
+
+
+def failed(workload: dict[str, Any]) -> bool:
+    """Whether a run failed or diverged, of the sweep too."""
+    return any(failures(workload, arm) for arm in workload["arms"]) or bool(equal_quality.failed_runs(workload))
 
 
 def _cells(workload: dict[str, Any], arm: str) -> list[str]:
@@ -127,10 +156,18 @@ def as_json(content: dict[str, Any]) -> str:
     """The report, a run a line; numbers that are not finite are null."""
     workloads = []
     for workload in content["workloads"]:
-        runs = ",\n  ".join(json.dumps(_finite(run)) for run in workload["runs"])
-        rest = json.dumps(_finite({key: value for key, value in workload.items() if key != "runs"}), indent=1)
-        workloads.append(f'{rest[:-2]},\n "runs": [\n  {runs}\n ]\n}}')
+        rest = {key: value for key, value in workload.items() if key not in ("runs", "sweep")}
+        text = f'{json.dumps(_finite(rest), indent=1)[:-2]},\n "runs": {_lines(workload["runs"])}'
+        if "sweep" in workload:
+            sweep = {key: value for key, value in workload["sweep"].items() if key != "runs"}
+            text += f',\n "sweep": {json.dumps(_finite(sweep))[:-1]}, "runs": {_lines(workload["sweep"]["runs"])}}}'
+        workloads.append(text + "\n}")
     return f'{{"command": {json.dumps(content["command"])}, "workloads": [\n' + ",\n".join(workloads) + "\n]}\n"
+
+
+def _lines(runs: list[dict[str, Any]]) -> str:
+    """A list in JSON, a run a line."""
+    return "[\n  " + ",\n  ".join(json.dumps(_finite(run)) for run in runs) + "\n ]"
 
 
 def _finite(value: Any) -> Any:
@@ -163,8 +200,9 @@ def show(content: dict[str, Any], stem: Path) -> None:
         for arm in workload["arms"]:
             table.add_row(arm, *(COLUMNS[name](workload["summary"][arm]) for name in columns))
         console.print(table)
-        lines = [text for _, text in verdicts(workload)]
+        lines = [text for _, text in [*verdicts(workload), *equal_quality.sentences(workload)]]
         lines += [f"{r['arm']}, seed {r['seed']} failed: {r['error']}" for r in workload["runs"] if r["error"]]
+        lines += equal_quality.failed_runs(workload)
         for line in lines:
             console.print(line, soft_wrap=True, highlight=False)
     console.print(f"Report: {stem}.html", soft_wrap=True, highlight=False)
@@ -196,11 +234,14 @@ def log_to_wandb(content: dict[str, Any], stem: Path, project: str | None, group
         for workload in content["workloads"]
         for arm in workload["arms"]
     ]
-    run.log(
-        {
-            "compare/report": wandb.Html(Path(f"{stem}.html").read_text(encoding="utf-8"), inject=False),
-            "compare/curves": wandb.Image(f"{stem}.png"),
-            "compare/arms": wandb.Table(columns=["workload", "arm", *COLUMNS, "verdict"], data=rows),
-        }
-    )
+    logged = {
+        "compare/report": wandb.Html(Path(f"{stem}.html").read_text(encoding="utf-8"), inject=False),
+        "compare/curves": wandb.Image(f"{stem}.png"),
+        "compare/arms": wandb.Table(columns=["workload", "arm", *COLUMNS, "verdict"], data=rows),
+    }
+    swept = [workload for workload in content["workloads"] if "sweep" in workload]
+    if swept:
+        rows = [[workload["name"], *cells] for workload in swept for cells in equal_quality.rows(workload)]
+        logged["compare/cost_ratio"] = wandb.Table(columns=["workload", *RATIOS], data=rows)
+    run.log(logged)
     run.finish()

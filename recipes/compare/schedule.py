@@ -1,9 +1,11 @@
 """How long every run is, so that all arms spend the same budget."""
 
+import itertools
 import math
+from pathlib import Path
 from typing import Any
 
-from curation.recipes.compare.arms import Arm
+from curation.recipes.compare.arms import SHORT, Arm
 from curation.recipes.compare.options import Options
 from curation.recipes.compare.processes import execute
 from curation.recipes.compare.resume import prepare
@@ -18,20 +20,37 @@ def schedule(workload: Workload, options: Options, server: Server | None = None)
     """Give every run its length, so that all spend the same; learning-rate schedules end with it.
 
     Args:
-        workload: A workload that was rehearsed; gets its ``amount`` and its ``runs``.
+        workload: A workload that was rehearsed; gets its ``amount``, its ``runs`` and its ``sweep``.
         options: The options of the comparison.
         server: What runs are forked from.
 
     Raises:
-        ValueError: If the length of the recipe is not known, or the folder holds another comparison.
+        ValueError: If the length of the recipe is not known, two budgets of a sweep are as long, or the folder holds
+            another comparison.
     """
     costs = costs_per_step(workload)
     workload.amount = budget_amount(workload, options, costs, server)
-    for seed in range(options.seeds):
-        for arm in workload.arms:
-            run = make_scheduled_run(workload, arm, seed, options, costs)
-            prepare(run)
-            workload.runs.append(run)
+    for name in workload.swept:
+        lengths = [steps_of(workload, name, share, options, costs) for share in options.budget_sweep]
+        if any(a >= b for a, b in itertools.pairwise(lengths)):
+            raise ValueError(
+                "Argument `--budget-sweep` must give every arm different lengths, but the runs of "
+                f"{workload.name}, arm {name!r}, would have {', '.join(map(str, lengths))} steps."
+            )
+    for share in options.budget_sweep or (1.0,):
+        for seed in range(options.seeds):
+            for arm in workload.arms:
+                if share == 1 or arm.name in workload.swept:
+                    _add_run(workload, make_scheduled_run(workload, arm, seed, options, costs, share), share)
+
+
+def _add_run(workload: Workload, run: Run, share: float) -> None:
+    """Prepare a run, and note it where it belongs: the runs with the whole budget, the sweep, or both."""
+    prepare(run)
+    if share == 1:
+        workload.runs.append(run)
+    if run.arm in workload.swept:
+        workload.sweep.setdefault(share, []).append(run)
 
 
 def costs_per_step(workload: Workload) -> dict[str, dict[str, float]]:
@@ -82,16 +101,32 @@ def uniform_seconds(workload: Workload, options: Options, server: Server | None 
     return timing.result["points"][-1]["seconds"]
 
 
+def steps_of(workload: Workload, arm: str, share: float, options: Options, costs: dict[str, dict[str, float]]) -> int:
+    """Steps in which an arm spends a share of the amount; ``short``, as many samples as uniform selection."""
+    amount = share * workload.amount
+    if arm != SHORT:
+        return max(1, round(amount / costs[arm][options.budget[0]]))
+    samples = steps_of(workload, "uniform", share, options, costs) * costs["uniform"]["samples"]
+    return max(1, round(samples / costs[arm]["samples"]))
+
+
 def make_scheduled_run(
-    workload: Workload, arm: Arm, seed: int, options: Options, costs: dict[str, dict[str, float]]
+    workload: Workload,
+    arm: Arm,
+    seed: int,
+    options: Options,
+    costs: dict[str, dict[str, float]],
+    share: float = 1.0,
 ) -> Run:
-    """The run of an arm with a seed, that spends the workload's amount."""
+    """The run of an arm with a seed, that spends a share of the workload's amount."""
     unit, name = options.budget[0], f"{arm.name}-{seed}"
+    if share != 1:
+        name = f"budget-{share:.12g}/{name}"
     if unit == "seconds":
         run = make_run(workload, arm, seed, options, name, {"max_seconds": workload.amount})
         run.seconds = workload.amount
         return run
-    steps = max(1, round(workload.amount / costs[arm.name][unit]))
+    steps = steps_of(workload, arm.name, share, options, costs)
     run = make_run(workload, arm, seed, options, name, {"max_steps": steps})
     _validate_as_often(run.config["trainer"], steps * costs["uniform"][unit] / workload.amount)
     run.seconds = steps * workload.rehearsed(arm.name)["seconds_per_step"]
@@ -110,7 +145,8 @@ def make_run(workload: Workload, arm: Arm, seed: int, options: Options, name: st
         budget: ``max_steps`` or ``max_seconds`` of the run's ``RunMeter``.
     """
     folder = workload.folder / name
-    config = workload.configure(arm, seed, folder, options.out.name, **budget)
+    group = "/".join([options.out.name, *Path(name).parts[:-1]])  # of W&B, one for each budget
+    config = workload.configure(arm, seed, folder, group, **budget)
     steps, trainer = budget.get("max_steps"), config["trainer"]
     rehearsed = workload.rehearsed(arm.name)
     if steps is None:

@@ -8,6 +8,7 @@ import statistics
 from typing import Any
 
 from curation.evaluation.statistics import paired_interval, time_to_target
+from curation.recipes.compare.equal_quality import cost_ratios, equal_quality
 
 BASE = "uniform"
 COSTS = {"steps": "step", "samples_trained": "samples_trained", "samples_scored": "samples_scored",
@@ -19,12 +20,16 @@ def build(command: str, workloads: list[dict[str, Any]]) -> dict[str, Any]:
 
     Args:
         command: The command line that made the runs.
-        workloads: The runs of each workload, and how they were made; each gets its ``summary``.
+        workloads: The runs of each workload, and how they were made; each gets its ``summary``,
+            and with a ``sweep`` its ``equal_quality`` and ``cost_ratio``.
     """
     for workload in workloads:
         for point in (point for run in workload["runs"] for point in run["points"]):
             point["value"] = math.nan if point["value"] is None else point["value"]
         workload["summary"] = summarise(workload)
+        if "sweep" in workload:
+            workload["equal_quality"] = equal_quality(workload)
+            workload["cost_ratio"] = cost_ratios(workload)
     return {"command": command, "workloads": workloads}
 
 
@@ -32,10 +37,11 @@ def summarise(workload: dict[str, Any]) -> dict[str, Any]:
     """The target, the hours of all runs, and for every arm what :func:`summarise_arm` computes."""
     runs = {arm: {run["seed"]: run for run in workload["runs"] if run["arm"] == arm} for arm in workload["arms"]}
     finals = {arm: final_values(runs[arm]) for arm in runs}
+    others = [run for run in workload.get("sweep", {"runs": []})["runs"] if run["share"] != 1]
     target = find_target(workload, [runs[BASE][seed] for seed in finals[BASE]])
     return {
         "target": target,
-        "hours": sum(run["wall_seconds"] or 0 for run in workload["runs"]) / 3600,
+        "hours": sum(run["wall_seconds"] or 0 for run in [*workload["runs"], *others]) / 3600,
         **{arm: summarise_arm(arm, runs[arm], finals, target, workload["mode"]) for arm in runs},
     }
 

@@ -71,10 +71,11 @@ def notes(workload: dict[str, Any]) -> list[str]:
     seeds = len({run["seed"] for run in workload["runs"]})
     compared = sum(workload["summary"][arm]["difference"] is not None for arm in workload["arms"])
     places = sorted({f"{run['device']}, torch {run['torch']}" for run in workload["runs"] if run["device"]})
+    other = " (short: as many samples as uniform)" if "short" in workload["arms"] else ""
     estimated = ", by the cost of an arm's first steps" if unit in ("samples", "flops") else ""
     return [
-        f"Every run had {number(amount)} {unit}{estimated}; {seeds} seed{'s' * (seeds > 1)}; {'; '.join(places)}; "
-        f"{duration(workload['summary']['hours'])} of runs, {workload['jobs']} side by side.",
+        f"Every run had {number(amount)} {unit}{other}{estimated}; {seeds} seed{'s' * (seeds > 1)}; "
+        f"{'; '.join(places)}; {duration(workload['summary']['hours'])} of runs, {workload['jobs']} side by side.",
         "Intervals are 95 % Student t intervals of differences between runs with the same seed, not corrected for "
         f"{compared} comparisons. What lies outside an interval is ruled out, at that confidence.",
         f"The target, {number(workload['summary']['target'])}, is "

@@ -1,17 +1,28 @@
 """A recipe with the arms that are compared on it."""
 
 import re
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from curation.recipes.catalogue import find_recipe
-from curation.recipes.compare.arms import Arm, chooses, configure, entries, make_arm, resolve, with_seed
+from curation.recipes.compare.arms import (
+    SHORT,
+    Arm,
+    chooses,
+    configure,
+    entries,
+    make_arm,
+    resolve,
+    resolve_arm,
+    with_seed,
+)
 from curation.recipes.compare.options import Options
 from curation.recipes.compare.run import Run
 
 BASELINES = ("full", "uniform")
-MODES = {"loss": "min", "acc": "max", "accuracy": "max"}  # words of a metric's name
+MODES = {"loss": "min", "nll": "min", "acc": "max", "accuracy": "max"}  # words of a metric's name
 TURNS = {"drop", "error", "gap", "improvement", "neg", "negative", "reduction"}  # words that turn the others round
 
 
@@ -31,6 +42,9 @@ class Workload:
         rehearsals: The rehearsal of each arm.
         runs: The runs of all arms and seeds.
         amount: What every run spends, in the unit of the budget.
+        swept: Names of the arms that run at every share of a sweep; empty without one.
+        sweep: Their runs at each share of the budget, those of the whole budget too.
+        resolved: Configurations of arms with their seeds, which take a while to make and are those of every budget.
     """
 
     name: str
@@ -44,6 +58,14 @@ class Workload:
     rehearsals: dict[str, Run] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
     amount: float = 0.0
+    swept: list[str] = field(default_factory=list)
+    sweep: dict[float, list[Run]] = field(default_factory=dict)
+    resolved: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict, repr=False)
+
+    @property
+    def all_runs(self) -> list[Run]:
+        """The runs with the whole budget, then those of the sweep with other shares of it."""
+        return self.runs + [run for share, runs in self.sweep.items() if share != 1 for run in runs]
 
     def configure(self, arm: Arm, seed: int, folder: Path, group: str, **meter: Any) -> dict[str, Any]:
         """The configuration of one run.
@@ -59,7 +81,10 @@ class Workload:
             ValueError: If the parser refuses it; the message has the arm's name.
         """
         try:
-            return configure(self.args, arm, seed, self.keep, folder, group, meter)
+            if (arm.name, seed) not in self.resolved:
+                self.resolved[arm.name, seed] = resolve_arm(self.args, arm, seed)
+            config = deepcopy(self.resolved[arm.name, seed])
+            return configure(self.args, arm, seed, self.keep, folder, group, meter, config)
         except ValueError as error:
             raise ValueError(f"{self.name}, arm {arm.name!r}: {error}") from error
 
@@ -103,10 +128,16 @@ def make_workload(config: str, overrides: list[str], options: Options) -> Worklo
         )
     callbacks = entries(recipe["trainer"]["callbacks"])
     names = arm_names(config, recipe, callbacks, options.methods)
+    if SHORT in names and options.budget[0] == "seconds":
+        raise ValueError(
+            f"Argument `--budget` must not be seconds with the arm {SHORT!r}: it trains on as many samples as "
+            "uniform selection, which is not known before."
+        )
     metric, mode = metric_and_mode(callbacks, options.metric, options.mode)
     name = Path(file).stem
     arms = [make_arm(arm, recipe, kept_fraction(callbacks, options.keep)) for arm in names]
-    return Workload(name, (options.out / name).resolve(), args, recipe, arms, options.keep, metric, mode)
+    folder, swept = (options.out / name).resolve(), swept_arms(config, names, options)
+    return Workload(name, folder, args, recipe, arms, options.keep, metric, mode, swept=swept)
 
 
 def arm_names(
@@ -128,6 +159,23 @@ def arm_names(
     if names[len(BASELINES) :] == ["recipe"] and not any(map(chooses, callbacks)):
         raise ValueError(f"Argument `--methods` must be given: {config} has no selection of its own.")
     return names
+
+
+def swept_arms(config: str, names: list[str], options: Options) -> list[str]:
+    """The arms that run at every share of a sweep: those asked for and ``full``, or all.
+
+    Raises:
+        ValueError: If one that was asked for is no arm.
+    """
+    if not options.budget_sweep:
+        return []
+    asked = names if options.sweep_arms is None else [name.strip() for name in options.sweep_arms]
+    for name in asked:
+        if name not in names:
+            raise ValueError(
+                f"Argument `--sweep-arms` must name arms of {config}, {', '.join(names)}, but got {name!r}."
+            )
+    return [name for name in names if name == "full" or name in asked]
 
 
 def kept_fraction(callbacks: list[dict[str, Any]], keep: float | None) -> float | None:
@@ -153,6 +201,11 @@ def metric_and_mode(callbacks: list[dict[str, Any]], metric: str | None, mode: s
         reason = "is said differently by the recipe and by its name" if modes else "is not known"
         raise ValueError(f"Argument `--mode` must be given: whether a {metric!r} is better large or small {reason}.")
     return metric, mode
+
+
+def is_validation(metric: str) -> bool:
+    """Whether the name of a metric says, in a whole word, that it is one of validation."""
+    return not {"val", "valid", "validation"}.isdisjoint(re.split(r"[\W_]+", metric.lower()))
 
 
 def mode_of_name(metric: str) -> str | None:
