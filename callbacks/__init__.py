@@ -17,6 +17,7 @@ from curation.callbacks.rollouts.difficulty_adaptive_rollouts import DifficultyA
 from curation.callbacks.runs.exact_resume import ExactResume
 from curation.callbacks.runs.run_meter import RunMeter
 from curation.callbacks.samplers.concept_coverage import ConceptCoverageMonitor
+from curation.callbacks.samplers.dynamic_data_pruning import DynamicDataPruning
 from curation.callbacks.samplers.hard_batches import HardBatchTraining
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "ConceptAwareSelection",
     "ConceptCoverageMonitor",
     "DifficultyAdaptiveRollouts",
+    "DynamicDataPruning",
     "ExactResume",
     "GlobalBatchLoadBalancing",
     "HardBatchTraining",

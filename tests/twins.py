@@ -1,6 +1,8 @@
 """Slow, obviously right twins of the rules: logits, an SVD, Python lists as memory."""
 
+import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -201,3 +203,58 @@ def slow_diverse(rows, k: int, targets, penalties, cap: int | None) -> list[int]
         else:
             chosen.append(min(better or left, key=lambda i: (penalties[i] - gain(i), i)))
     return chosen
+
+
+def slow_pruning(rule: str, losses: list[float], generator, progress: float, number: int, prune: float):
+    """A round of dynamic pruning: a dictionary from id to weight. Losses that are no numbers must be visited."""
+    n = len(losses)
+    known = [i for i in range(n) if math.isfinite(losses[i])]
+    if rule == "mean":
+        mean = float(torch.tensor(math.fsum(losses[i] for i in known) / len(known))) if known else 0.0
+        low = [i for i in known if losses[i] < mean]
+        m = max(1, math.floor((1 - prune) * len(low)))
+        order = torch.randperm(len(low), generator=generator).tolist()
+        kept = [low[j] for j in order[:m]]
+        return {i: 1.0 for i in range(n) if i not in low} | {i: len(low) / m for i in kept}
+    if rule == "random":
+        order = torch.randperm(n, generator=generator).tolist()
+        must = [i for i in range(n) if math.isnan(losses[i])]
+        order = must + [i for i in order if i not in must]
+        return dict.fromkeys(order[: max(1, n - int(prune * n), len(must))], 1.0)
+    if rule == "hide":
+        share = prune * (1.0, 1.0, 0.8, 0.6, 0.4)[min(4, int(5 * progress))]
+        lowest = sorted(range(n), key=lambda i: (losses[i] if i in known else math.inf, i))[: int(share * n)]
+        left = [i for i in range(n) if not (i in lowest and float(torch.tensor(-losses[i]).exp()) >= 0.7)]
+        return dict.fromkeys(left or [max(range(n), key=lambda i: (losses[i], -i))], 1.0)
+    if rule == "drop_high":
+        order = sorted(range(n), key=lambda i: (-math.inf if math.isnan(losses[i]) else losses[i], i))
+        most = max(1, n - int(prune * n), sum(map(math.isnan, losses)))
+        return dict.fromkeys(order if number <= 2 else order[:most], 1.0)
+    raise NotImplementedError(rule)
+
+
+def slow_probabilities(sizes: list[float], n: float, floor: float) -> list[float]:
+    """Probabilities min(1, max(floor, c size)) that sum to n, by bisection of c."""
+    least = max(*sizes, 1e-30) * 1e-6
+    sizes, floor = [max(size, least) for size in sizes], min(floor, n / len(sizes))
+    low, high = 0.0, 1 / least
+    for _ in range(400):
+        c = (low + high) / 2
+        low, high = (c, high) if sum(min(1, max(floor, c * s)) for s in sizes) < n else (low, c)
+    return [min(1, max(floor, high * s)) for s in sizes]
+
+
+def slow_clusters(values: list[float], groups: int) -> list[int]:
+    """One-dimensional k-means of sorted values from equal numbers: the group of each value."""
+    n = len(values)
+    cuts = [round(Fraction(g * n, groups)) for g in range(groups + 1)]
+    group = [next(g for g in range(groups) if cuts[g] <= i < cuts[g + 1]) for i in range(n)]
+    for _ in range(100):
+        members = [[v for v, g in zip(values, group, strict=True) if g == number] for number in range(groups)]
+        centres = [sum(m) / len(m) for m in members if m]
+        edges = [(a + b) / 2 for a, b in itertools.pairwise(centres)]
+        new = [sum(v > edge for edge in edges) for v in values]
+        if new == group:
+            break
+        group = new
+    return group

@@ -121,3 +121,22 @@ def wait_for(device: torch.device) -> None:
     """Wait until an accelerator has done what it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def fit_batches(trainer: Trainer, batches: int) -> float:
+    """The number of batches that a fit trains on; infinity where nothing but the clock ends it.
+
+    Args:
+        trainer: The trainer.
+        batches: Length of the training data loader.
+    """
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    loop, total = trainer.fit_loop, float("inf")
+    if loop.max_epochs not in (None, -1):
+        total = float(loop.max_epochs * batches)
+    if loop.max_steps != -1 and trainer.lightning_module.automatic_optimization and batches:
+        micro = trainer.accumulate_grad_batches
+        epochs, steps = divmod(loop.max_steps, -(-batches // micro))
+        total = min(total, float(epochs * batches + min(batches, steps * micro)))
+    return total

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
-from curation.scoring import IGNORED, Criterion, Route, check_outputs, per_sample_loss
+from curation.callbacks.online.training_losses import WatchedLogits
+from curation.scoring import IGNORED, Criterion, Route, per_sample_loss
 
 TOLERANCE = 0.05  # relative; a small auxiliary loss changes no ranking
 STEPS = 8  # class weights do not show in rows of one class
@@ -27,8 +27,7 @@ class LossCheck:
     def __init__(self) -> None:
         self.done = False
         self._steps = 0
-        self._losses: tuple[Tensor, Tensor] | None = None
-        self._hook: RemovableHandle | None = None
+        self._logits = WatchedLogits()
 
     def watch(self, route: Route | None, criterion: Criterion, batch: Any, rows: int) -> None:
         """Compute the losses of the logits of the next training step.
@@ -39,23 +38,11 @@ class LossCheck:
             batch: The batch that is trained on.
             rows: Number of its rows.
         """
-        self.stop()
-        if route is None or route.source is None or route.align is None:
-            return
-        align = route.align
 
-        def compute(source: nn.Module, inputs: Any, output: Any) -> None:
-            if torch.compiler.is_compiling() or self._losses is not None or not torch.is_grad_enabled():
-                return
-            try:
-                logits, targets = check_outputs(align(output, batch))
-            except (TypeError, IndexError, KeyError):  # this call of the model makes no logits for the batch
-                return
-            if len(logits) == rows and logits.requires_grad:
-                with torch.no_grad():
-                    self._losses = mean_losses(logits.detach(), criterion.mask(targets), criterion)
+        def compute(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            return mean_losses(logits, criterion.mask(targets), criterion)
 
-        self._hook = route.source.register_forward_hook(compute)
+        self._logits.watch(route, batch, rows, compute)
 
     def compare(self, module: LightningModule, loss: Any, name: str) -> None:
         """Warn if the loss of a step is neither the mean over rows nor that over scored positions.
@@ -65,20 +52,20 @@ class LossCheck:
             loss: Loss of the step, before it is divided for accumulation; anything but a tensor is left out.
             name: Name of the route of the scores.
         """
-        losses, self._losses = self._losses, None
-        self.stop()
+        losses = self._logits.take()
         if not isinstance(loss, Tensor):  # the step skipped its batch
             return
         if losses is None:  # the step makes its logits in another way
-            self.done = True
+            self._end()
             return
         step, rows, positions = torch.stack([loss.detach().float().mean(), *losses]).tolist()
         if not all(value < float("inf") for value in (step, rows, positions)):  # a batch without labels
             return
         self._steps += 1
-        self.done = self._steps == STEPS
+        if self._steps == STEPS:
+            self._end()
         if min(abs(step - rows), abs(step - positions)) > TOLERANCE * abs(step) + 1e-3:
-            self.done = True
+            self._end()
             step_name = f"{type(module).__name__}.training_step"
             rank_zero_warn(
                 f"The loss of `{step_name}` is {step:.4g}, but the cross-entropy of {name} of the same rows, which "
@@ -87,11 +74,13 @@ class LossCheck:
                 "returns `(logits, targets)`; the settings of the module's only `torch.nn.CrossEntropyLoss` are used."
             )
 
+    def _end(self) -> None:
+        self.done = True
+        self.stop()
+
     def stop(self) -> None:
         """Remove the hook."""
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook = None
+        self._logits.stop()
 
 
 def mean_losses(logits: Tensor, targets: Tensor, criterion: Criterion) -> tuple[Tensor, Tensor]:

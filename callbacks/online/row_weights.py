@@ -72,6 +72,24 @@ class RowWeights:
         else:
             self._reached = weights is None
 
+    def weigh_losses(self, losses: Tensor) -> None:
+        """Weigh the gradient with respect to the losses of the rows, in place of that with respect to the logits.
+
+        Args:
+            losses: Floating ``[k]`` with their graph, of which the loss of the step is made.
+        """
+        weights = self.weights
+        edge = torch.autograd.graph.get_gradient_edge(losses)
+        if weights is None or (edge.node, edge.output_nr) in self._edges:
+            return
+        self._edges.add((edge.node, edge.output_nr))
+
+        def weigh(gradient: Tensor) -> Tensor:
+            self._reached = True
+            return gradient * weights.to(gradient.dtype)
+
+        losses.register_hook(weigh)
+
     def inspect(self, loss: Tensor) -> None:
         """Raise a TypeError, before a backward pass, if a part of the loss does not come from the logits."""
         if not self._edges or loss.grad_fn is None or loss.grad_fn.name().startswith("CompiledFunction"):

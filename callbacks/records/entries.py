@@ -6,6 +6,7 @@ from torch import Tensor
 
 from curation.callbacks.online.choice import Choice
 from curation.callbacks.online.online_selection import OnlineSelection
+from curation.callbacks.samplers.dynamic_data_pruning import DynamicDataPruning
 
 
 def candidate_entries(callback: Callback, choice: Choice) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,10 +39,13 @@ def candidate_entries(callback: Callback, choice: Choice) -> tuple[Tensor, Tenso
 
 
 def check_selection(callback: Callback, trainer: Trainer) -> None:
-    """Refuse a trainer without an online selection.
+    """Refuse a trainer without a callback that reports what it chooses.
 
     Raises:
-        ValueError: If no callback of the trainer is an ``OnlineSelection``.
+        ValueError: If no callback of the trainer is an ``OnlineSelection`` or ``DynamicDataPruning``.
     """
-    if not any(isinstance(c, OnlineSelection) for c in trainer.callbacks):  # type: ignore[attr-defined]
-        raise ValueError(f"{type(callback).__name__} records an online selection, but the trainer has none.")
+    reports = (OnlineSelection, DynamicDataPruning)
+    if not any(isinstance(c, reports) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ValueError(
+            f"{type(callback).__name__} records an online selection or dynamic pruning, but the trainer has neither."
+        )

@@ -19,8 +19,8 @@ from curation.callbacks.lightning.restart import (
 from curation.callbacks.lightning.seam import SeamClient, check_one_loader, check_training_step
 from curation.callbacks.runs.random_streams import RandomStreams
 from curation.callbacks.runs.resumed_order import Position, ResumedOrder
-from curation.callbacks.samplers.hard_batches import HardBatchTraining
-from curation.samplers.hard_batches import HardBatchSampler
+from curation.callbacks.samplers.round_training import RoundTraining
+from curation.samplers.rounds import RoundSampler
 
 
 class ExactResume(SeamClient):
@@ -85,7 +85,7 @@ class ExactResume(SeamClient):
         self.position = Position()
         self._unrestored, self._restored, self._counted = trainer, False, None
         self._uncounted, self._saved_at_last_batch = 0, False
-        self._sampler_resumes = any(isinstance(c, HardBatchTraining) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        self._sampler_resumes = any(isinstance(c, RoundTraining) for c in trainer.callbacks)  # type: ignore[attr-defined]
 
     def watch(self, loader: Any) -> None:
         """Let the order of the training data loader depend on the epoch, and begin after the batches trained on."""
@@ -99,7 +99,7 @@ class ExactResume(SeamClient):
             rank_zero_warn(f"ExactResume cannot skip batches of {type(data).__name__}: a resumed epoch starts again.")
             return
         self._replace_sampler(loader)
-        if self._sampler_resumes and any(isinstance(s, HardBatchSampler) for s in self._streams.samplers):
+        if self._sampler_resumes and any(isinstance(s, RoundSampler) for s in self._streams.samplers):
             self.position.skip = 0  # the sampler restores its own position
         self._begin_epoch()
 

@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from curation.callbacks.lightning.seam import SeamClient, check_one_loader, check_training_step
+from curation.callbacks.samplers.round_training import RoundTraining
 from curation.samplers.hard_batches import HardBatchSampler
 
 
-class HardBatchTraining(SeamClient):
+class HardBatchTraining(RoundTraining[HardBatchSampler]):
     """Gives a :class:`~curation.samplers.hard_batches.HardBatchSampler` the loss of every mini-batch.
 
     The loss is what ``training_step`` returned, before the update, averaged over processes (arXiv 2304.03486). Saves
@@ -26,47 +25,14 @@ class HardBatchTraining(SeamClient):
         TypeError: If ``training_step`` returns no loss in a manual optimisation, or fetches its batches itself.
 
     Example:
+        >>> from torch.utils.data import DataLoader
         >>> from curation.samplers import HardBatchSampler
         >>> dataset = list(range(64))
         >>> loader = DataLoader(dataset, 8, sampler=HardBatchSampler(dataset, 8, delta=0.25))
         >>> callbacks = [HardBatchTraining()]  # Trainer(callbacks=callbacks).fit(module, loader)
     """
 
-    def __init__(self) -> None:
-        self.sampler: HardBatchSampler | None = None
-        self._state: dict[str, Any] | None = None
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier fit; watch for the training data loader."""
-        super().setup(trainer, pl_module, stage)
-        if self.fitting:
-            check_training_step(pl_module)
-            self.sampler = self._state = None
-
-    def watch(self, dataloader: Any) -> None:
-        """Find the sampler, and restore its state before it is iterated."""
-        sampler = dataloader.sampler if isinstance(dataloader, DataLoader) else None
-        if not isinstance(sampler, HardBatchSampler):
-            raise ValueError(
-                "HardBatchTraining needs a training `DataLoader(sampler=HardBatchSampler(...))`, but its sampler is "
-                f"{type(sampler).__name__}. (`overfit_batches` takes samplers away.)"
-            )
-        if dataloader.batch_size != sampler.batch_size:
-            raise ValueError(
-                f"The data loader must have the `batch_size` of its sampler, {sampler.batch_size}, but has "
-                f"{dataloader.batch_size!r}."
-            )
-        if sampler is not self.sampler:  # the first of the fit, or one of a reloaded data loader
-            state = self._state if self.sampler is None else self.sampler.state_dict()
-            if state is None:
-                sampler.reset()
-            else:
-                sampler.load_state_dict(state)
-        self.sampler = sampler
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse several data loaders, whose losses would be mixed up."""
-        check_one_loader(trainer, self)
+    sampler_type = HardBatchSampler
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -86,16 +52,3 @@ class HardBatchTraining(SeamClient):
         self.sampler.trained(trainer.strategy.reduce(loss.detach() * micro_batches, reduce_op="mean"))
         if trainer.is_last_batch:
             self.sampler.end_epoch()
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count an epoch that ended without its last batch, because a hook asked for it."""
-        if self.sampler is not None:
-            self.sampler.end_epoch()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state of the sampler; equal on all ranks."""
-        return {"sampler": self._state if self.sampler is None else self.sampler.state_dict()}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Keep the state of the sampler until the data loader is prepared."""
-        self._state = state["sampler"]

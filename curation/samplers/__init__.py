@@ -11,6 +11,7 @@ from curation.samplers.concept_choice import (
 )
 from curation.samplers.concept_clusters import cluster_concepts
 from curation.samplers.concept_index import ConceptIndex
+from curation.samplers.dynamic_pruning import DynamicDataPruningSampler
 from curation.samplers.global_batch import GlobalBatchSampler
 from curation.samplers.hard_batches import HardBatchSampler
 from curation.samplers.subset import SubsetSampler
@@ -20,6 +21,7 @@ __all__ = [
     "ConceptIndex",
     "ConceptObjective",
     "Diversity",
+    "DynamicDataPruningSampler",
     "FirstCome",
     "Frequency",
     "GlobalBatchSampler",

@@ -1,18 +1,17 @@
 """The delta rule of hard-sample training (arXiv 2304.03486): go back to the mini-batches with the largest losses."""
 
 from collections import deque
-from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from curation.checks import check_integer, check_number, check_seed
-from curation.samplers.global_batch import GlobalBatchSampler
+from curation.checks import check_integer, check_number
+from curation.samplers.rounds import RoundSampler
 
 
-class HardBatchSampler(GlobalBatchSampler):
+class HardBatchSampler(RoundSampler):
     """Yields the indices of fixed mini-batches, the hardest ones more often.
 
     The data set is cut once, by the seed, into ``b`` mini-batches of ``batch_size`` samples for each process, which
@@ -53,20 +52,11 @@ class HardBatchSampler(GlobalBatchSampler):
     def __init__(
         self, dataset: Any, batch_size: int, delta: float = 0.5, max_age: int | None = None, seed: int = 0
     ) -> None:
-        check_integer("batch_size", batch_size, 1)
         check_number("delta", delta, "(0, 1]")
         check_integer("max_age", max_age, 1, optional=True)
-        check_seed(seed)
-        if batch_size > len(dataset):
-            raise ValueError(
-                f"Argument `batch_size` must be at most {len(dataset)}, the size of the data set, but got "
-                f"{batch_size!r}."
-            )
-        super().__init__(dataset, seed)
-        self.batch_size: int = batch_size
+        super().__init__(dataset, batch_size, seed)
         self.delta: float = delta
         self.max_age: int | None = max_age
-        self.reset()
 
     @property
     def count(self) -> int:
@@ -76,14 +66,8 @@ class HardBatchSampler(GlobalBatchSampler):
     @cached_property
     def _cut(self) -> Tensor:
         """Indices ``[b, batch_size * processes]``, made late: the process group may be made after the sampler."""
-        samples, size = len(self.dataset), self.batch_size * self._place[1]  # type: ignore[arg-type]
-        if size > samples:
-            raise ValueError(
-                f"Argument `batch_size` times {self._place[1]} processes must be at most {samples}, the size of the "
-                f"data set, but got {self.batch_size}."
-            )
-        count = -(-samples // size)
-        order = torch.randperm(samples, generator=torch.Generator().manual_seed(self.seed))
+        count, size = self.steps, self.batch_size * self._place[1]
+        order = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(self.seed))  # type: ignore[arg-type]
         return torch.cat([order, order])[: count * size].view(count, size)
 
     @cached_property
@@ -98,34 +82,19 @@ class HardBatchSampler(GlobalBatchSampler):
         """Forget every loss; the next round is the first."""
         for cached in ("_cut", "losses", "_ages"):  # the number of processes may have changed since
             vars(self).pop(cached, None)
+        super().reset()
         self._warm = True
         self._round: deque[int] = deque()  # mini-batches of the round that are still to be drawn
-        self._drawn: deque[int] = deque()  # mini-batches that are drawn, and not trained on yet
-        self._in_epoch = 0  # steps of this epoch that were trained on
 
     # ------------------------------------------------------------------ called by the loader
-
-    def __len__(self) -> int:
-        return self.count * self.batch_size
-
-    def set_epoch(self, epoch: int) -> None:
-        """Nothing: rounds go on across epochs."""
-
-    def __iter__(self) -> Iterator[int]:
-        rank, processes = self._place
-        remaining = self.count - self._in_epoch
-        drawn = list(self._drawn)[:remaining]  # by an iteration that was cut off, maybe in another process
-        for batch in drawn:
-            yield from self._cut[batch][rank::processes].tolist()
-        for _ in range(remaining - len(drawn)):
-            yield from self._cut[self._draw()][rank::processes].tolist()
 
     def _draw(self) -> int:
         if not self._round:
             self._round.extend(self.hardest())
-        batch = self._round.popleft()
-        self._drawn.append(batch)
-        return batch
+        return self._round.popleft()
+
+    def _indices(self, batch: int) -> Tensor:
+        return self._cut[batch]
 
     def hardest(self) -> list[int]:
         """The mini-batches of the next round, in the order of the cut. Costs one host synchronisation."""
@@ -152,10 +121,6 @@ class HardBatchSampler(GlobalBatchSampler):
         self.losses = self.losses.to(loss.device)
         self.losses[batch] = loss.float()
         self._in_epoch += 1
-
-    def end_epoch(self) -> None:
-        """Record that an epoch has ended, maybe before its last mini-batch."""
-        self._in_epoch = 0
 
     def _key(self) -> list[int]:
         return [len(self.dataset), self._cut.size(1), self.seed]  # type: ignore[arg-type]

@@ -115,12 +115,13 @@ def _restore_buffers(module: nn.Module) -> Callable[[], None]:
     return restore
 
 
-def find_route(module: nn.Module, batch: Any) -> Route:
+def find_route(module: nn.Module, batch: Any, score_step: bool = True) -> Route:
     """Choose the route for a module and the batches it is trained on.
 
     Args:
         module: The module that is trained.
         batch: One candidate batch, without sample ids.
+        score_step: Whether the module's own ``score_step``, which is a pass of its own, may be the route.
 
     Raises:
         TypeError: If no route fits; the message names the method to add.
@@ -133,9 +134,9 @@ def find_route(module: nn.Module, batch: Any) -> Route:
         >>> route.name, logits.shape
         ('forward(x)', torch.Size([2, 4]))
     """
-    score_step: Any = getattr(module, "score_step", None)
-    if callable(score_step):
-        return Route("score_step", score_step)
+    own: Any = getattr(module, "score_step", None)
+    if score_step and callable(own):
+        return Route("score_step", own)
     if isinstance(batch, Mapping) and ("input_ids" in batch or "pixel_values" in batch):
         model = _hugging_face_model(module)
         if model is not None:

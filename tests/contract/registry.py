@@ -17,6 +17,7 @@ from curation.callbacks import (
     ConceptAwareSelection,
     ConceptCoverageMonitor,
     DifficultyAdaptiveRollouts,
+    DynamicDataPruning,
     ExactResume,
     GlobalBatchLoadBalancing,
     HardBatchTraining,
@@ -31,6 +32,7 @@ from curation.callbacks import (
 from curation.instances.selection_index import SelectionIndex, fingerprint
 from curation.records.ledger import Ledger
 from curation.samplers.concept_aware import ConceptAwareSampler, ConceptIndex
+from curation.samplers.dynamic_pruning import DynamicDataPruningSampler
 from curation.samplers.hard_batches import HardBatchSampler
 
 
@@ -118,6 +120,11 @@ DEEPSPEED = {"deepspeed": "does not support DeepSpeedStrategy"}
 FSDP1 = {"fsdp1": "does not support FSDPStrategy"}
 NO_SAMPLES = {"samples": "list of 8 samples"}
 ONE_LOADER = {"combined_loader": "needs one training data loader"}
+NOT_OF_ROUNDS = {
+    **ONE_LOADER,
+    "batch_size_finder": "rounds of the checkpoint are others",
+    "overfit_batches": "overfit_batches",
+}
 NOT_OF_HARD_BATCHES = {
     **ONE_LOADER,
     "batch_size_finder": "mini-batches of the checkpoint are others",
@@ -168,6 +175,14 @@ CALLBACKS = {
             acted=lambda rollouts: rollouts._per_prompt.max() > 2,
             module=Answering,
             manual=ManualAnswering,
+        ),
+        Entry(
+            DynamicDataPruning,
+            {"lr_scale": 0.5},
+            {"lr_scale": 2.0},
+            sampler=DynamicDataPruningSampler,
+            refuses=NOT_OF_ROUNDS,
+            acted=lambda pruning: bool(pruning.sampler.losses.isfinite().any()),
         ),
         Entry(ExactResume, refuses=ONE_LOADER),
         Entry(

@@ -1,9 +1,11 @@
 """What the contract suite runs in processes of its own."""
 
+import math
 import multiprocessing
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +17,12 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, default_collate
-from twins import UniformTwin, slow_diverse, slow_hard_batches, tags
+from twins import UniformTwin, slow_diverse, slow_hard_batches, slow_pruning, tags
 
 from contract.registry import CALLBACKS, write_tags
 from curation.callbacks import ExactResume, InstanceSelection, SelectionLedger
 from curation.records.ledger import Ledger
+from curation.samplers.dynamic_pruning import DynamicDataPruningSampler
 from curation.samplers.hard_batches import HardBatchSampler
 
 # Of these two ranks are compared with one process here; of the others, in tests of their own.
@@ -248,6 +251,8 @@ def batches_in_one_process(sampler: type | None) -> dict:
     if sampler is HardBatchSampler:
         order = torch.randperm(38, generator=torch.Generator().manual_seed(0)).repeat(2).tolist()
         slow_hard_batches(3, 0.5, lambda step, batch: train(order[16 * batch : 16 * batch + 16]), 6)
+    elif sampler is DynamicDataPruningSampler:
+        prune_in_one_process(module, optimizer, samples, rows)
     elif sampler is None:  # every second sample, filled up to be divided by two
         for epoch in (0, 1):
             order = np.random.default_rng((7, epoch)).permutation(np.arange(0, 38, 2)).tolist()
@@ -265,6 +270,35 @@ def batches_in_one_process(sampler: type | None) -> dict:
             visits[chosen] += 1
             train(chosen.tolist())
     return {"rows": rows, "weights": module.state_dict()}
+
+
+def prune_in_one_process(module: LanguageModel, optimizer: Any, samples: Any, rows: list[list]) -> None:
+    """The rounds of `mean`, with weights, over two epochs of three batches."""
+    last, queue, number, lr = [math.nan] * 38, [], -1, optimizer.param_groups[0]["lr"]
+    for _ in range(6):
+        while len(queue) < 16:
+            number += 1
+            generators = [torch.Generator().manual_seed(2 * number + stream) for stream in (0, 1)]
+            chosen = dict.fromkeys(range(38), 1.0)
+            if number:
+                torch.rand(38, generator=generators[1])  # of the samples to review
+                chosen = slow_pruning("mean", last, generators[0], 0.0, number, 0.5)
+            ids = sorted(chosen) if not number else [*chosen]
+            queue += [(ids[i], chosen[ids[i]]) for i in torch.randperm(len(ids), generator=generators[1]).tolist()]
+        batch, queue, losses = queue[:16], queue[16:], []
+        for rank in (0, 1):
+            mine = batch[rank::2]
+            part = default_collate([samples[i] for i, _ in mine])
+            rows[rank].append(first_tokens(part))
+            losses.append(weighted_loss(module.train(), part, [weight for _, weight in mine]))
+            for i, _ in mine:
+                one = default_collate([samples[i]])
+                with torch.no_grad():
+                    last[i] = float(weighted_loss(module, one, [1.0]))
+        optimizer.zero_grad()
+        (sum(losses) / 2).backward()
+        optimizer.param_groups[0]["lr"] = lr * (38 / len(chosen)) ** 0.5
+        optimizer.step()
 
 
 def one_process(name: str) -> dict:

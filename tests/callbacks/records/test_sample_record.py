@@ -47,7 +47,9 @@ def test_samples_without_ids_and_runs_without_selection_are_refused(make, tmp_pa
         TypeError, match=r"needs sample ids: wrap the training data set in `curation.sample_ids.SampleIds`"
     ):
         trainer(make(), UniformSelection(keep=0.5)).fit(Classifier(), loader(ids=False))
-    with pytest.raises(ValueError, match="records an online selection, but the trainer has none"):
+    with pytest.raises(
+        ValueError, match="records an online selection or dynamic pruning, but the trainer has neither"
+    ):
         trainer(make()).fit(Classifier(), loader())
 
 

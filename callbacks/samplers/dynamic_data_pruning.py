@@ -1,0 +1,266 @@
+"""Dynamic data pruning in a fit: the sampler gets the losses of the training pass, the loss gets the weights."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from curation.batch import batch_size
+from curation.callbacks.lightning.loop import fit_batches, logs_now
+from curation.callbacks.lightning.seam import BatchSeam
+from curation.callbacks.online.choice import Choice, SelectionListener
+from curation.callbacks.online.online_selection import OnlineSelection
+from curation.callbacks.online.row_weights import RowWeights
+from curation.callbacks.online.training_losses import TrainingLosses
+from curation.callbacks.samplers.round_training import RoundTraining
+from curation.checks import check_number
+from curation.samplers.dynamic_pruning import Batch, DynamicDataPruningSampler
+from curation.scoring import find_logits_maker
+
+
+class DynamicDataPruning(RoundTraining[DynamicDataPruningSampler]):
+    """Trains on the rounds of a :class:`~curation.samplers.dynamic_pruning.DynamicDataPruningSampler`.
+
+    Losses come from the training pass: the cross-entropies of the logits that ``training_step`` makes, or for any
+    other loss, what it leaves in ``self.sample_losses`` (``[B]``). They are gathered from all processes in one
+    collective a step, and wait for no device. Where the rule weighs samples, the gradient is weighed row by row
+    (:class:`~curation.callbacks.online.row_weights.RowWeights`); a module with ``sample_weights`` multiplies its
+    losses itself. What ``training_step`` logs is the unweighted loss of the rows that it sees, which are harder than
+    the average: an early stop or a plateau schedule should look at validation.
+
+    Logs ``curation/round``, ``curation/visited_fraction`` (of the samples, in the round), ``curation/mean_age``
+    (rounds since samples were visited), ``curation/work_saved`` (against rounds of everything) and
+    ``curation/pruning_progress``. Reports every batch to :class:`~curation.callbacks.SampleRecord` and
+    :class:`~curation.callbacks.SelectionLedger`.
+
+    Args:
+        lr_scale: The learning rate of a step is multiplied by ``(N / n) ** lr_scale`` for a round of ``n`` samples. 0
+            leaves it; 1 is KAKURENBO's rule (arXiv 2310.10102); -1 takes out the factor that weights which sum to
+            ``N`` put into the steps of SGD, and that Adam does not see. Schedulers and monitors see the rate without
+            it.
+
+    Attributes:
+        sampler: The sampler of the training data loader; None before the loader is prepared.
+        batches: Batches of this process that were trained on.
+
+    Raises:
+        ValueError: If the training data loader has no such sampler, or another batch size than it; if a selection of
+            rows stands beside it; if batches hold other samples than were drawn.
+        TypeError: If the losses of the rows are not known, or the weights do not reach the loss.
+
+    Example:
+        >>> from torch.utils.data import DataLoader
+        >>> from curation.samplers import DynamicDataPruningSampler
+        >>> dataset = list(range(64))
+        >>> loader = DataLoader(dataset, 8, sampler=DynamicDataPruningSampler(dataset, 8))
+        >>> callbacks = [DynamicDataPruning()]  # Trainer(callbacks=callbacks).fit(module, loader)
+    """
+
+    sampler_type = DynamicDataPruningSampler
+
+    def __init__(self, lr_scale: float = 0.0) -> None:
+        self.lr_scale = check_number("lr_scale", lr_scale, "[-1, 1]")
+        super().__init__()
+        self._reset()
+
+    def _reset(self) -> None:
+        self.batches = 0
+        self._losses: TrainingLosses | None = None
+        self._weights: RowWeights | None = None
+        self._batch: Batch | None = None  # what this step trains on, of all processes
+        self._order: Tensor | None = None  # places in the part of this process of the rows of its batch
+        self._ids: Tensor | None = None
+        self._trainer: Trainer | None = None
+        self._undo: list[Callable[[], None]] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier fit; refuse what cannot work."""
+        if stage == "fit":
+            self._reset()
+            self._trainer = trainer
+            rule = next((c for c in trainer.callbacks if isinstance(c, OnlineSelection)), None)  # type: ignore[attr-defined]
+            if rule is not None:
+                raise ValueError(
+                    f"DynamicDataPruning needs the losses of all rows that were drawn, but {type(rule).__name__} "
+                    "leaves some out."
+                )
+        super().setup(trainer, pl_module, stage)
+
+    def watch(self, dataloader: Any) -> None:
+        """Find the sampler, and tell it how long the fit is."""
+        super().watch(dataloader)
+        assert self.sampler is not None
+        assert self._trainer is not None
+        self.sampler.length = fit_batches(self._trainer, self.sampler.steps)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let optimizers use the learning rate of the round."""
+        super().on_train_start(trainer, pl_module)
+        if self.lr_scale:
+            for optimizer in trainer.optimizers:
+                rates: list[Any] = []
+                self._undo += [
+                    optimizer.register_step_pre_hook(lambda o, *_, rates=rates: self._scale(o, rates)).remove,
+                    optimizer.register_step_post_hook(lambda o, *_, rates=rates: _restore_rates(o, rates)).remove,
+                ]
+
+    def _scale(self, optimizer: Any, rates: list[Any]) -> None:
+        if self._batch is not None:
+            rates[:] = [group["lr"] for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] * self._batch.share**-self.lr_scale
+
+    # ------------------------------------------------------------------ a step
+
+    def curate(self, trainer: Trainer, pl_module: LightningModule, batch: Any, sample_ids: Tensor | None) -> Any:
+        """The batch as it is; its weights are set, and its losses will be taken."""
+        if self not in trainer.callbacks:  # type: ignore[attr-defined]  # a tuner's step, which must leave no trace
+            return batch
+        assert self.sampler is not None
+        rows = batch_size(batch)
+        if rows != self.sampler.batch_size:
+            raise ValueError(
+                f"DynamicDataPruning drew {self.sampler.batch_size} samples for a batch that has {rows} rows; a "
+                "`collate_fn` or a transfer hook must not leave rows out."
+            )
+        if self._losses is None:
+            self._losses = TrainingLosses(pl_module, batch)
+            maker = None if self._losses.given else find_logits_maker(pl_module, batch)
+            self._weights = RowWeights(pl_module, maker)
+            rank_zero_info(f"DynamicDataPruning: losses by {self._losses.name}; rule {self.sampler.rule_name}.")
+        assert self._weights is not None
+        self._batch = self.sampler.next
+        self._ids, weights = self._own_part(trainer, self._batch, sample_ids)
+        if weights is not None:
+            weights = weights.to(pl_module.device, non_blocking=True)
+            weights = weights if self._order is None else weights[self._order]
+        self._weights.set(weights)
+        self._losses.watch(batch, rows)
+        return batch
+
+    def _own_part(self, trainer: Trainer, batch: Batch, ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Ids and weights of the rows of this process, in the order in which they were drawn.
+
+        Where the samples have ids, rows may come in another order, which is kept.
+
+        Raises:
+            ValueError: If the ids are others (on a GPU only the first batch is compared).
+        """
+        part = slice(trainer.global_rank, None, trainer.world_size)
+        drawn, weights = batch.ids[part], None if batch.weights is None else batch.weights[part]
+        self._order = None
+        if ids is not None:
+            expected, given = drawn.to(ids.device, non_blocking=True).sort(), ids.sort()
+            if (ids.device.type == "cpu" or self.batches == 0) and not torch.equal(expected.values, given.values):
+                has, drew = given.values.tolist()[:5], expected.values.tolist()[:5]
+                raise ValueError(
+                    f"A batch holds the samples {has}..., but {drew}... were drawn. Wrap the data set that the "
+                    "sampler draws from in `SampleIds`, after any subset is taken."
+                )
+            self._order = torch.empty_like(ids).scatter_(0, given.indices, expected.indices)
+        return drawn, weights
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Check that the batch to train on is the one that was drawn."""
+        BatchSeam.check(trainer, batch)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Weigh the losses that the module has left; raise if a part of the loss cannot be weighed."""
+        if self._weights is None or self._losses is None or self._weights.weights is None:
+            return
+        attached = self._losses.attached
+        if attached is not None and attached.requires_grad:
+            self._weights.weigh_losses(attached)
+        self._weights.inspect(loss)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise, before the optimizer's step, if the weights do not reach the loss."""
+        if self._weights is not None:
+            self._weights.check()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Give the losses of all processes to the sampler, and the batch to the listeners."""
+        if self._batch is None:  # one that is not trained on, as at the end of stochastic weight averaging
+            return
+        assert self.sampler is not None
+        assert self._losses is not None
+        assert self._weights is not None
+        size = self.sampler.batch_size
+        losses = self._losses.take(size)
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        skipped = loss is None and pl_module.automatic_optimization
+        if losses is None:
+            if not skipped:
+                raise self._losses.missing()
+            losses = torch.full((size,), torch.nan, device=pl_module.device)
+        elif not pl_module.automatic_optimization:  # it may call no hook
+            self._weights.check()
+        self._report(trainer, pl_module, self._batch, losses)
+        drawn = losses if self._order is None else torch.empty_like(losses).scatter_(0, self._order, losses)
+        everyone = trainer.strategy.all_gather(torch.cat([drawn, drawn.new_full((1,), elapsed(trainer))]))
+        everyone = everyone.view(trainer.world_size, size + 1)
+        self.sampler.elapsed = everyone[0, size]  # rank 0 decides what its clock says
+        self.sampler.trained(everyone[:, :size].T.flatten())
+        self._weights.set(None)
+        self._batch = None
+        self.batches += 1
+        if logs_now(trainer):
+            for name, value in self.sampler.statistics.items():
+                pl_module.log(f"curation/{name}", value, on_step=True, on_epoch=False, batch_size=1)
+        if trainer.is_last_batch:
+            self.sampler.end_epoch()
+
+    def _report(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, losses: Tensor) -> None:
+        listeners = [c for c in trainer.callbacks if isinstance(c, SelectionListener)]  # type: ignore[attr-defined]
+        if not listeners:
+            return
+        assert self._weights is not None
+        assert self._ids is not None
+        ids = self._ids.to(losses.device, non_blocking=True)
+        ids = ids if self._order is None else ids[self._order]
+        rows = torch.arange(len(losses), device=losses.device)
+        choice = Choice(len(losses), len(losses), rows, self._weights.weights, scores=losses, sample_ids=ids)
+        for listener in listeners:
+            listener.on_selection(trainer, pl_module, self.batches, choice)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Release the module, and the learning rates."""
+        super().teardown(trainer, pl_module, stage)
+        while self._undo:
+            self._undo.pop()()
+        if self._losses is not None:
+            self._losses.stop()
+        if self._weights is not None:
+            self._weights.remove()
+        self._losses = self._weights = self._trainer = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the sampler, and the number of batches; equal on all ranks."""
+        return {**super().state_dict(), "batches": self.batches}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        super().restore(state)
+        self.batches = state["batches"]
+
+
+def elapsed(trainer: Trainer) -> float:
+    """Share of ``max_time`` that is over, in [0, 1]; 0 without one."""
+    timer = next((c for c in trainer.callbacks if isinstance(c, Timer)), None)  # type: ignore[attr-defined]
+    left = None if timer is None else timer.time_remaining()
+    if timer is None or left is None:
+        return 0.0
+    spent = timer.time_elapsed()
+    return spent / max(spent + left, 1e-9)
+
+
+def _restore_rates(optimizer: Any, rates: list[Any]) -> None:
+    for group, rate in zip(optimizer.param_groups, rates, strict=False):
+        group["lr"] = rate
+    rates.clear()
