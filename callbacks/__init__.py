@@ -11,6 +11,7 @@ from curation.callbacks.online.hard_samples import HardSampleSelection
 from curation.callbacks.online.online_selection import OnlineSelection
 from curation.callbacks.online.uniform import UniformSelection
 from curation.callbacks.online.utility_diversity import UtilityDiversitySelection
+from curation.callbacks.online.weighted_loss import WeightedLoss
 from curation.callbacks.records.sample_record import SampleRecord
 from curation.callbacks.records.selection_ledger import SelectionLedger
 from curation.callbacks.rollouts.difficulty_adaptive_rollouts import DifficultyAdaptiveRollouts
@@ -40,5 +41,6 @@ __all__ = [
     "SelectionListener",
     "UniformSelection",
     "UtilityDiversitySelection",
+    "WeightedLoss",
     "embed",
 ]

@@ -54,6 +54,10 @@ class SeamClient(FitCallback):
         """The batch to train on, given the candidate batch on the device and its sample ids."""
         return batch
 
+    def strip(self, batch: Any) -> Any:
+        """A batch on the device that is not trained on, without what only training is to see."""
+        return batch
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the seam."""
         BatchSeam.detach(trainer, self)
@@ -131,7 +135,11 @@ class BatchSeam:
         for client in self.clients if trains else []:
             client.before_transfer()
         batch = self._batch = self._transfer(batch, device=device, dataloader_idx=dataloader_idx)
-        if batch is None or not trains:
+        if batch is None:
+            return batch
+        if not trains:
+            for client in self.clients:
+                batch = client.strip(batch)
             return batch
         if ids is not None:
             ids = self._on_device(ids, batch, device)

@@ -14,9 +14,9 @@ class RowWeights:
     """Weighs each row's share of the gradient, in any module whose loss is a mean over rows or scored positions.
 
     A module with an attribute ``sample_weights`` gets them there (fp32 ``[k]``, mean about 1) and multiplies its
-    per-sample losses by them. In any other module the gradient with respect to the logits is multiplied row by row,
-    which has the same effect on every parameter: their gradients are linear in it. The loss that is logged is then
-    unweighted.
+    per-sample losses by them. In any other module a gradient is multiplied row by row, which has the same effect on
+    every parameter: that with respect to the losses ``[k]`` which ``training_step`` leaves in an attribute
+    ``sample_losses``, where the module has one, or else to the logits. The loss that is logged is then unweighted.
 
     A mean over the scored positions needs other weights than a mean over rows, by the ratio of the mean lengths of
     kept rows and candidates. Which one it is shows in the gradients of two rows of unequal length; until then it is a
@@ -41,6 +41,7 @@ class RowWeights:
         self._module = module
         self._over_positions = over_positions
         self._takes = hasattr(module, "sample_weights")
+        self._leaves = hasattr(module, "sample_losses") and not self._takes
         if self._takes and module.sample_weights is not None:
             raise ValueError(
                 f"`{type(module).__name__}.sample_weights` must be None before training: the weights of the kept "
@@ -54,7 +55,7 @@ class RowWeights:
         self._undo: Callable[[], None] = lambda: None
         if self._takes:
             self._undo = lambda: self.set(None)
-        elif maker is not None:
+        elif maker is not None and not self._leaves:
             self._undo = maker.register_forward_hook(self._weigh).remove
 
     def set(self, weights: Tensor | None, ratio: Tensor | None = None) -> None:
@@ -67,20 +68,23 @@ class RowWeights:
         """
         self.weights, self._ratio = weights, ratio
         self._edges, self._joint = set(), False
+        if self._leaves:
+            self._module.sample_losses = None  # type: ignore[assignment]
         if self._takes:
             self._module.sample_weights = weights  # type: ignore[assignment]
         else:
             self._reached = weights is None
 
-    def weigh_losses(self, losses: Tensor) -> None:
-        """Weigh the gradient with respect to the losses of the rows, in place of that with respect to the logits.
-
-        Args:
-            losses: Floating ``[k]`` with their graph, of which the loss of the step is made.
-        """
+    def _weigh_losses(self) -> None:
+        """Weigh the gradient with respect to the losses that the module has left, in place of that of the logits."""
+        losses: Any = self._module.sample_losses
         weights = self.weights
+        if weights is None or not isinstance(losses, Tensor) or not losses.requires_grad:
+            return
+        if losses.shape != weights.shape:
+            self._refuse(f" (`sample_losses` {list(losses.shape)} for {len(weights)} rows)")
         edge = torch.autograd.graph.get_gradient_edge(losses)
-        if weights is None or (edge.node, edge.output_nr) in self._edges:
+        if (edge.node, edge.output_nr) in self._edges:
             return
         self._edges.add((edge.node, edge.output_nr))
 
@@ -92,6 +96,8 @@ class RowWeights:
 
     def inspect(self, loss: Tensor) -> None:
         """Raise a TypeError, before a backward pass, if a part of the loss does not come from the logits."""
+        if self._leaves:
+            self._weigh_losses()
         if not self._edges or loss.grad_fn is None or loss.grad_fn.name().startswith("CompiledFunction"):
             return
         nodes, seen = [loss.grad_fn], {loss.grad_fn}
@@ -147,7 +153,7 @@ class RowWeights:
 
     def _refuse(self, detail: str = "") -> None:
         raise TypeError(
-            f"The weights of the kept rows did not reach the loss of {type(self._module).__name__}{detail}. Add an "
+            f"The weights of the rows did not reach the loss of {type(self._module).__name__}{detail}. Add an "
             "attribute `sample_weights` (None) to it, and multiply the per-sample losses by it where it is set."
         )
 

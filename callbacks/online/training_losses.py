@@ -90,12 +90,12 @@ class TrainingLosses:
 
     def __init__(self, module: LightningModule, batch: Any) -> None:
         self._module = module
-        self.given = hasattr(module, "sample_losses")
+        self._given = hasattr(module, "sample_losses")
         self._route: Route | None = None
         self._logits = WatchedLogits(compiled=True)
         self._criterion = Criterion()
         self.name = f"`{type(module).__name__}.sample_losses`"
-        if not self.given:
+        if not self._given:
             try:
                 self._route = find_route(module, batch, score_step=False)
             except TypeError as error:
@@ -118,12 +118,6 @@ class TrainingLosses:
 
     def _losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         return self._criterion.bind(per_sample_loss)(logits, self._criterion.mask(targets))
-
-    @property
-    def attached(self) -> Tensor | None:
-        """The losses that the module has left, with their graph; None where it leaves none."""
-        losses: Any = self._module.sample_losses if self.given else None
-        return losses if isinstance(losses, Tensor) else None
 
     def take(self, rows: int) -> Tensor | None:
         """Losses fp32 ``[B]`` of the training step, NaN for rows without a scored position; None if there are none.

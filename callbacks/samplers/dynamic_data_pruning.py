@@ -129,8 +129,7 @@ class DynamicDataPruning(RoundTraining[DynamicDataPruningSampler]):
             )
         if self._losses is None:
             self._losses = TrainingLosses(pl_module, batch)
-            maker = None if self._losses.given else find_logits_maker(pl_module, batch)
-            self._weights = RowWeights(pl_module, maker)
+            self._weights = RowWeights(pl_module, find_logits_maker(pl_module, batch))
             rank_zero_info(f"DynamicDataPruning: losses by {self._losses.name}; rule {self.sampler.rule_name}.")
         assert self._weights is not None
         self._batch = self.sampler.next
@@ -169,13 +168,9 @@ class DynamicDataPruning(RoundTraining[DynamicDataPruningSampler]):
         BatchSeam.check(trainer, batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Weigh the losses that the module has left; raise if a part of the loss cannot be weighed."""
-        if self._weights is None or self._losses is None or self._weights.weights is None:
-            return
-        attached = self._losses.attached
-        if attached is not None and attached.requires_grad:
-            self._weights.weigh_losses(attached)
-        self._weights.inspect(loss)
+        """Raise if a part of the loss cannot be weighed."""
+        if self._weights is not None:
+            self._weights.inspect(loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise, before the optimizer's step, if the weights do not reach the loss."""

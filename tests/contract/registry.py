@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from helpers import Answering, Classifier, ManualAnswering, ManualClassifier, ManualRouted, Routed, data
 from lightning.pytorch import Callback
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from twins import ConceptAwareTwin, HardSampleTwin, UniformTwin, UtilityDiversityTwin, tags
 
 from curation.batch import SampleIds
@@ -28,12 +28,30 @@ from curation.callbacks import (
     SelectionLedger,
     UniformSelection,
     UtilityDiversitySelection,
+    WeightedLoss,
 )
 from curation.instances.selection_index import SelectionIndex, fingerprint
 from curation.records.ledger import Ledger
 from curation.samplers.concept_aware import ConceptAwareSampler, ConceptIndex
 from curation.samplers.dynamic_pruning import DynamicDataPruningSampler
 from curation.samplers.hard_batches import HardBatchSampler
+
+
+class WithWeights(Dataset):
+    """Pairs with a weight as a third element."""
+
+    def __init__(self, samples: Any) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, i: int) -> tuple:
+        return (*self.samples[i], i % 3 / 2)
+
+
+class Weighed(Classifier):
+    pass
 
 
 @dataclass
@@ -46,6 +64,7 @@ class Entry:
     sampler: Callable[..., Sampler] | None = None  # of the training data, by data set and batch size
     candidates: int = 1  # batches of samples that it takes to make one to train on
     ids: bool = False  # it needs them
+    weights: bool = False  # it takes them out of batches
     refuses: dict[str, str] = field(default_factory=dict)  # by kind of run, what the error says
     warns: dict[str, str] = field(default_factory=dict)  # where it does not do its work, what the warning says
     module: type[Classifier] = Classifier
@@ -73,6 +92,7 @@ class Entry:
         return "keep" in self.arguments
 
     def dataset(self, samples: Any) -> Any:
+        samples = WithWeights(samples) if self.weights else samples
         return SampleIds(samples) if self.curates or self.ids else samples
 
     def loader(self, samples: Any = None, batch_size: int = 8, **kwargs: Any) -> DataLoader:
@@ -211,6 +231,14 @@ CALLBACKS = {
         Entry(SampleRecord, records=True, acted=lambda record: int(record.store.seen.sum()) > 0),
         Entry(
             SelectionLedger, {"path": "ledger"}, records=True, acted=lambda _: Ledger("ledger").rows().num_rows > 0
+        ),
+        Entry(
+            WeightedLoss,
+            {"column": 2},
+            {"column": -1},
+            weights=True,
+            refuses=ONE_LOADER,
+            module=Weighed,
         ),
     )
 }
