@@ -20,6 +20,7 @@ from torch.utils.data import Sampler
 
 from curation.callbacks import (
     DifficultyAdaptiveRollouts,
+    DynamicDataPruning,
     GlobalBatchLoadBalancing,
     HardBatchTraining,
     InstanceSelection,
@@ -178,6 +179,7 @@ def chooses(entry: dict[str, Any]) -> bool:
     return is_a(
         entry,
         OnlineSelection,
+        DynamicDataPruning,
         HardBatchTraining,
         InstanceSelection,
         DifficultyAdaptiveRollouts,

@@ -28,7 +28,7 @@ def folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("recipe", ["fashion_mnist_noisy", "fashion_mnist_hard_batches"])
+@pytest.mark.parametrize("recipe", ["fashion_mnist_noisy", "fashion_mnist_hard_batches", "fashion_mnist_pruning"])
 def test_a_recipe_runs_on_digits(recipe):
     run = cli.run(["fit", "--config", recipe, *DIGITS, "--trainer.max_steps=12", "--trainer.val_check_interval=4"])
     assert run.trainer.global_step == 12
