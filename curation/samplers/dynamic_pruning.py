@@ -154,10 +154,12 @@ class DynamicDataPruningSampler(RoundSampler):
             ids, weights = torch.arange(self.size), None
         else:
             losses = self.losses.cpu()
-            must = torch.rand(self.size, generator=generator) < self.review
+            if self.review:
+                must = torch.rand(self.size, generator=generator) < self.review
+                losses = losses.masked_fill(must, torch.nan)
             if self.max_age is not None:
-                must |= self._visits < self.round - self.max_age
-            ids, weights = self.plan(losses.masked_fill(must, torch.nan), progress)
+                losses = losses.masked_fill(self._visits < self.round - self.max_age, torch.nan)
+            ids, weights = self.plan(losses, progress)
         order = torch.randperm(len(ids), generator=generator)
         self._ids, self._weights = ids[order], None if weights is None else weights[order]
         self._visits[ids] = self.round
@@ -165,7 +167,7 @@ class DynamicDataPruningSampler(RoundSampler):
         self.statistics = {
             "round": float(self.round),
             "visited_fraction": len(ids) / self.size,
-            "mean_age": self.round - float(self._visits.double().mean()),
+            "mean_age": self.round - int(self._visits.sum()) / self.size,
             "work_saved": 1 - self.visited / (self.size * (self.round + 1)),
             "pruning_progress": progress,
         }

@@ -13,6 +13,7 @@ A rule is a function of these alone, so that all processes draw the same. Every 
 loss.
 """
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
@@ -42,8 +43,8 @@ def mean(losses: Tensor, generator: Generator, *, progress: float, round: int, p
         (3, tensor(5.))
     """
     finite = losses.isfinite()
-    average = losses[finite].double().mean().float()
-    below = losses < average  # False for NaN
+    average = losses[finite] if not finite.all() else losses
+    below = losses < average.double().mean().float()  # False for NaN
     low = below.nonzero().flatten()
     m = max(1, int((1 - prune) * len(low)))
     kept = low[_subset(len(low), m, generator)]
@@ -106,12 +107,15 @@ def window(
     must = (~losses.isfinite()).nonzero().flatten()
     ids = losses.isfinite().nonzero().flatten()
     ids = ids[_subset(len(ids), max(1, int((1 - prune) * len(ids))), generator)]
-    order = losses[ids].argsort(stable=True)
-    ids = ids[order]
-    cuts = cluster_sorted(losses[ids], groups)
+    values = losses[ids]
+    ordered = torch.from_numpy(np.sort(values.numpy()))  # faster than torch's sort, which orders indices, too
+    cuts = cluster_sorted(ordered, groups)
     w = max(1, int(width * groups + 0.5))
     start = (round - 1) % (groups - w + 1)
-    return torch.cat([must, ids[cuts[start] : cuts[start + w]]]), None
+    first, last = cuts[start], cuts[start + w]
+    if first == last:  # of a window of empty groups
+        return _not_empty(must, losses), None
+    return torch.cat([must, ids[(values >= ordered[first]) & (values <= ordered[last - 1])]]), None
 
 
 def hide(
@@ -142,9 +146,8 @@ def hide(
     """
     share = prune * (1.0, 1.0, 0.8, 0.6, 0.4)[min(4, int(5 * progress))]
     m = int(share * len(losses))
-    lowest = losses.nan_to_num(nan=torch.inf, posinf=torch.inf).argsort(stable=True)[:m]
-    hidden = torch.zeros(len(losses), dtype=torch.bool)
-    hidden[lowest] = (-losses[lowest]).exp() >= confidence
+    sure = (-losses).exp() >= confidence
+    hidden = _lowest(losses.nan_to_num(nan=torch.inf, posinf=torch.inf), m) & sure
     return _not_empty((~hidden).nonzero().flatten(), losses), None
 
 
@@ -175,8 +178,8 @@ def drop_high(
     """
     if round <= warm_up:
         return torch.arange(len(losses)), None
-    order = losses.nan_to_num(nan=-torch.inf).argsort(stable=True)
-    return order[: max(1, len(losses) - int(prune * len(losses)), int(losses.isnan().sum()))], None
+    n = max(1, len(losses) - int(prune * len(losses)), int(losses.isnan().sum()))
+    return _lowest(losses.nan_to_num(nan=-torch.inf, posinf=torch.inf), n).nonzero().flatten(), None
 
 
 def proportional(
@@ -253,17 +256,15 @@ def inclusion_probabilities(sizes: Tensor, n: float, floor: float = 0.0) -> Tens
     sizes = sizes.double()
     sizes = sizes.clamp(min=float(sizes.max().clamp(min=1e-30)) * 1e-6)
     floor = min(floor, n / len(sizes))
-    ordered = sizes.sort(descending=True).values
-    tail = ordered.flip(0).cumsum(0).flip(0)  # sum of a size and all smaller ones
+    ordered = np.sort(sizes.numpy())
+    sums = np.concatenate([[0.0], np.cumsum(ordered)])
 
     def total(c: float) -> float:
         """Sum of the probabilities with a factor ``c``."""
-        above = int((ordered * c >= 1).sum())
-        under = int((ordered * c > floor).sum())
-        middle = tail[above] - (tail[under] if under < len(ordered) else 0) if above < under else 0
-        return above + c * float(middle) + floor * (len(ordered) - max(above, under))
+        under, below = np.searchsorted(ordered, [floor / c, 1 / c])
+        return floor * under + c * (sums[below] - sums[under]) + len(ordered) - below
 
-    low, high = 0.0, 1 / float(ordered[-1])
+    low, high = 0.0, 1 / float(ordered[0])
     for _ in range(100):
         c = (low + high) / 2
         low, high = (c, high) if total(c) < n else (low, c)
@@ -302,6 +303,15 @@ def cluster_sorted(values: Tensor, groups: int) -> list[int]:
 def _subset(size: int, n: int, generator: Generator) -> Tensor:
     """``n`` of ``size`` positions at random."""
     return torch.randperm(size, generator=generator)[:n]
+
+
+def _lowest(values: Tensor, m: int) -> Tensor:
+    """Whether a value is one of the ``m`` lowest, of equal ones the first: bool ``[N]``, without a sort."""
+    if m == 0:
+        return torch.zeros(len(values), dtype=torch.bool)
+    limit = values.kthvalue(m).values
+    taken, equal = values < limit, values == limit
+    return taken | (equal & (equal.cumsum(0) <= m - taken.sum()))
 
 
 def _not_empty(ids: Tensor, losses: Tensor) -> Tensor:

@@ -281,7 +281,6 @@ def prune_in_one_process(module: LanguageModel, optimizer: Any, samples: Any, ro
             generators = [torch.Generator().manual_seed(2 * number + stream) for stream in (0, 1)]
             chosen = dict.fromkeys(range(38), 1.0)
             if number:
-                torch.rand(38, generator=generators[1])  # of the samples to review
                 chosen = slow_pruning("mean", last, generators[0], 0.0, number, 0.5)
             ids = sorted(chosen) if not number else [*chosen]
             queue += [(ids[i], chosen[ids[i]]) for i in torch.randperm(len(ids), generator=generators[1]).tolist()]
