@@ -22,8 +22,8 @@ class ImageClassifier(LightningModule):
         lr: Learning rate of AdamW.
         weight_decay: Weight decay of AdamW.
         strides: Convolve with strides of 2 in the place of pooling, which takes a quarter of the operations.
-        shift: Largest shift of a training image in pixels, in each direction; where it is not 0, images are also
-            mirrored at random.
+        shift: Largest shift of a training image in pixels, at random in each direction; edges are repeated.
+        mirror: Whether half of the training images are mirrored.
         schedule: ``"linear"`` lets the learning rate rise over 2 % of the steps and fall to 0 at the end of the fit.
 
     Raises:
@@ -43,6 +43,7 @@ class ImageClassifier(LightningModule):
         weight_decay: float = 0.01,
         strides: bool = False,
         shift: int = 0,
+        mirror: bool = False,
         schedule: Literal["constant", "linear"] = "constant",
     ) -> None:
         super().__init__()
@@ -53,6 +54,7 @@ class ImageClassifier(LightningModule):
         check_number("weight_decay", weight_decay, "[0, inf)")
         check_flag("strides", strides)
         check_integer("shift", shift, 0)
+        check_flag("mirror", mirror)
         check_choice("schedule", schedule, ("constant", "linear"))
         self.save_hyperparameters()
         stride, pool = (2, nn.Identity()) if strides else (1, nn.MaxPool2d(2))
@@ -77,7 +79,7 @@ class ImageClassifier(LightningModule):
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Mean cross-entropy."""
         x, y = batch[:2]  # ids follow where no callback strips them
-        x = shifted(x, self.hparams["shift"]) if self.hparams["shift"] else x
+        x = varied(x, self.hparams["shift"], self.hparams["mirror"])
         loss = F.cross_entropy(self(x), y)
         self.log("train_loss", loss, prog_bar=True)
         return loss
@@ -116,18 +118,22 @@ class ImageClassifier(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def shifted(x: Tensor, most: int) -> Tensor:
-    """Images shifted by up to ``most`` pixels in each direction, and mirrored, at random; edges are repeated.
+def varied(x: Tensor, shift: int, mirror: bool) -> Tensor:
+    """Images shifted by up to ``shift`` pixels in each direction, and half of them mirrored, at random.
 
     Args:
         x: ``[B, C, H, W]``.
-        most: Largest shift, at least 1.
+        shift: Largest shift; edges are repeated.
+        mirror: Whether images are mirrored.
     """
+    if not (shift or mirror):
+        return x
     size, (height, width) = len(x), x.shape[-2:]
-    padded = F.pad(x, (most,) * 4, mode="replicate")
-    rows = torch.randint(2 * most + 1, (size, 1), device=x.device) + torch.arange(height, device=x.device)
+    padded = F.pad(x, (shift,) * 4, mode="replicate")
+    rows = torch.randint(2 * shift + 1, (size, 1), device=x.device) + torch.arange(height, device=x.device)
     columns = torch.arange(width, device=x.device).expand(size, -1)
-    columns = torch.where(torch.rand(size, 1, device=x.device) < 0.5, columns, width - 1 - columns)
-    columns = columns + torch.randint(2 * most + 1, (size, 1), device=x.device)
+    if mirror:
+        columns = torch.where(torch.rand(size, 1, device=x.device) < 0.5, columns, width - 1 - columns)
+    columns = columns + torch.randint(2 * shift + 1, (size, 1), device=x.device)
     images = torch.arange(size, device=x.device)[:, None, None]
     return padded.movedim(1, -1)[images, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)

@@ -19,8 +19,8 @@ HEAD = f"""# Strategies
 
 Every callback is tried in every kind of run below, by one suite that knows nothing of the callbacks (`{SUITE}`);
 this page is written from its tables, and a test fails where it differs. Samplers are tried with the callback that
-counts their batches: `ConceptAwareSampler` with `ConceptCoverageMonitor`, `HardBatchSampler` with
-`HardBatchTraining`, `SubsetSampler` with `InstanceSelection`.
+counts their batches: `ConceptAwareSampler` with `ConceptCoverageMonitor`, `DynamicDataPruningSampler` with
+`DynamicDataPruning`, `HardBatchSampler` with `HardBatchTraining`, `SubsetSampler` with `InstanceSelection`.
 
 - **yes**: a test trains in that way and checks what was trained on, and that the callback did its work.
 - **no**: refused with an error that says why, before the first step (what a `training_step` returns: after it), and

@@ -16,6 +16,7 @@ from curation.callbacks import HardSampleSelection, SampleRecord, UniformSelecti
 from curation.recipes import cli
 from curation.recipes.image_classification import CorruptedShare, ImageClassifier, Images
 from curation.recipes.image_classification.fashion_mnist import load_images
+from curation.recipes.image_classification.image_classifier import varied
 from curation.recipes.irreducible_losses import irreducible_losses
 from curation.scoring import per_sample_loss
 
@@ -238,3 +239,26 @@ def test_irreducible_losses_are_by_id_where_the_loader_shows_a_part_in_another_o
     assert len(table) == 901
     assert table.isnan().sum() == 898
     torch.testing.assert_close(table[[5, 900, 3]], expected[[5, 900, 3]])
+
+
+def test_training_images_are_shifted_and_mirrored():
+    x = torch.rand(2000, 1, 4, 5)
+    assert varied(x, 0, mirror=False) is x
+    mirrored = varied(x, 0, mirror=True)
+    flipped = (mirrored == x.flip(3)).flatten(1).all(1)
+    assert ((mirrored == x).flatten(1).all(1) | flipped).all()
+    assert 900 < int(flipped.sum()) < 1100
+    moved = varied(x, 1, mirror=False)
+    padded = torch.nn.functional.pad(x, (1,) * 4, mode="replicate")
+    places = [(moved == padded[:, :, r : r + 4, c : c + 5]).flatten(1).all(1) for r in range(3) for c in range(3)]
+    assert torch.stack(places).any(0).all()
+    assert all(150 < int(place.sum()) < 300 for place in places)
+
+
+def test_the_linear_schedule_rises_and_falls_to_zero():
+    run = cli.run(
+        ["fit", "--config=fashion_mnist_pruning", *DIGITS, "--trainer.max_epochs=4", "--trainer.limit_val_batches=0"]
+    )
+    optimizer = run.trainer.optimizers[0]
+    assert optimizer.param_groups[0]["lr"] == 0
+    assert optimizer.param_groups[0]["initial_lr"] == pytest.approx(0.004)
