@@ -3,22 +3,33 @@
     python benchmarks/dynamic_pruning.py plan      # seconds to plan a round of 10 million samples, by rule
     python benchmarks/dynamic_pruning.py hooks     # time inside the callback's hooks, of a step of about 100 ms
 
-On an idle machine; medians. ``hooks`` adds up the seconds in the hooks and in the seam over 200 steps.
+    python benchmarks/dynamic_pruning.py authors --infobatch FOLDER   # beside the authors' InfoBatch, at equal rows
+
+FOLDER is a clone of https://github.com/NUS-HPC-AI-Lab/InfoBatch (8bbb012). On an idle machine; medians. ``hooks`` adds
+up the seconds in the hooks and in the seam over 200 steps.
 """
 
 import argparse
+import copy
 import itertools
 import statistics
+import sys
 import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch.utils.data import DataLoader, TensorDataset
 
 from curation.callbacks import DynamicDataPruning
+from curation.evaluation import paired_interval
+from curation.recipes.image_classification import ImageClassifier, Images
+from curation.recipes.image_classification.image_classifier import varied
 from curation.samplers import DynamicDataPruningSampler
 from curation.samplers.pruning_rules import RULES
+
+LR = 4e-3
 
 
 def plan(samples: int = 10_000_000, repeats: int = 5) -> None:
@@ -82,6 +93,60 @@ def hooks(steps: int = 200, width: int = 1800) -> None:
     print(f"step {1000 * step:.1f} ms, hooks {1000 * per_step:.3f} ms: {per_step / step:.2%}")
 
 
+def authors(folder: str, epochs: int = 16, seeds: int = 5) -> None:
+    """Accuracy and loss of the authors' class and of ours, with the same net, images, schedule and rows."""
+    sys.path.insert(0, folder)
+    from infobatch import InfoBatch
+
+    data = Images(holdout=0.5)
+    data.setup("fit")
+    rows = []
+    for seed in range(seeds):
+        seed_everything(seed, verbose=False)
+        module = ImageClassifier(hidden=64, strides=True, shift=2, mirror=True, schedule="linear", lr=LR)
+        module(data.val.tensors[0][:1])
+        start = copy.deepcopy(module.state_dict())
+        trainset = InfoBatch(data.train.dataset, epochs, 0.5, 0.875)
+        loader = DataLoader(trainset, 128, sampler=trainset.sampler, drop_last=True)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=LR)
+        visited = 0
+        for epoch in range(epochs):
+            steps = len(loader)
+            for step, (x, y) in enumerate(loader):  # as in their example, the schedule follows the steps of the epoch
+                progress = (epoch * steps + step) / (epochs * steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = LR * max(0.0, min(1 - progress, (progress + 1 / (epochs * steps)) / 0.02))
+                losses = F.cross_entropy(module(varied(x, 2, True)), y, reduction="none")
+                loss = trainset.update(losses)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                visited += len(x)
+        theirs = evaluated(module, data)
+        module.load_state_dict(start)
+        data.sampler = partial(DynamicDataPruningSampler, rule="mean", prune=0.5, seed=seed)
+        Trainer(
+            max_epochs=-1, max_steps=visited // 128, callbacks=[DynamicDataPruning()], logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        ).fit(module, data)  # fmt: skip
+        rows.append([*theirs, *evaluated(module, data)])
+        print(f"seed {seed}, {visited:,} rows: theirs {theirs}, ours {tuple(rows[-1][2:])}", flush=True)
+    values = torch.tensor(rows)
+    for name, column in (("accuracy", 0), ("loss", 1)):
+        difference = (values[:, column + 2] - values[:, column]).tolist()
+        print(f"{name}: theirs {values[:, column].mean():.4f}, ours {values[:, column + 2].mean():.4f}, "
+              f"difference {paired_interval(difference)}")  # fmt: skip
+
+
+def evaluated(module: ImageClassifier, data: Images) -> tuple[float, float]:
+    """Accuracy and loss on the test images."""
+    x, y = data.test.tensors
+    with torch.no_grad():
+        logits = torch.cat([module.eval()(part) for part in x.split(1000)])
+    module.train()
+    return float((logits.argmax(1) == y).float().mean()), float(F.cross_entropy(logits, y))
+
+
 def timed(function: object, spent: list[float]) -> object:
     """The function, which adds its seconds to a list."""
 
@@ -96,5 +161,10 @@ def timed(function: object, spent: list[float]) -> object:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("plan", "hooks"))
-    {"plan": plan, "hooks": hooks}[parser.parse_args().what]()
+    parser.add_argument("what", choices=("plan", "hooks", "authors"))
+    parser.add_argument("--infobatch", help="folder of the authors' code")
+    given = parser.parse_args()
+    if given.what == "authors":
+        authors(given.infobatch)
+    else:
+        {"plan": plan, "hooks": hooks}[given.what]()

@@ -16,12 +16,12 @@ ARMS = ("full", "proportional")
 OPTIONS = [
     "--data.data=digits",
     "--data.holdout=0.3",
-    "--data.batch_size=64",
-    "--model.lr=6.0e-3",
+    "--data.batch_size=32",
+    "--model.lr=1.2e-2",
     "--model.shift=1",
     "--model.mirror=false",
-    "--trainer.max_epochs=30",
-    "--trainer.check_val_every_n_epoch=5",
+    "--trainer.max_epochs=16",
+    "--trainer.check_val_every_n_epoch=4",
 ]
 SWEEP = ["--budget-sweep=0.25,0.5,1,2", f"--sweep-arms={','.join(ARMS)}", "--methods=proportional"]
 
