@@ -5,8 +5,8 @@
 
     python benchmarks/dynamic_pruning.py authors --infobatch FOLDER   # beside the authors' InfoBatch, at equal rows
 
-FOLDER is a clone of https://github.com/NUS-HPC-AI-Lab/InfoBatch (8bbb012). On an idle machine; medians. ``hooks`` adds
-up the seconds in the hooks and in the seam over 200 steps.
+FOLDER is a clone of https://github.com/NUS-HPC-AI-Lab/InfoBatch (8bbb012). On an idle machine; medians.
+``hooks`` adds up the seconds in the hooks and in the seam over 200 steps.
 """
 
 import argparse
