@@ -13,6 +13,8 @@ A rule is a function of these alone, so that all processes draw the same. Every 
 loss.
 """
 
+import warnings
+
 import numpy as np
 import torch
 from torch import Generator, Tensor
@@ -44,7 +46,7 @@ def mean(losses: Tensor, generator: Generator, *, progress: float, round: int, p
     """
     finite = losses.isfinite()
     average = losses[finite] if not finite.all() else losses
-    below = losses < average.double().mean().float()  # False for NaN
+    below = finite & (losses < average.double().mean().float())
     low = below.nonzero().flatten()
     m = max(1, int((1 - prune) * len(low)))
     kept = low[_subset(len(low), m, generator)]
@@ -89,7 +91,7 @@ def window(
     """SeTa: a window of difficulty slides over groups of samples, from easy to hard, again and again.
 
     A random ``floor((1 - prune) N)`` are cut into ``groups`` clusters of losses by one-dimensional k-means, ordered
-    by their centres; visited are ``w = round(width * groups)`` consecutive ones, from number
+    by their centres; visited are ``w = round(width * groups)`` (4.5 gives 4) consecutive ones, from number
     ``(round - 1) mod (groups - w + 1)`` on.
 
     Args:
@@ -110,11 +112,11 @@ def window(
     values = losses[ids]
     ordered = torch.from_numpy(np.sort(values.numpy()))  # faster than torch's sort, which orders indices, too
     cuts = cluster_sorted(ordered, groups)
-    w = max(1, int(width * groups + 0.5))
+    w = max(1, int(np.round(width * groups)))
     start = (round - 1) % (groups - w + 1)
     first, last = cuts[start], cuts[start + w]
-    if first == last:  # of a window of empty groups
-        return _not_empty(must, losses), None
+    if first == last:  # of a window of empty groups: losses are equal
+        return torch.cat([must, ids]), None
     return torch.cat([must, ids[(values >= ordered[first]) & (values <= ordered[last - 1])]]), None
 
 
@@ -200,7 +202,7 @@ def proportional(
     without, hard samples weigh more than easy ones, which is faster where labels are right.
 
     Args:
-        losses: fp32 ``[N]``, not negative; samples without one are visited.
+        losses: fp32 ``[N]``; samples without one are visited. Negative ones count as 0, with a warning.
         generator: Of the round.
         progress: Not used.
         round: Not used.
@@ -215,6 +217,13 @@ def proportional(
     rest = (~must).nonzero().flatten()
     if len(rest) == 0:
         return torch.arange(len(losses)), None
+    least, most = losses[rest].aminmax()
+    if least < -0.1 * most.clamp(min=0):  # not by rounding
+        warnings.warn(
+            "The rule `proportional` needs losses that are not negative: negative ones count as 0. Use `mean`, which "
+            "does not mind.",
+            stacklevel=2,
+        )
     wanted = max(1.0, (1 - prune) * len(losses) - int(must.sum()))
     p = inclusion_probabilities(losses[rest], min(wanted, len(rest)), floor)
     shuffled = torch.randperm(len(rest), generator=generator)  # neighbours in a data set may be alike

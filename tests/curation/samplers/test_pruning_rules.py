@@ -1,6 +1,7 @@
 """The rules of dynamic pruning, against slow twins."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -124,3 +125,36 @@ def test_the_window_slides_from_easy_to_hard():
     assert means[:4] == sorted(means[:4])
     assert means[4] == means[0]
     assert len(draw("window", losses, round=1, prune=0.0, groups=5, width=0.4)[0]) == 16
+
+
+def test_the_window_leaves_groups_out_by_default():
+    visited, _ = draw("window", [float(i) for i in range(100)], round=2, prune=0.0)
+    assert set(visited) == set(range(20, 100))  # four of five groups, from the second on
+
+
+def test_a_window_of_equal_losses_visits_all_of_them():
+    assert all(len(draw("window", [1.0] * 20, round=number, prune=0.0)[0]) == 20 for number in (1, 2))
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+@pytest.mark.parametrize("losses", [[math.nan] * 5, [math.inf] * 5, [-math.inf] * 5, [0.0] * 5, [-2.0, -1, 0, 1, 2]])
+@pytest.mark.filterwarnings("ignore:The rule `proportional`")
+def test_any_losses_give_a_round(rule, losses):
+    visited, ids = draw(rule, losses)
+    assert 0 < len(visited) == len(ids)
+    assert all(0 <= weight < math.inf for weight in visited.values())
+
+
+def test_an_infinite_loss_counts_as_none():
+    losses = [-math.inf, math.inf, math.nan, *[1.0] * 9, 2.0]
+    for seed in range(5):
+        assert {0, 1, 2, 12} <= draw("mean", losses, seed, prune=0.9)[0].keys()
+
+
+def test_negative_losses_are_named_where_a_probability_would_be_in_proportion_to_them():
+    with pytest.warns(UserWarning, match=r"`proportional` needs losses that are not negative.*Use `mean`"):
+        draw("proportional", [-3.0, -2.0, -1.0, 0.5])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw("proportional", [-1e-6, 0.1, 0.2, 3.0])  # by rounding
+        draw("mean", [-3.0, -2.0, -1.0, 0.5])
