@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,11 +20,14 @@ class Batch(NamedTuple):
         ids: int64 ``[G]``.
         weights: fp32 ``[G]``; None for equal ones.
         share: Share of the samples that the round visits, of which the last of these is.
+        first: int64 ``[G]``, the first row of the sample of every row, where the end of a round and the beginning of
+            the next may hold a sample twice; None elsewhere.
     """
 
     ids: Tensor
     weights: Tensor | None
     share: float
+    first: Tensor | None = None
 
 
 class DynamicDataPruningSampler(RoundSampler):
@@ -129,20 +133,22 @@ class DynamicDataPruningSampler(RoundSampler):
     def _draw(self) -> Batch:
         size = self.batch_size * self._place[1]
         ids, weights = self._take(size)
+        joined = False
         while len(ids) < size:
+            joined = len(ids) > 0
             self._begin_round()
             more, of_more = self._take(size - len(ids))
             if weights is not None or of_more is not None:
                 weights = torch.cat([_ones(ids, weights), _ones(more, of_more)])
             ids = torch.cat([ids, more])
         self.batches += 1
-        return Batch(ids, weights, self.statistics["visited_fraction"])
+        return Batch(ids, weights, self.statistics["visited_fraction"], _first_rows(ids) if joined else None)
 
     def _take(self, n: int) -> tuple[Tensor, Tensor | None]:
-        ids, self._ids = self._ids[:n], self._ids[n:]
+        ids, self._ids = self._ids[:n].clone(), self._ids[n:]  # of a slice a checkpoint holds all of the storage
         weights = self._weights
         if weights is not None:
-            weights, self._weights = weights[:n], weights[n:]
+            weights, self._weights = weights[:n].clone(), weights[n:]
         return ids, weights
 
     def _begin_round(self) -> None:
@@ -153,7 +159,7 @@ class DynamicDataPruningSampler(RoundSampler):
         if self.round == 0 or progress >= self.anneal:
             ids, weights = torch.arange(self.size), None
         else:
-            losses = self.losses.cpu()
+            losses = self.losses.to("cpu", copy=True)  # a rule may write into it
             if self.review:
                 must = torch.rand(self.size, generator=generator) < self.review
                 losses = losses.masked_fill(must, torch.nan)
@@ -192,13 +198,14 @@ class DynamicDataPruningSampler(RoundSampler):
         rule = self.rule if callable(self.rule) else RULES[self.rule]
         if self.prune is not None:
             rule = partial(rule, prune=self.prune)
-        ids, weights = rule(losses, self._generator(0), progress=progress, round=self.round)
-        if callable(self.rule):
-            self._check(ids, weights)
-        return ids, weights
+        choice = rule(losses, self._generator(0), progress=progress, round=self.round)
+        return self._checked(choice) if callable(self.rule) else choice
 
-    def _check(self, ids: Any, weights: Any) -> None:
+    def _checked(self, choice: Any) -> tuple[Tensor, Tensor | None]:
         name = f"Argument `rule` ({self.rule_name})"
+        if not (isinstance(choice, tuple) and len(choice) == 2):
+            raise ValueError(f"{name} must give ids, and weights or None, but gave {choice!r}.")
+        ids, weights = choice
         if not (isinstance(ids, Tensor) and ids.dtype == torch.int64 and ids.dim() == 1 and len(ids)):
             got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
             raise ValueError(f"{name} must give ids, int64 [n] with n >= 1, but gave {got}.")
@@ -208,12 +215,13 @@ class DynamicDataPruningSampler(RoundSampler):
                 f"{name} must give distinct ids of 0 to {self.size - 1}, but gave {ids.tolist()[:10]}..."
             )
         if weights is None:
-            return
+            return ids, None
         shape = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         if shape != [len(ids)] or not (weights.isfinite() & (weights >= 0)).all():
             raise ValueError(
                 f"{name} must give weights [{len(ids)}] finite and not negative, or None, but gave {weights}."
             )
+        return ids, weights.detach().float()
 
     def _indices(self, batch: Batch) -> Tensor:
         return batch.ids
@@ -230,14 +238,18 @@ class DynamicDataPruningSampler(RoundSampler):
 
         Args:
             losses: Floating ``[G]``, the losses of its samples in the order of :attr:`next`, on any device; NaN for
-                one that is not known, of which the last loss stays.
+                one that is not known, of which the last loss stays. If a sample occurs twice, the larger is stored.
         """
-        ids = self._drawn.popleft().ids.to(losses.device, non_blocking=True)
+        batch = self._drawn.popleft()
+        ids = batch.ids.to(losses.device, non_blocking=True)
         self.losses = self.losses.to(losses.device)
         before, losses = self.losses[ids], losses.float()
+        if batch.first is not None:  # or which of the two is stored would be left to the device
+            first = batch.first.to(losses.device, non_blocking=True)
+            losses = losses.scatter_reduce(0, first, losses, "amax")[first]
         if self.smoothing:
             mixed = self.smoothing * before + (1 - self.smoothing) * losses
-            losses = torch.where(before.isnan(), losses, mixed)
+            losses = torch.where(before.isfinite(), mixed, losses)
         self.losses[ids] = torch.where(losses.isnan(), before, losses)
         self._in_epoch += 1
 
@@ -253,6 +265,7 @@ class DynamicDataPruningSampler(RoundSampler):
             "round": self.round,
             "visited": self.visited,
             "batches": self.batches,
+            "elapsed": self.elapsed,
             "statistics": self.statistics,
             "ids": self._ids.clone(),  # of a slice all of the storage would be saved
             "weights": None if self._weights is None else self._weights.clone(),
@@ -274,10 +287,15 @@ class DynamicDataPruningSampler(RoundSampler):
         self.reset()
         self.losses, self._visits = state["losses"].clone(), state["visits"].clone()
         self.round, self.visited, self._in_epoch = state["round"], state["visited"], state["in_epoch"]
-        self.batches, self.statistics = state["batches"], state["statistics"]
+        self.batches, self.elapsed, self.statistics = state["batches"], state["elapsed"], state["statistics"]
         self._ids, self._weights = state["ids"], state["weights"]
         self._drawn.extend(Batch(*batch) for batch in state["drawn"])
 
 
 def _ones(ids: Tensor, weights: Tensor | None) -> Tensor:
     return torch.ones(len(ids)) if weights is None else weights
+
+
+def _first_rows(ids: Tensor) -> Tensor:
+    _, first, inverse = np.unique(ids.numpy(), return_index=True, return_inverse=True)
+    return torch.from_numpy(first[inverse])

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
@@ -28,8 +29,7 @@ class RoundSampler(GlobalBatchSampler):
     """
 
     def __init__(self, dataset: Any, batch_size: int, seed: int) -> None:
-        check_integer("batch_size", batch_size, 1)
-        check_seed(seed)
+        batch_size, seed = check_integer("batch_size", batch_size, 1), check_seed(seed)
         if not hasattr(dataset, "__len__"):
             raise ValueError(
                 f"Argument `dataset` must have a length, so that its samples can be drawn by index, but got a "
@@ -42,6 +42,7 @@ class RoundSampler(GlobalBatchSampler):
             )
         super().__init__(dataset, seed)
         self.batch_size: int = batch_size
+        self._iteration: object = None  # the one that was begun last
         self.reset()
 
     def reset(self) -> None:
@@ -70,12 +71,18 @@ class RoundSampler(GlobalBatchSampler):
         rank, processes = self._place
         remaining = self.steps - self._in_epoch
         drawn = list(self._drawn)[:remaining]  # by an iteration that was cut off, maybe in another process
-        for batch in drawn:
+        self._iteration = iteration = object()
+        for batch in chain(drawn, (self._draw_next() for _ in range(remaining - len(drawn)))):
+            if self._iteration is not iteration:
+                raise RuntimeError(
+                    f"A {type(self).__name__} was iterated while a fit iterates it, so the order of its batches is "
+                    "lost. Give validation a data loader with another sampler."
+                )
             yield from self._indices(batch)[rank::processes].tolist()
-        for _ in range(remaining - len(drawn)):
-            batch = self._draw()
-            self._drawn.append(batch)
-            yield from self._indices(batch)[rank::processes].tolist()
+
+    def _draw_next(self) -> Any:
+        self._drawn.append(self._draw())
+        return self._drawn[-1]
 
     @abstractmethod
     def _draw(self) -> Any:

@@ -1,7 +1,9 @@
 """The sampler of dynamic pruning: rounds, weights, ages, and its state."""
 
+import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -181,6 +183,82 @@ def test_a_record_holds_at_most_32_bytes_a_sample():
     assert sum(t.element_size() * 1000 for t in held) == 20 * 1000
 
 
+def test_one_infinite_loss_does_not_stay_in_an_average():
+    sampler = make(n=4, size=4, smoothing=0.7)
+    for loss in (float("inf"), 2.0, 1.0):
+        sampler.end_epoch()
+        list(zip(range(4), iter(sampler), strict=False))
+        sampler.trained(torch.full((4,), loss))
+    assert sampler.losses.tolist() == pytest.approx([1.7] * 4)
+
+
+def test_of_a_sample_that_a_batch_holds_twice_the_larger_loss_is_stored():
+    """Or every device would store another, and ranks would draw other rounds."""
+    sampler = make("random", n=8, size=6, prune=0.5, anneal=1.0)
+    order, twice = iter(sampler), 0
+    for _ in range(12):
+        ids = [next(order) for _ in range(6)]
+        twice += len(ids) - len(set(ids))
+        sampler.trained(-torch.arange(6.0))
+        for i in set(ids):
+            assert sampler.losses[i] == -ids.index(i)
+        if sampler._in_epoch == sampler.steps:
+            sampler.end_epoch()
+            order = iter(sampler)
+    assert twice > 5
+
+
+def test_a_checkpoint_loads_as_weights_only_and_holds_no_more_than_the_record():
+    sampler = make(n=np.int64(4000).item(), size=np.int64(8), seed=np.int64(2**62))
+    order = iter(sampler)
+    for _ in range(4000 // 8 + 10):
+        list(zip(range(8), order, strict=False))
+        sampler.trained(torch.rand(8))
+        if sampler._in_epoch == sampler.steps:
+            sampler.end_epoch()
+            order = iter(sampler)
+    next(order)  # a batch that is drawn and not trained on yet
+    file = io.BytesIO()
+    torch.save(sampler.state_dict(), file)
+    assert file.tell() < 8 * 4000 + 12 * len(sampler._ids) + 10_000
+    file.seek(0)
+    other = make(n=4000, size=8, seed=2**62)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert other.next.ids.tolist() == sampler.next.ids.tolist()
+
+
+def test_the_time_that_is_over_is_known_after_a_resume():
+    sampler, resumed = make(n=8, size=4), make(n=8, size=4)
+    sampler.elapsed = torch.tensor(0.9)
+    resumed.load_state_dict(sampler.state_dict())
+    assert float(resumed.elapsed) == pytest.approx(0.9)
+
+
+def test_a_sampler_that_something_else_iterates_too_is_refused():
+    sampler = make(n=12, size=4)
+    order = iter(sampler)
+    next(order)
+    list(iter(sampler))
+    with pytest.raises(RuntimeError, match="DynamicDataPruningSampler was iterated while a fit iterates it"):
+        list(order)
+
+
+def test_a_rule_may_write_into_its_losses():
+    def rule(losses, generator, progress, round):
+        return torch.arange(len(losses.fill_(7.0))), None
+
+    sampler = make(rule, n=4, size=4)
+    sampler._begin_round()
+    sampler._begin_round()
+    assert sampler.losses.isnan().all()
+
+
+@pytest.mark.parametrize("weights", [torch.tensor([1, 2]), torch.tensor([1.0, 2.0], dtype=torch.float64)])
+def test_weights_of_a_rule_are_fp32(weights):
+    sampler = make(lambda losses, generator, progress, round: (torch.tensor([0, 1]), weights), n=4, size=2)
+    assert sampler.plan(torch.zeros(4))[1].dtype == torch.float32
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(range(4))
@@ -189,6 +267,10 @@ class Stream(IterableDataset):
 @pytest.mark.parametrize(
     ("rule", "says"),
     [
+        (
+            lambda losses, generator, progress, round: torch.tensor([0]),
+            "must give ids, and weights or None, but gave",
+        ),
         (lambda losses, generator, progress, round: ([0], None), "must give ids, int64.*but gave list"),
         (lambda losses, generator, progress, round: (torch.tensor([0, 0]), None), "distinct ids of 0 to 3"),
         (lambda losses, generator, progress, round: (torch.tensor([4]), None), "distinct ids of 0 to 3"),
