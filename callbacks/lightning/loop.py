@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 from curation.replace import replace_attribute
 
@@ -123,6 +124,11 @@ def wait_for(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+def trained_batches(trainer: Trainer) -> int:
+    """The number of batches that a trainer has trained on, in earlier fits, too."""
+    return trainer.fit_loop.epoch_loop.batch_progress.total.completed
+
+
 def fit_batches(trainer: Trainer, batches: int) -> float:
     """The number of batches that a fit trains on; infinity where nothing but the clock ends it.
 
@@ -134,7 +140,11 @@ def fit_batches(trainer: Trainer, batches: int) -> float:
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     loop, total = trainer.fit_loop, float("inf")
     if loop.max_epochs not in (None, -1):
-        total = float(loop.max_epochs * batches)
+        averages = any(
+            isinstance(c, StochasticWeightAveraging) and c._model_contains_batch_norm
+            for c in trainer.callbacks  # type: ignore[attr-defined]
+        )
+        total = float((loop.max_epochs - averages) * batches)  # its last epoch trains nothing
     if loop.max_steps != -1 and trainer.lightning_module.automatic_optimization and batches:
         micro = trainer.accumulate_grad_batches
         epochs, steps = divmod(loop.max_steps, -(-batches // micro))

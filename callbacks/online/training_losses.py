@@ -146,5 +146,7 @@ class TrainingLosses:
         )
 
     def stop(self) -> None:
-        """Remove the hook."""
+        """Remove the hook, and the losses of a step that has failed."""
         self._logits.stop()
+        if self._given:
+            self._module.sample_losses = None  # type: ignore[assignment]

@@ -1,6 +1,7 @@
 """Dynamic data pruning in a fit: the sampler gets the losses of the training pass, the loss gets the weights."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from curation.batch import batch_size
-from curation.callbacks.lightning.loop import fit_batches, logs_now
+from curation.callbacks.lightning.loop import fit_batches, logs_now, trained_batches
 from curation.callbacks.lightning.seam import BatchSeam
 from curation.callbacks.online.choice import Choice, SelectionListener
 from curation.callbacks.online.online_selection import OnlineSelection
@@ -92,9 +93,12 @@ class DynamicDataPruning(RoundTraining[DynamicDataPruningSampler]):
 
     def watch(self, dataloader: Any) -> None:
         """Find the sampler, and tell it how long the fit is."""
+        begins = self.sampler is None and self._state is None
         super().watch(dataloader)
         assert self.sampler is not None
         assert self._trainer is not None
+        if begins:
+            self.sampler.batches = trained_batches(self._trainer)  # by an earlier fit, which the length counts, too
         self.sampler.length = fit_batches(self._trainer, self.sampler.steps)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -106,6 +110,7 @@ class DynamicDataPruning(RoundTraining[DynamicDataPruningSampler]):
                 self._undo += [
                     optimizer.register_step_pre_hook(lambda o, *_, rates=rates: self._scale(o, rates)).remove,
                     optimizer.register_step_post_hook(lambda o, *_, rates=rates: _restore_rates(o, rates)).remove,
+                    partial(_restore_rates, optimizer, rates),  # of a step that has failed
                 ]
 
     def _scale(self, optimizer: Any, rates: list[Any]) -> None:
@@ -246,13 +251,14 @@ class DynamicDataPruning(RoundTraining[DynamicDataPruningSampler]):
 
 
 def elapsed(trainer: Trainer) -> float:
-    """Share of ``max_time`` that is over, in [0, 1]; 0 without one."""
+    """Share of ``max_time`` that is over, or of ``max_steps`` in a manual optimisation; 0 without both."""
     timer = next((c for c in trainer.callbacks if isinstance(c, Timer)), None)  # type: ignore[attr-defined]
     left = None if timer is None else timer.time_remaining()
-    if timer is None or left is None:
-        return 0.0
-    spent = timer.time_elapsed()
-    return spent / max(spent + left, 1e-9)
+    if timer is not None and left is not None:
+        spent = timer.time_elapsed()
+        return spent / max(spent + left, 1e-9)
+    manual = not trainer.lightning_module.automatic_optimization
+    return min(1.0, trainer.global_step / trainer.max_steps) if manual and trainer.max_steps > 0 else 0.0
 
 
 def _restore_rates(optimizer: Any, rates: list[Any]) -> None:

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from helpers import FEATURES, Classifier, data, loader, trainer
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from curation.batch import SampleIds
@@ -278,3 +279,75 @@ def test_time_decides_where_the_fit_has_no_length():
     trainer(DynamicDataPruning(), max_epochs=-1, max_time={"seconds": 1}).fit(Linear(), batches)
     assert float(batches.sampler.elapsed) > 0.5
     assert batches.sampler.statistics["visited_fraction"] == 1
+
+
+def test_the_length_counts_what_an_earlier_fit_of_the_trainer_trained():
+    batches, run = pruned(pairs()), trainer(DynamicDataPruning(), max_epochs=3)
+    run.fit(Linear(), batches)
+    run.fit_loop.max_epochs = 6
+    run.fit(Linear(), batches)
+    assert batches.sampler.batches == batches.sampler.length == 48
+
+
+def test_the_epoch_that_weight_averaging_adds_does_not_count():
+    batches = pruned(pairs())
+    averaging = StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=1)
+    trainer(DynamicDataPruning(), averaging, max_epochs=4).fit(Classifier(), batches)
+    assert batches.sampler.length == 32
+
+
+class Manual(Linear):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+def test_the_steps_of_a_manual_optimisation_are_its_progress():
+    batches = pruned(pairs(), rule="random", prune=0.5, anneal=0.5)
+    trainer(DynamicDataPruning(), max_steps=40, max_epochs=-1).fit(Manual(), batches)
+    assert float(batches.sampler.elapsed) == 1
+    assert batches.sampler.statistics["visited_fraction"] == 1
+
+
+class Fails(Linear):
+    def training_step(self, batch, batch_idx):
+        if self.current_epoch == 2:
+            raise KeyError("failed")
+        return super().training_step(batch, batch_idx)
+
+
+class FailsRegression(Regression):
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+        raise KeyError("failed")
+
+
+def test_a_step_that_fails_leaves_the_learning_rate_as_it_was():
+    module = Fails()
+    run = trainer(DynamicDataPruning(lr_scale=1.0), max_epochs=4)
+    with pytest.raises(KeyError):
+        run.fit(module, pruned(pairs(), rule="random"))
+    assert run.optimizers[0].param_groups[0]["lr"] == 0.1
+
+
+def test_a_step_that_fails_leaves_no_losses_in_the_module():
+    module = FailsRegression()
+    with pytest.raises(KeyError):
+        trainer(DynamicDataPruning()).fit(module, pruned(pairs(regression=True)))
+    assert module.sample_losses is None
+
+
+def test_a_loader_of_validation_with_the_same_sampler_is_refused():
+    class Validates(Linear):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    batches = pruned(pairs())
+    with pytest.raises(RuntimeError, match="Give validation a data loader with another sampler"):
+        trainer(DynamicDataPruning(), val_check_interval=3, num_sanity_val_steps=0).fit(Validates(), batches, batches)
