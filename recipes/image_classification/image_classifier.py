@@ -110,6 +110,8 @@ class ImageClassifier(LightningModule):
         if self.hparams["schedule"] == "constant":
             return optimizer
         steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError("Argument `schedule` must be 'constant' in a fit without `max_epochs` or `max_steps`.")
 
         def factor(step: int) -> float:
             return max(0.0, min(1 - step / steps, (step + 1) / (0.02 * steps)))

@@ -262,3 +262,10 @@ def test_the_linear_schedule_rises_and_falls_to_zero():
     optimizer = run.trainer.optimizers[0]
     assert optimizer.param_groups[0]["lr"] == 0
     assert optimizer.param_groups[0]["initial_lr"] == pytest.approx(0.004)
+
+
+def test_a_schedule_to_the_end_of_a_fit_without_an_end_is_refused():
+    """The rate would be 0."""
+    run = trainer(max_epochs=-1, max_time={"seconds": 1})
+    with pytest.raises(ValueError, match="`schedule` must be 'constant' in a fit without `max_epochs` or"):
+        run.fit(ImageClassifier(schedule="linear"), Images(data="digits", batch_size=64))
