@@ -99,6 +99,8 @@ class WeightedLoss(SeamClient):
             return (rest if type(batch) is dict else type(batch)(rest)), batch[self.column]  # type: ignore[call-arg]
         if not isinstance(batch, (tuple, list)) or self.column >= len(batch):
             return batch, None
+        if not isinstance(batch[self.column], Tensor):  # a sample, of a list of them
+            return batch, None
         others = [value for place, value in enumerate(batch) if place != self.column]
         return others if isinstance(batch, list) else tuple(others), batch[self.column]
 

@@ -83,6 +83,25 @@ def test_gradients_are_those_of_the_weighted_loss(module, losses):
         optimizer.step()
 
 
+def test_no_sample_is_taken_out_of_a_list_of_them():
+    class Counts(Net):
+        def predict_step(self, batch, batch_idx):
+            return len(batch)
+
+    lists = DataLoader(TensorDataset(*data(16).tensors), 8, collate_fn=list)
+    assert trainer(WeightedLoss(1)).predict(Counts(), lists) == [8, 8]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.bool, torch.bfloat16])
+def test_weights_may_be_any_numbers(dtype):
+    kept = torch.arange(16) % 2
+    fitted, by_hand = Net(), Net()
+    trainer(WeightedLoss(2), max_epochs=1, limit_train_batches=1).fit(fitted, triples(kept.to(dtype)))
+    x, y = (column[:8] for column in data(16).tensors)
+    (kept[:8] * cross_entropies(by_hand, x, y)).mean().backward()
+    torch.testing.assert_close(fitted.gradients[0], by_hand.net.weight.grad)
+
+
 class Texts(torch.utils.data.Dataset):
     def __len__(self):
         return 16
@@ -139,6 +158,13 @@ class Penalised(Net):
         ),
         (Net, WeightedLoss(3), triples(), TypeError, "it has no 3"),
         (Net, WeightedLoss(0), triples(), ValueError, r"one weight for each of 8 rows, but is \[8, 8\]"),
+        (
+            Net,
+            WeightedLoss(2),
+            triples(WEIGHTS[:, None]),
+            ValueError,
+            r"one weight for each of 8 rows, but is \[8, 1\]",
+        ),
         (Net, WeightedLoss(2), triples(-WEIGHTS), ValueError, "finite and not negative"),
         (Penalised, WeightedLoss(2), triples(), TypeError, "a part of it is not made of the logits"),
     ],
