@@ -50,7 +50,8 @@ class DynamicDataPruningSampler(RoundSampler):
         dataset: The data set, or anything else with its length.
         batch_size: Samples of a batch, per process.
         rule: ``"mean"`` (InfoBatch), ``"window"`` (SeTa), ``"hide"`` (KAKURENBO), ``"drop_high"``, ``"random"``
-            (RS2), ``"proportional"``, or a function of the same form (:mod:`curation.samplers.pruning_rules`).
+            (RS2), ``"proportional"``, or a function of the same form (:mod:`curation.samplers.pruning_rules`), such
+            as one of these with other options: ``partial(proportional, weighted=True)``.
         prune: The rule's share that is left out, in [0, 1); None for the rule's own.
         anneal: Progress of the fit, in [0, 1], from which rounds visit every sample, with weight 1.
         max_age: Number of rounds in a row after which a sample that was left out is visited; None for no limit.
@@ -107,7 +108,10 @@ class DynamicDataPruningSampler(RoundSampler):
     @property
     def rule_name(self) -> str:
         """Name of the rule."""
-        return getattr(self.rule, "__name__", type(self.rule).__name__) if callable(self.rule) else self.rule
+        if not callable(self.rule):
+            return self.rule
+        rule = getattr(self.rule, "func", self.rule)  # that of a partial
+        return getattr(rule, "__name__", type(rule).__name__)
 
     @property
     def size(self) -> int:

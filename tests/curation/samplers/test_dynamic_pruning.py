@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.data import IterableDataset
 
 from curation.samplers import DynamicDataPruningSampler
-from curation.samplers.pruning_rules import RULES
+from curation.samplers.pruning_rules import RULES, proportional
 
 
 def train(sampler, steps, trace, table, seed=0):
@@ -257,6 +258,12 @@ def test_a_rule_may_write_into_its_losses():
 def test_weights_of_a_rule_are_fp32(weights):
     sampler = make(lambda losses, generator, progress, round: (torch.tensor([0, 1]), weights), n=4, size=2)
     assert sampler.plan(torch.zeros(4))[1].dtype == torch.float32
+
+
+def test_a_rule_with_other_options_keeps_its_name_and_takes_the_share():
+    sampler = make(partial(proportional, weighted=True), n=40, prune=0.75)
+    ids, weights = sampler.plan(torch.rand(40))
+    assert (sampler.rule_name, len(ids), len(weights)) == ("proportional", 10, 10)
 
 
 class Stream(IterableDataset):
