@@ -149,7 +149,8 @@ class RowWeights:
     def check(self) -> None:
         """Raise a TypeError, after a backward pass, if the weights have not reached it."""
         if not self._reached:
-            self._refuse()
+            unseen = self._leaves and not self._module.automatic_optimization
+            self._refuse(": call `self.manual_backward(loss)`, not `loss.backward()`" if unseen else "")
 
     def _refuse(self, detail: str = "") -> None:
         raise TypeError(

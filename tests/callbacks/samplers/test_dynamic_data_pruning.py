@@ -145,6 +145,15 @@ class PenalisedRegression(Regression):
         return super().training_step(batch, batch_idx) + self.net.weight.square().sum()
 
 
+class RawBackward(Regression):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx).backward()
+
+
 class Scalar(Regression):
     def training_step(self, batch, batch_idx):
         self.sample_losses = super().training_step(batch, batch_idx)
@@ -163,6 +172,7 @@ def as_mapping(samples):
         (Elsewhere, None, r"`Elsewhere\.training_step` shows no losses of its rows"),
         (Penalised, None, "a part of it is not made of the logits"),
         (PenalisedRegression, None, "a part of it is not made of the logits"),
+        (RawBackward, None, r"call `self\.manual_backward\(loss\)`, not `loss\.backward\(\)`"),
         (Scalar, None, r"`Scalar\.sample_losses` must be floating \[8\].* but is torch.float32 \[\]"),
     ],
 )
