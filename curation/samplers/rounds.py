@@ -1,5 +1,6 @@
 """Base class of the samplers whose rounds depend on the losses of the training steps before."""
 
+import warnings
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterator
@@ -71,6 +72,12 @@ class RoundSampler(GlobalBatchSampler):
         rank, processes = self._place
         remaining = self.steps - self._in_epoch
         drawn = list(self._drawn)[:remaining]  # by an iteration that was cut off, maybe in another process
+        if len(drawn) == self.steps:
+            warnings.warn(
+                f"A {type(self).__name__} yields the batches of an epoch again, since nobody said that they were "
+                "trained on. If this is no trial of a tuner, add its callback to the trainer.",
+                stacklevel=2,
+            )
         self._iteration = iteration = object()
         for batch in chain(drawn, (self._draw_next() for _ in range(remaining - len(drawn)))):
             if self._iteration is not iteration:

@@ -353,6 +353,15 @@ def test_a_step_that_fails_leaves_no_losses_in_the_module():
     assert module.sample_losses is None
 
 
+def test_a_callback_that_was_forgotten_is_missed(recwarn):
+    trainer(DynamicDataPruning()).fit(Linear(), pruned(pairs()))
+    assert not [w for w in recwarn if "yields the batches of an epoch again" in str(w.message)]
+    with pytest.warns(
+        UserWarning, match="A DynamicDataPruningSampler yields the batches of an epoch again.*callback"
+    ):
+        trainer().fit(Linear(), pruned(pairs()))
+
+
 def test_a_loader_of_validation_with_the_same_sampler_is_refused():
     class Validates(Linear):
         def validation_step(self, batch, batch_idx):
