@@ -11,6 +11,7 @@ from curation.callbacks.online.training_losses import WatchedLogits
 from curation.scoring import IGNORED, Criterion, Route, per_sample_loss
 
 TOLERANCE = 0.05  # relative; a small auxiliary loss changes no ranking
+REMEDY = "add a method `score_step(self, batch)` that returns `(logits, targets)`"
 STEPS = 8  # class weights do not show in rows of one class
 
 
@@ -44,13 +45,14 @@ class LossCheck:
 
         self._logits.watch(route, batch, rows, compute)
 
-    def compare(self, module: LightningModule, loss: Any, name: str) -> None:
+    def compare(self, module: LightningModule, loss: Any, name: str, remedy: str = REMEDY) -> None:
         """Warn if the loss of a step is neither the mean over rows nor that over scored positions.
 
         Args:
             module: The module that is trained.
             loss: Loss of the step, before it is divided for accumulation; anything but a tensor is left out.
             name: Name of the route of the scores.
+            remedy: What the warning tells to do.
         """
         losses = self._logits.take()
         if not isinstance(loss, Tensor):  # the step skipped its batch
@@ -70,8 +72,8 @@ class LossCheck:
             rank_zero_warn(
                 f"The loss of `{step_name}` is {step:.4g}, but the cross-entropy of {name} of the same rows, which "
                 f"is scored, is {rows:.4g}. If the outputs are no logits, or the loss has class weights, another "
-                "`ignore_index`, label smoothing or further terms, add a method `score_step(self, batch)` that "
-                "returns `(logits, targets)`; the settings of the module's only `torch.nn.CrossEntropyLoss` are used."
+                f"`ignore_index`, label smoothing or further terms, {remedy}; the settings of the module's only "
+                "`torch.nn.CrossEntropyLoss` are used."
             )
 
     def _end(self) -> None:

@@ -83,6 +83,8 @@ class TrainingLosses:
 
     Attributes:
         name: What the losses are, for the log line at the start of the fit.
+        route: The route to the logits; None where the module leaves its losses.
+        criterion: Settings of the module's cross-entropy.
 
     Raises:
         TypeError: If the logits of the module's steps are not known.
@@ -91,17 +93,17 @@ class TrainingLosses:
     def __init__(self, module: LightningModule, batch: Any) -> None:
         self._module = module
         self._given = hasattr(module, "sample_losses")
-        self._route: Route | None = None
+        self.route: Route | None = None
         self._logits = WatchedLogits(compiled=True)
-        self._criterion = Criterion()
+        self.criterion = Criterion()
         self.name = f"`{type(module).__name__}.sample_losses`"
         if not self._given:
             try:
-                self._route = find_route(module, batch, score_step=False)
+                self.route = find_route(module, batch, score_step=False)
             except TypeError as error:
                 raise TypeError(f"{error.args[0].split('. Add')[0]}. {self._remedy()}") from error
-            self._criterion = find_criterion(module)
-            self.name = f"{self._route.name}{self._criterion.describe()}"
+            self.criterion = find_criterion(module)
+            self.name = f"{self.route.name}{self.criterion.describe()}"
 
     def _remedy(self) -> str:
         return (
@@ -111,13 +113,13 @@ class TrainingLosses:
 
     def watch(self, batch: Any, rows: int) -> None:
         """Take the losses of the next training step, on a batch with some number of rows."""
-        if self._route is None:
+        if self.route is None:
             self._module.sample_losses = None  # type: ignore[assignment]
         else:
-            self._logits.watch(self._route, batch, rows, self._losses)
+            self._logits.watch(self.route, batch, rows, self._losses)
 
     def _losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return self._criterion.bind(per_sample_loss)(logits, self._criterion.mask(targets))
+        return self.criterion.bind(per_sample_loss)(logits, self.criterion.mask(targets))
 
     def take(self, rows: int) -> Tensor | None:
         """Losses fp32 ``[B]`` of the training step, NaN for rows without a scored position; None if there are none.
@@ -125,7 +127,7 @@ class TrainingLosses:
         Raises:
             TypeError: If the module left something else than one loss for each row.
         """
-        if self._route is not None:
+        if self.route is not None:
             return self._logits.take()
         losses: Any = self._module.sample_losses
         self._module.sample_losses = None  # type: ignore[assignment]

@@ -14,6 +14,7 @@ from curation.batch import batch_size
 from curation.callbacks.lightning.loop import fit_batches, logs_now, trained_batches
 from curation.callbacks.lightning.seam import BatchSeam
 from curation.callbacks.online.choice import Choice, SelectionListener
+from curation.callbacks.online.loss_check import LossCheck
 from curation.callbacks.online.online_selection import OnlineSelection
 from curation.callbacks.online.row_weights import RowWeights
 from curation.callbacks.online.training_losses import TrainingLosses
@@ -71,6 +72,7 @@ class DynamicDataPruning(RoundTraining[DynamicDataPruningSampler]):
     def _reset(self) -> None:
         self.batches = 0
         self._losses: TrainingLosses | None = None
+        self._check = LossCheck()
         self._weights: RowWeights | None = None
         self._batch: Batch | None = None  # what this step trains on, of all processes
         self._order: Tensor | None = None  # places in the part of this process of the rows of its batch
@@ -144,6 +146,8 @@ class DynamicDataPruning(RoundTraining[DynamicDataPruningSampler]):
             weights = weights if self._order is None else weights[self._order]
         self._weights.set(weights)
         self._losses.watch(batch, rows)
+        if not self._check.done and weights is None:
+            self._check.watch(self._losses.route, self._losses.criterion, batch, rows)
         return batch
 
     def _own_part(self, trainer: Trainer, batch: Batch, ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -201,6 +205,9 @@ class DynamicDataPruning(RoundTraining[DynamicDataPruningSampler]):
             losses = torch.full((size,), torch.nan, device=pl_module.device)
         elif not pl_module.automatic_optimization:  # it may call no hook
             self._weights.check()
+        if not self._check.done and self._weights.weights is None:
+            step_loss = loss * trainer.accumulate_grad_batches if isinstance(loss, Tensor) else None
+            self._check.compare(pl_module, step_loss, f"`{self._losses.name}`", "leave the losses in `sample_losses`")
         self._report(trainer, pl_module, self._batch, losses)
         drawn = losses if self._order is None else torch.empty_like(losses).scatter_(0, self._order, losses)
         everyone = trainer.strategy.all_gather(torch.cat([drawn, drawn.new_full((1,), elapsed(trainer))]))
@@ -234,6 +241,7 @@ class DynamicDataPruning(RoundTraining[DynamicDataPruningSampler]):
         super().teardown(trainer, pl_module, stage)
         while self._undo:
             self._undo.pop()()
+        self._check.stop()
         if self._losses is not None:
             self._losses.stop()
         if self._weights is not None:

@@ -21,6 +21,7 @@ PACKAGES = (callbacks, evaluation, experts, instances, metrics, online, records,
 NOT_CONSTRUCTED = {  # by users: results and state that the package makes
     "Choice",
     "Completions",
+    "CostRatio",
     "Forecast",
     "PromptCache",
     "Retention",

@@ -370,3 +370,17 @@ def test_a_loader_of_validation_with_the_same_sampler_is_refused():
     batches = pruned(pairs())
     with pytest.raises(RuntimeError, match="Give validation a data loader with another sampler"):
         trainer(DynamicDataPruning(), val_check_interval=3, num_sanity_val_steps=0).fit(Validates(), batches, batches)
+
+
+class Smoothed(Linear):
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1], label_smoothing=0.9)
+
+
+@pytest.mark.parametrize(("module", "warnings"), [(Linear, 0), (Smoothed, 1), (Regression, 0)])
+def test_a_loss_that_is_not_the_cross_entropy_of_the_logits_is_said_once(module, warnings, recwarn):
+    batches = pruned(pairs(regression=module is Regression), rule="random")
+    trainer(DynamicDataPruning(), max_epochs=3).fit(module(), batches)
+    said = [str(w.message) for w in recwarn if "which is scored" in str(w.message)]
+    assert len(said) == warnings
+    assert all("leave the losses in `sample_losses`" in text for text in said)
