@@ -1,4 +1,4 @@
-"""A few minutes on two CPU cores: dynamic pruning against training on everything, at four budgets and five seeds.
+"""A few minutes on two CPU cores: dynamic pruning against training on everything, at four budgets and eight seeds.
 
 ``make demo`` is ``curation compare`` on scikit-learn's handwritten digits, shifted at random. Every arm is trained
 with its schedule annealed to each budget, and the report says at what share of the time, and of the operations,
@@ -20,8 +20,10 @@ OPTIONS = [
     "--model.lr=1.2e-2",
     "--model.shift=1",
     "--model.mirror=false",
+    "--model.strides=false",
     "--trainer.max_epochs=16",
     "--trainer.check_val_every_n_epoch=4",
+    "--trainer.logger=false",
 ]
 SWEEP = ["--budget-sweep=0.25,0.5,1,2", f"--sweep-arms={','.join(ARMS)}", "--methods=proportional"]
 
@@ -30,7 +32,7 @@ def main(args: list[str] | None = None) -> None:
     """Compare, and write the report."""
     parser = argparse.ArgumentParser("python -m curation.recipes.cli.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the runs (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each arm and budget (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=8, help="runs of each arm and budget (%(default)s)")
     given = parser.parse_args(args)
     require_extra()
     compare.main(
