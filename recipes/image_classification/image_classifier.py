@@ -79,7 +79,7 @@ class ImageClassifier(LightningModule):
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Mean cross-entropy."""
         x, y = batch[:2]  # ids follow where no callback strips them
-        x = varied(x, self.hparams["shift"], self.hparams["mirror"])
+        x = varied(x, self.hparams.get("shift", 0), self.hparams.get("mirror", False))  # not of a subclass
         loss = F.cross_entropy(self(x), y)
         self.log("train_loss", loss, prog_bar=True)
         return loss
@@ -107,7 +107,7 @@ class ImageClassifier(LightningModule):
         optimizer = torch.optim.AdamW(
             self.parameters(), lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"]
         )
-        if self.hparams["schedule"] == "constant":
+        if self.hparams.get("schedule", "constant") == "constant":
             return optimizer
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):

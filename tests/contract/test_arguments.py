@@ -144,6 +144,7 @@ OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
 FREE = {  # values that this table would refuse
     "InstanceSelection.index": {None},  # a selector stands in for it
     "RunMeter.max_seconds": {math.inf},
+    "WeightedLoss.column": {3},  # the place of a column
 }
 LATE = {"ConceptAwareSelection.targets", "ConceptCoverageMonitor.targets"}  # need the concepts of the data set
 FEATURES, CLASSES = np.arange(8.0)[:, None], np.repeat([0, 1], 4)

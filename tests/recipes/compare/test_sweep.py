@@ -40,7 +40,7 @@ def ran(tmp_path, monkeypatch):
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**recipe, "arms": {"same": {"callbacks": [same]}}}))
     folders = []
 
-    def fit(run, cwd, threads):
+    def fit(run, cwd, threads, server):
         with processes.begin(run) as held:
             if held is not None:
                 folders.append(str(run.folder.relative_to(tmp_path / "out/sweep")))
@@ -86,7 +86,7 @@ def test_a_sweep_of_real_runs(ran, tmp_path, monkeypatch, capsys):
 
     calls, execute = [], comparison.execute
 
-    def recorded(runs, title, backend, jobs):
+    def recorded(runs, title, backend, jobs, server):
         calls.append((jobs, {run.seed for run in runs}, len(runs)))
         execute(runs, title, backend, 1)
 
