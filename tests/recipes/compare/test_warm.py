@@ -72,6 +72,12 @@ def in_thread(run, place, server):
     return thread
 
 
+def ended(thread):
+    """Wait for the end of a run; a run that does not end fails the test in place of holding it up."""
+    thread.join(120)
+    assert not thread.is_alive()
+
+
 def pid(run):
     """The process of a run, once it trains."""
     while not (run.folder / "pid").exists():
@@ -90,8 +96,16 @@ def place(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def interruptible():
+    """Let runs notice an interrupt: a shell that starts the tests in the background has them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
-def server(place):
+def server(place, interruptible):
     with warm.Server() as server:
         yield server
 
@@ -121,11 +135,11 @@ def test_a_run_that_is_killed_or_interrupted_or_fails_ends_alone(place, server):
     os.kill(pids[1], signal.SIGINT)
     os.kill(server._process.pid, signal.SIGINT)  # Ctrl-C reaches the whole group
     for thread in threads[:2]:
-        thread.join()
+        ended(thread)
     (runs[2].folder / "go").write_text("wrong")
     (runs[3].folder / "go").write_text("on")
     for thread in threads[2:]:
-        thread.join()
+        ended(thread)
     assert [run.finished for run in runs] == [False, False, False, True]
     assert runs[0].failure == "killed by signal 9"
     assert "KeyboardInterrupt" in (runs[1].folder / "log.txt").read_text()
