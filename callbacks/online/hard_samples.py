@@ -16,7 +16,7 @@ from curation.callbacks.lightning.loop import logging_step
 from curation.callbacks.online.choice import Choice
 from curation.callbacks.online.head_route import HeadRoute
 from curation.callbacks.online.online_selection import OnlineSelection
-from curation.callbacks.online.row_weights import RowWeights
+from curation.callbacks.online.row_weights import RowWeights, WeighsRows
 from curation.checks import check_choice, check_number, check_text
 from curation.online.hard_samples import (
     cdf_power,
@@ -40,7 +40,7 @@ RULES = ("top", "rank", "selective_backprop", "importance")
 OLD_NAMES = {"cdf": "selective_backprop"}
 
 
-class HardSampleSelection(OnlineSelection):
+class HardSampleSelection(WeighsRows, OnlineSelection):
     """Keeps the samples that are hard for the model.
 
     The rules, from the greediest to the unbiased one:
@@ -119,7 +119,7 @@ class HardSampleSelection(OnlineSelection):
         super()._reset()
         self.pool = torch.full((0,), torch.nan)
         self.head_route = HeadRoute("auto")
-        self.row_weights: RowWeights | None = None
+        self.row_weights = None
         self._mean_over_positions: bool | None = None
         self._unsized = False
         self._irreducible: Tensor | None = None
@@ -210,16 +210,6 @@ class HardSampleSelection(OnlineSelection):
             self.row_weights.set(weights, ratio)
         return rows, weights
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Raise if a part of the loss cannot be weighted."""
-        if self.row_weights is not None:
-            self.row_weights.inspect(loss)
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise, before the optimizer's step, if the weights do not reach the loss."""
-        if self.row_weights is not None:
-            self.row_weights.check()
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -250,9 +240,6 @@ class HardSampleSelection(OnlineSelection):
         """Remove the seam and the weights."""
         super().teardown(trainer, pl_module, stage)
         self.head_route.forget()
-        if self.row_weights is not None:
-            self.row_weights.remove()
-            self.row_weights = None
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and the pool of scores, the same on every rank."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 MEAN, SUM = 1, 2  # reductions of torch's negative log-likelihood
@@ -162,6 +162,33 @@ class RowWeights:
         """Restore the module."""
         self._edges = set()
         self._undo()
+
+
+class WeighsRows(Callback):
+    """A callback that weighs rows: the fit stops before a gradient is used that its weights did not reach.
+
+    Attributes:
+        row_weights: The weights; None before the first batch that has any.
+    """
+
+    row_weights: RowWeights | None = None
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Raise if a part of the loss cannot be weighed."""
+        if self.row_weights is not None:
+            self.row_weights.inspect(loss)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise, before the optimizer's step, if the weights do not reach the loss."""
+        if self.row_weights is not None:
+            self.row_weights.check()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove the weights."""
+        super().teardown(trainer, pl_module, stage)
+        if self.row_weights is not None:
+            self.row_weights.remove()
+        self.row_weights = None
 
 
 def is_mean_over_positions(gradient: Tensor, logits: Tensor) -> bool | None:

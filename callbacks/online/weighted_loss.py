@@ -9,13 +9,13 @@ from torch import Tensor
 from curation.batch import batch_size
 from curation.callbacks.lightning.seam import SeamClient, check_one_loader
 from curation.callbacks.online.hard_samples import HardSampleSelection
-from curation.callbacks.online.row_weights import RowWeights
+from curation.callbacks.online.row_weights import RowWeights, WeighsRows
 from curation.callbacks.samplers.dynamic_data_pruning import DynamicDataPruning
 from curation.checks import check_integer, check_text
 from curation.scoring import find_logits_maker
 
 
-class WeightedLoss(SeamClient):
+class WeightedLoss(WeighsRows, SeamClient):
     """Weighs the loss of every sample by a column of its batch, in any module.
 
     The column is taken out of the batch before ``training_step``. The gradient is weighed row by row
@@ -50,7 +50,6 @@ class WeightedLoss(SeamClient):
             check_integer("column", column, 0)
         self.column = column
         self.batches = 0
-        self._weights: RowWeights | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse two callbacks that weigh rows."""
@@ -81,9 +80,9 @@ class WeightedLoss(SeamClient):
             raise ValueError(
                 f"The column {self.column!r} must be finite and not negative, but is {weights.tolist()}."
             )
-        if self._weights is None:
-            self._weights = RowWeights(pl_module, find_logits_maker(pl_module, batch))
-        self._weights.set(weights)
+        if self.row_weights is None:
+            self.row_weights = RowWeights(pl_module, find_logits_maker(pl_module, batch))
+        self.row_weights.set(weights)
         return batch
 
     def strip(self, batch: Any) -> Any:
@@ -104,29 +103,12 @@ class WeightedLoss(SeamClient):
         others = [value for place, value in enumerate(batch) if place != self.column]
         return others if isinstance(batch, list) else tuple(others), batch[self.column]
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Raise if a part of the loss cannot be weighed."""
-        if self._weights is not None:
-            self._weights.inspect(loss)
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise, before the optimizer's step, if the weights do not reach the loss."""
-        if self._weights is not None:
-            self._weights.check()
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """The weights are those of one step only."""
-        if self._weights is not None:
+        if self.row_weights is not None:
             if not pl_module.automatic_optimization and outputs is not None:  # it may call no hook
-                self._weights.check()
-            self._weights.set(None)
+                self.row_weights.check()
+            self.row_weights.set(None)
             self.batches += 1
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove the seam and the weights."""
-        super().teardown(trainer, pl_module, stage)
-        if self._weights is not None:
-            self._weights.remove()
-        self._weights = None

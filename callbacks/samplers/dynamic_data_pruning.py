@@ -16,7 +16,7 @@ from curation.callbacks.lightning.seam import BatchSeam
 from curation.callbacks.online.choice import Choice, SelectionListener
 from curation.callbacks.online.loss_check import LossCheck
 from curation.callbacks.online.online_selection import OnlineSelection
-from curation.callbacks.online.row_weights import RowWeights
+from curation.callbacks.online.row_weights import RowWeights, WeighsRows
 from curation.callbacks.online.training_losses import TrainingLosses
 from curation.callbacks.samplers.round_training import RoundTraining
 from curation.checks import check_number
@@ -24,7 +24,7 @@ from curation.samplers.dynamic_pruning import Batch, DynamicDataPruningSampler
 from curation.scoring import find_logits_maker
 
 
-class DynamicDataPruning(RoundTraining[DynamicDataPruningSampler]):
+class DynamicDataPruning(WeighsRows, RoundTraining[DynamicDataPruningSampler]):
     """Trains on the rounds of a :class:`~curation.samplers.dynamic_pruning.DynamicDataPruningSampler`.
 
     Losses come from the training pass: the cross-entropies of the logits that ``training_step`` makes, or for any
@@ -73,7 +73,6 @@ class DynamicDataPruning(RoundTraining[DynamicDataPruningSampler]):
         self.batches = 0
         self._losses: TrainingLosses | None = None
         self._check = LossCheck()
-        self._weights: RowWeights | None = None
         self._batch: Batch | None = None  # what this step trains on, of all processes
         self._order: Tensor | None = None  # places in the part of this process of the rows of its batch
         self._ids: Tensor | None = None
@@ -136,15 +135,15 @@ class DynamicDataPruning(RoundTraining[DynamicDataPruningSampler]):
             )
         if self._losses is None:
             self._losses = TrainingLosses(pl_module, batch)
-            self._weights = RowWeights(pl_module, find_logits_maker(pl_module, batch))
+            self.row_weights = RowWeights(pl_module, find_logits_maker(pl_module, batch))
             rank_zero_info(f"DynamicDataPruning: losses by {self._losses.name}; rule {self.sampler.rule_name}.")
-        assert self._weights is not None
+        assert self.row_weights is not None
         self._batch = self.sampler.next
         self._ids, weights = self._own_part(trainer, self._batch, sample_ids)
         if weights is not None:
             weights = weights.to(pl_module.device, non_blocking=True)
             weights = weights if self._order is None else weights[self._order]
-        self._weights.set(weights)
+        self.row_weights.set(weights)
         self._losses.watch(batch, rows)
         if not self._check.done and weights is None:
             self._check.watch(self._losses.route, self._losses.criterion, batch, rows)
@@ -176,16 +175,6 @@ class DynamicDataPruning(RoundTraining[DynamicDataPruningSampler]):
         """Check that the batch to train on is the one that was drawn."""
         BatchSeam.check(trainer, batch)
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Raise if a part of the loss cannot be weighed."""
-        if self._weights is not None:
-            self._weights.inspect(loss)
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise, before the optimizer's step, if the weights do not reach the loss."""
-        if self._weights is not None:
-            self._weights.check()
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -194,7 +183,7 @@ class DynamicDataPruning(RoundTraining[DynamicDataPruningSampler]):
             return
         assert self.sampler is not None
         assert self._losses is not None
-        assert self._weights is not None
+        assert self.row_weights is not None
         size = self.sampler.batch_size
         losses = self._losses.take(size)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
@@ -204,17 +193,17 @@ class DynamicDataPruning(RoundTraining[DynamicDataPruningSampler]):
                 raise self._losses.missing()
             losses = torch.full((size,), torch.nan, device=pl_module.device)
         elif not pl_module.automatic_optimization:  # it may call no hook
-            self._weights.check()
-        if not self._check.done and self._weights.weights is None:
+            self.row_weights.check()
+        if not self._check.done and self.row_weights.weights is None:
             step_loss = loss * trainer.accumulate_grad_batches if isinstance(loss, Tensor) else None
             self._check.compare(pl_module, step_loss, f"`{self._losses.name}`", "leave the losses in `sample_losses`")
-        self._report(trainer, pl_module, self._batch, losses)
+        self._report(trainer, pl_module, losses)
         drawn = losses if self._order is None else torch.empty_like(losses).scatter_(0, self._order, losses)
         everyone = trainer.strategy.all_gather(torch.cat([drawn, drawn.new_full((1,), elapsed(trainer))]))
         everyone = everyone.view(trainer.world_size, size + 1)
         self.sampler.elapsed = everyone[0, size]  # rank 0 decides what its clock says
         self.sampler.trained(everyone[:, :size].T.flatten())
-        self._weights.set(None)
+        self.row_weights.set(None)
         self._batch = None
         self.batches += 1
         if logs_now(trainer):
@@ -223,16 +212,16 @@ class DynamicDataPruning(RoundTraining[DynamicDataPruningSampler]):
         if trainer.is_last_batch:
             self.sampler.end_epoch()
 
-    def _report(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, losses: Tensor) -> None:
+    def _report(self, trainer: Trainer, pl_module: LightningModule, losses: Tensor) -> None:
         listeners = [c for c in trainer.callbacks if isinstance(c, SelectionListener)]  # type: ignore[attr-defined]
         if not listeners:
             return
-        assert self._weights is not None
+        assert self.row_weights is not None
         assert self._ids is not None
         ids = self._ids.to(losses.device, non_blocking=True)
         ids = ids if self._order is None else ids[self._order]
         rows = torch.arange(len(losses), device=losses.device)
-        choice = Choice(len(losses), len(losses), rows, self._weights.weights, scores=losses, sample_ids=ids)
+        choice = Choice(len(losses), len(losses), rows, self.row_weights.weights, scores=losses, sample_ids=ids)
         for listener in listeners:
             listener.on_selection(trainer, pl_module, self.batches, choice)
 
@@ -244,9 +233,7 @@ class DynamicDataPruning(RoundTraining[DynamicDataPruningSampler]):
         self._check.stop()
         if self._losses is not None:
             self._losses.stop()
-        if self._weights is not None:
-            self._weights.remove()
-        self._losses = self._weights = self._trainer = None
+        self._losses = self._trainer = None
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the sampler, and the number of batches; equal on all ranks."""

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-Choice = tuple[Tensor, Tensor | None]
+Plan = tuple[Tensor, Tensor | None]  # ids and weights of a round
 
 
-def mean(losses: Tensor, generator: Generator, *, progress: float, round: int, prune: float = 0.5) -> Choice:
+def mean(losses: Tensor, generator: Generator, *, progress: float, round: int, prune: float = 0.5) -> Plan:
     """InfoBatch (arXiv 2303.04947): leave out a random share of the samples below the mean loss; the rest stand in.
 
     Of the ``l`` samples with ``loss < mean``, ``m = max(1, floor((1 - prune) l))`` at random are visited, each with
@@ -56,7 +56,7 @@ def mean(losses: Tensor, generator: Generator, *, progress: float, round: int, p
     return torch.cat([high, kept]), weights
 
 
-def random(losses: Tensor, generator: Generator, *, progress: float, round: int, prune: float = 0.5) -> Choice:
+def random(losses: Tensor, generator: Generator, *, progress: float, round: int, prune: float = 0.5) -> Plan:
     """RS2 (arXiv 2305.18424): a new random subset in every round; the control of every other rule.
 
     Args:
@@ -87,7 +87,7 @@ def window(
     prune: float = 0.1,
     groups: int = 5,
     width: float = 0.9,
-) -> Choice:
+) -> Plan:
     """SeTa: a window of difficulty slides over groups of samples, from easy to hard, again and again.
 
     A random ``floor((1 - prune) N)`` are cut into ``groups`` clusters of losses by one-dimensional k-means, ordered
@@ -128,7 +128,7 @@ def hide(
     round: int,
     prune: float = 0.3,
     confidence: float = 0.7,
-) -> Choice:
+) -> Plan:
     """KAKURENBO (arXiv 2310.10102): hide the samples of the lowest losses that are predicted right and surely.
 
     Of the ``floor(F N)`` lowest losses those are left out whose label has a probability of at least ``confidence``,
@@ -161,7 +161,7 @@ def drop_high(
     round: int,
     prune: float = 0.3,
     warm_up: int = 2,
-) -> Choice:
+) -> Plan:
     """Leave out the highest losses after some rounds: for wrong labels, where no clean held-out data are at hand.
 
     In plain training the losses of wrong labels stay high at first (arXiv 1804.06872). Use it with ``smoothing`` and
@@ -193,7 +193,7 @@ def proportional(
     prune: float = 0.6,
     floor: float = 0.1,
     weighted: bool = False,
-) -> Choice:
+) -> Plan:
     """Visit a sample with a probability in proportion to its loss, and all samples with at least ``floor``.
 
     The probability is ``p = min(1, max(floor, c loss))``, with ``c`` such that ``sum(p) = (1 - prune) N``; the draw

@@ -201,19 +201,10 @@ def test_a_selection_of_rows_beside_it_and_other_loaders_are_refused():
 
 class Rates(Callback):
     def __init__(self):
-        self.outside, self.inside = [], []
-
-    def on_train_start(self, trainer, pl_module):
-        optimizer = trainer.optimizers[0]
-        optimizer.register_step_post_hook(lambda o, *_: self.inside.append(self.rate(o)))
-        self._first = optimizer
-
-    @staticmethod
-    def rate(optimizer):
-        return optimizer.param_groups[0]["lr"]
+        self.outside = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.outside.append(self.rate(trainer.optimizers[0]))
+        self.outside.append(trainer.optimizers[0].param_groups[0]["lr"])
 
 
 def test_schedulers_and_monitors_see_the_rate_without_the_factor():
@@ -271,10 +262,6 @@ def test_what_is_logged(tmp_path):
     ],
 )
 def test_the_sampler_knows_how_long_the_fit_is(options, batches):
-    class Ends(Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            trainer.should_stop = trainer.max_time is not None if hasattr(trainer, "max_time") else False
-
     dataset = pairs()
     loader = pruned(dataset)
     run = trainer(DynamicDataPruning(), **options)

@@ -39,11 +39,6 @@ def losses_of(n, batches, seed=0):
     return torch.rand(batches, n, generator=torch.Generator().manual_seed(seed))
 
 
-def rounds(trace):
-    """The ids of every round: the first has all, and the others begin where an id comes again or a round is full."""
-    return [i for batch, _ in trace for i in batch]
-
-
 @given(st.sampled_from(list(RULES)), st.integers(5, 20), st.integers(1, 4), st.integers(0, 40), st.integers(0, 5))
 def test_a_run_resumes_exactly_at_any_step(rule, n, size, cut, seed):
     options = {"rule": rule, "n": n, "size": size, "seed": seed, "max_age": 2, "review": 0.1, "smoothing": 0.5}
@@ -111,13 +106,6 @@ def test_weights_follow_their_samples_and_sum_to_the_number_of_samples():
     sampler, trace = make(n=40, size=8, prune=0.5, anneal=1.0), []
     train(sampler, 5, trace, losses_of(40, 5))  # the first round
     assert all(weights is None for _, weights in trace)
-    ids, weights = [], []
-    iterator = iter(sampler)
-    sampler.end_epoch()
-    for _ in range(3):
-        for _ in range(8):
-            next(iterator, None)
-    del iterator
     sampler._begin_round()
     ids, weights = sampler._ids, sampler._weights
     assert float(weights.sum()) == pytest.approx(40)

@@ -79,8 +79,10 @@ def ended(thread):
 
 
 def pid(run):
-    """The process of a run, once it trains."""
+    """The process of a run, once it trains; a run that never does fails the test."""
+    deadline = time.monotonic() + 120
     while not (run.folder / "pid").exists():
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     return int((run.folder / "pid").read_text())
 
@@ -183,10 +185,10 @@ def test_a_run_goes_on_without_its_server_and_the_next_one_starts_cold(place, mo
         monkeypatch.setattr(subprocess, "run", record)
         server._process.kill()
         os.kill(alone[1], signal.SIGKILL)
-        threads[1].join()
+        ended(threads[1])
         assert cold == [str(runs[1].folder / "fit.yaml")]  # it had not finished
         (runs[0].folder / "go").write_text("on")
-        threads[0].join()
+        ended(threads[0])
         assert runs[0].finished
         fit(runs[2], place, server)
     assert cold == [str(run.folder / "fit.yaml") for run in runs[1:]]
