@@ -9,6 +9,7 @@ from curation.callbacks.online.choice import Choice, SelectionListener
 from curation.callbacks.online.concept_aware import ConceptAwareSelection
 from curation.callbacks.online.hard_samples import HardSampleSelection
 from curation.callbacks.online.online_selection import OnlineSelection
+from curation.callbacks.online.proxy import ProxySelection
 from curation.callbacks.online.uniform import UniformSelection
 from curation.callbacks.online.utility_diversity import UtilityDiversitySelection
 from curation.callbacks.online.weighted_loss import WeightedLoss
@@ -33,6 +34,7 @@ __all__ = [
     "HardSampleSelection",
     "InstanceSelection",
     "OnlineSelection",
+    "ProxySelection",
     "RunMeter",
     "SampleRecord",
     "SeamClient",

@@ -127,6 +127,35 @@ class ManualAnswering(ManualClassifier, Answering):
     pass
 
 
+class Proxy(LightningModule):
+    """Scores batches of pairs with BatchNorm and dropout, and batches of texts by fixed features of their tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.BatchNorm1d(FEATURES), nn.Dropout(0.5), nn.Linear(FEATURES, CLASSES))
+            self.waves = nn.Parameter(torch.randn(8))
+
+    def score_step(self, batch):
+        if not isinstance(batch, dict):
+            return self.net(batch[0]), batch[1]
+        x, waves = batch["input_ids"][:, :-1, None, None], torch.arange(1, 9)
+        features = torch.cos(waves * (x + 1) * torch.arange(1, VOCABULARY + 1)[:, None] / VOCABULARY)
+        return features @ self.waves, batch["labels"][:, 1:]
+
+    def training_step(self, batch):
+        logits, targets = self.score_step(batch)
+        loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+        self.log("train_loss", loss)  # of the large model, if it were not left out
+        return loss
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
 class Watch(Callback):
     """Remembers what every later hook sees: the batches, and the ids that were trained on."""
 

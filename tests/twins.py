@@ -7,6 +7,7 @@ from fractions import Fraction
 import numpy as np
 import torch
 import torch.nn.functional as F
+from helpers import Proxy
 from torch import Tensor
 
 from curation.online.sketch import cosine_projection, sign_projection
@@ -125,6 +126,34 @@ class HardSampleTwin(UniformTwin):
     def end_step(self):
         self.pool += self.seen
         self.seen = []
+
+
+class ProxyTwin(UniformTwin):
+    """Two SGD steps of the proxy in four, with momentum, on the candidates of both ranks."""
+
+    def __init__(self) -> None:
+        self.proxy, self.momentum, self.batches, self.step = Proxy(), {}, [], 0
+
+    def score(self, step, rank, logits, targets):
+        self.batches.append(self.batch)
+        with torch.no_grad():
+            logits, targets = self.proxy.eval().score_step(self.batch)
+        losses = []
+        for x, t in zip(logits, targets, strict=True):
+            losses.append(F.cross_entropy(x[t != -100], t[t != -100]))
+        return torch.stack(losses)
+
+    def end_step(self):
+        if self.step % 2 == 0:
+            self.proxy.zero_grad()
+            for batch in self.batches:
+                logits, targets = self.proxy.train().score_step(batch)
+                F.cross_entropy(logits.flatten(0, 1), targets.flatten()).div(len(self.batches)).backward()
+            for name, p in self.proxy.named_parameters():
+                if p.grad is not None:
+                    self.momentum[name] = 0.9 * self.momentum.get(name, 0) + p.grad
+                    p.data -= 0.1 * 0.9**self.step * self.momentum[name]
+        self.batches, self.step = [], self.step + 1
 
 
 def slow_hard_batches(count: int, delta: float, loss_of, steps: int, max_age: int | None = None) -> list[int]:

@@ -59,6 +59,20 @@ def sum_over_processes(trainer: Trainer, values: Tensor) -> Tensor:
     return values
 
 
+def average_over_processes(trainer: Trainer, tensors: list[Tensor]) -> None:
+    """Average floating tensors over all processes, in place, in one collective of fp32.
+
+    Args:
+        trainer: The trainer.
+        tensors: Of the same number and shapes on every process.
+    """
+    if trainer.world_size == 1:
+        return
+    flat = sum_over_processes(trainer, torch.cat([t.flatten().float() for t in tensors])) / trainer.world_size
+    for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
+
+
 class Totals:
     """Counts that are summed over all processes as they grow: any process can save them without a collective.
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers, _MockOptimizer
 
 from curation.replace import replace_attribute
 
@@ -150,3 +151,26 @@ def fit_batches(trainer: Trainer, batches: int) -> float:
         epochs, steps = divmod(loop.max_steps, -(-batches // micro))
         total = min(total, float(epochs * batches + min(batches, steps * micro)))
     return total
+
+
+def configure_one_optimizer(name: str, module: LightningModule) -> tuple[torch.optim.Optimizer, Any]:
+    """The optimizer of a module that is not the trainer's own, and its schedule (``LRSchedulerConfig``) or None.
+
+    Args:
+        name: Name of the argument that holds the module, for errors.
+        module: The module; its ``trainer`` is set.
+
+    Raises:
+        TypeError: If it has no optimizer, several ones, or a schedule that waits for a metric.
+    """
+    optimizers, schedulers = _init_optimizers_and_lr_schedulers(module)
+    found = "none" if isinstance(optimizers[0], _MockOptimizer) else len(optimizers)
+    if found != 1 or len(schedulers) > 1:
+        raise TypeError(
+            f"Argument `{name}` must be a module with one optimizer and at most one schedule, but "
+            f"`{type(module).__name__}.configure_optimizers` gives {found} and {len(schedulers)}."
+        )
+    scheduler = schedulers[0] if schedulers else None
+    if scheduler is not None and scheduler.reduce_on_plateau:
+        raise TypeError(f"Argument `{name}` must not have a schedule that waits for a metric, which it does not log.")
+    return optimizers[0], scheduler

@@ -148,10 +148,15 @@ class HardSampleSelection(WeighsRows, OnlineSelection):
                     f"but {self.irreducible!r} has {len(self._irreducible)}."
                 )
 
+    def scorer(self, pl_module: LightningModule) -> LightningModule:
+        """The module whose losses are the scores."""
+        return pl_module
+
     def score(self, trainer: Trainer, pl_module: LightningModule, batch: Any, sample_ids: Tensor | None) -> Tensor:
         """The loss of every candidate, its reducible part, or the norm of its gradient: fp32 ``[B]``."""
-        head = self.head_route.find(self, trainer, pl_module, batch)
-        outputs, targets = self.outputs(trainer, pl_module, batch, head)
+        scorer = self.scorer(pl_module)
+        head = self.head_route.find(self, trainer, scorer, batch)
+        outputs, targets = self.outputs(trainer, scorer, batch, head)
         if self.rule == "importance" and self.row_weights is None:
             over_positions = isinstance(batch, Mapping) and len(hugging_face_models(pl_module)) == 1
             self.row_weights = RowWeights(pl_module, find_logits_maker(pl_module, batch), over_positions)

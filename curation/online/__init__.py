@@ -11,6 +11,7 @@ from curation.online.hard_samples import (
     variance_reduction,
 )
 from curation.online.nuclear_norm import gram_of_head, nuclear_norm, nuclear_norm_from_hidden, project_head
+from curation.online.proxy import rank_correlation, share_of_operations, smaller_config
 from curation.online.sketch import SketchMemory, cosine_projection, sign_projection, sketch
 from curation.online.top import keep_count, largest, standardize, top_rows
 from curation.online.utility_diversity import LengthTrend, UtilityDiversityScorer, utility_diversity
@@ -31,9 +32,12 @@ __all__ = [
     "pareto_sample",
     "priority_sample",
     "project_head",
+    "rank_correlation",
     "rank_log_weights",
+    "share_of_operations",
     "sign_projection",
     "sketch",
+    "smaller_config",
     "standardize",
     "successive_sample",
     "top_rows",

@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from helpers import Answering, Classifier, ManualAnswering, ManualClassifier, ManualRouted, Routed, data
-from lightning.pytorch import Callback
+from helpers import Answering, Classifier, ManualAnswering, ManualClassifier, ManualRouted, Proxy, Routed, data
+from lightning.pytorch import Callback, LightningModule
 from torch.utils.data import DataLoader, Dataset, Sampler
-from twins import ConceptAwareTwin, HardSampleTwin, UniformTwin, UtilityDiversityTwin, tags
+from twins import ConceptAwareTwin, HardSampleTwin, ProxyTwin, UniformTwin, UtilityDiversityTwin, tags
 
 from curation.batch import SampleIds
 from curation.callbacks import (
@@ -23,6 +23,7 @@ from curation.callbacks import (
     HardBatchTraining,
     HardSampleSelection,
     InstanceSelection,
+    ProxySelection,
     RunMeter,
     SampleRecord,
     SelectionLedger,
@@ -63,6 +64,7 @@ class Entry:
     arguments: dict[str, Any] = field(default_factory=dict)
     bad: dict[str, Any] = field(default_factory=dict)
     twin: Callable[[], UniformTwin] | None = None
+    modules: dict[str, type[LightningModule]] = field(default_factory=dict)  # arguments that are modules
     records: bool = False  # a selection, which has to stand beside it
     sampler: Callable[..., Sampler] | None = None  # of the training data, by data set and batch size
     candidates: int = 1  # batches of samples that it takes to make one to train on
@@ -76,7 +78,7 @@ class Entry:
     acted: Callable[[Any], bool] = lambda callback: callback.batches > 0  # whether it did something in a fit
 
     def make(self, **changes: Any) -> Callback:
-        return self.cls(**{**self.arguments, **changes})
+        return self.cls(**{**self.arguments, **{name: made() for name, made in self.modules.items()}, **changes})
 
     def in_trainer(self) -> list[Callback]:
         return [self.make(), *([UniformSelection(keep=0.25)] if self.records else [])]
@@ -228,6 +230,14 @@ CALLBACKS = {
             candidates=2,
             refuses={**ONE_LOADER, "overfit_batches": "overfit_batches"},
             acted=lambda selection: len(selection.indices) == 64,
+        ),
+        Entry(
+            ProxySelection,
+            {"keep": 0.25, "update_every": 2},
+            {"start": 1.0},
+            ProxyTwin,
+            modules={"proxy": Proxy},
+            acted=lambda selection: selection.batches > 0 and selection.training.state_dict()["windows"] > 0,
         ),
         Entry(
             RunMeter,

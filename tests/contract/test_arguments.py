@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type
 import numpy as np
 import pytest
 import torch
+from helpers import Proxy
 from lightning.pytorch import LightningDataModule
 
 from contract.registry import CALLBACKS
@@ -43,6 +44,7 @@ VALID: dict[str, dict[str, Any]] = {  # arguments without a default
     "Ledger": {"path": "ledger"},
     "LedgerWriter": {"path": "ledger"},
     "PassAtK": {"k": 2},
+    "ProxySelection": {"keep": 0.5, "proxy": Proxy()},
     "RunMeter": {"path": "run.json"},
     "ScoreStore": {"size": 3},
     "SelectedDataModule": {"datamodule": LightningDataModule(), "index": "kept.parquet"},

@@ -52,7 +52,8 @@ def test_a_bad_argument_is_named_with_its_value(entry):
 def test_command_line_round_trip(entry, capsys, tmp_path):
     from lightning.pytorch.cli import LightningCLI
 
-    arguments = [f"--trainer.callbacks.{k}={v}" for k, v in entry.arguments.items()]
+    modules = {name: f"{made.__module__}.{made.__name__}" for name, made in entry.modules.items()}
+    arguments = [f"--trainer.callbacks.{k}={v}" for k, v in (modules | entry.arguments).items()]
     add = [f"--trainer.callbacks+=curation.callbacks.{entry.cls.__name__}", *arguments]
     with pytest.raises(SystemExit):
         LightningCLI(Classifier, args=["fit", *add, "--print_config"], save_config_callback=None)

@@ -321,6 +321,7 @@ def one_process(name: str) -> dict:
                 batch = default_collate([samples[i] for i in chosen])
                 with torch.no_grad():
                     logits = module.eval().model(batch["input_ids"], batch["attention_mask"]).logits[:, :-1]
+                twin.batch = batch
                 scores = twin.score(step, rank, logits, batch["labels"][:, 1:])
                 twin.samples = chosen.tolist()
                 best, weights = twin.choose(step, rank, scores, keeps)
