@@ -117,7 +117,7 @@ class SideTraining:
             gradients = [p.grad for p in module.parameters() if p.grad is not None]
             buffers = [b for b in module.buffers() if b.is_floating_point()]
             average_over_processes(trainer, [mean, *gradients, *buffers])
-            clipping = trainer.gradient_clip_val, trainer.gradient_clip_algorithm  # type: ignore[attr-defined]
+            clipping = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
             module.configure_gradient_clipping(optimizer, *clipping)
             optimizer.step()
         return mean

@@ -10,11 +10,34 @@ from torch.utils.flop_counter import FlopCounterMode
 from curation.checks import check_number
 from curation.scoring import find_route, side_effect_free
 
-_WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "n_embd", "n_inner", "d_model", "d_ff")
-_WIDTHS += ("dim", "hidden_dim", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim")
-_HEADS = ("num_attention_heads", "num_key_value_heads", "n_head", "n_heads", "num_heads")
-_HEADS += ("encoder_attention_heads", "decoder_attention_heads")
-_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
+_WIDTHS = frozenset(
+    [
+        "hidden_size",
+        "intermediate_size",
+        "moe_intermediate_size",
+        "n_embd",
+        "n_inner",
+        "d_model",
+        "d_ff",
+        "dim",
+        "hidden_dim",
+        "ffn_dim",
+        "encoder_ffn_dim",
+        "decoder_ffn_dim",
+    ]
+)
+_HEADS = frozenset(
+    [
+        "num_attention_heads",
+        "num_key_value_heads",
+        "n_head",
+        "n_heads",
+        "num_heads",
+        "encoder_attention_heads",
+        "decoder_attention_heads",
+    ]
+)
+_LAYERS = frozenset(["num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"])
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
@@ -78,7 +101,7 @@ def smaller_config(config: Any, layers: float = 0.5, width: float = 0.25) -> Any
 
 def _shrink(config: Any, layers: float, width: float) -> tuple[bool, bool]:
     """Make a configuration smaller, in place; whether it has layers, and a width."""
-    values = {name: getattr(config, name, None) for name in (*_WIDTHS, *_HEADS, *_LAYERS)}
+    values = {name: getattr(config, name, None) for name in _WIDTHS | _HEADS | _LAYERS}
     numbers = {name: value for name, value in values.items() if type(value) is int}
     heads = max([number for name, number in numbers.items() if name in _HEADS], default=1)
     kept = max(1, int(heads * width))
