@@ -10,6 +10,7 @@ from curation.callbacks.online.concept_aware import ConceptAwareSelection
 from curation.callbacks.online.hard_samples import HardSampleSelection
 from curation.callbacks.online.online_selection import OnlineSelection
 from curation.callbacks.online.proxy import ProxySelection
+from curation.callbacks.online.replay import ReplaySelection, SelectionRehearsal
 from curation.callbacks.online.uniform import UniformSelection
 from curation.callbacks.online.utility_diversity import UtilityDiversitySelection
 from curation.callbacks.online.weighted_loss import WeightedLoss
@@ -35,12 +36,14 @@ __all__ = [
     "InstanceSelection",
     "OnlineSelection",
     "ProxySelection",
+    "ReplaySelection",
     "RunMeter",
     "SampleRecord",
     "SeamClient",
     "SelectedDataModule",
     "SelectionLedger",
     "SelectionListener",
+    "SelectionRehearsal",
     "UniformSelection",
     "UtilityDiversitySelection",
     "WeightedLoss",

@@ -163,13 +163,15 @@ def configure_one_optimizer(name: str, module: LightningModule) -> tuple[torch.o
     Raises:
         TypeError: If it has no optimizer, several ones, or a schedule that waits for a metric.
     """
-    optimizers, schedulers = _init_optimizers_and_lr_schedulers(module)
-    found = "none" if isinstance(optimizers[0], _MockOptimizer) else len(optimizers)
-    if found != 1 or len(schedulers) > 1:
-        raise TypeError(
-            f"Argument `{name}` must be a module with one optimizer and at most one schedule, but "
-            f"`{type(module).__name__}.configure_optimizers` gives {found} and {len(schedulers)}."
-        )
+    made = (
+        f"Argument `{name}` must be a module with one optimizer, but `{type(module).__name__}.configure_optimizers`"
+    )
+    try:
+        optimizers, schedulers = _init_optimizers_and_lr_schedulers(module)
+    except RuntimeError as error:
+        raise TypeError(f"{made} gives several: {error}") from error
+    if isinstance(optimizers[0], _MockOptimizer):
+        raise TypeError(f"{made} gives none.")
     scheduler = schedulers[0] if schedulers else None
     if scheduler is not None and scheduler.reduce_on_plateau:
         raise TypeError(f"Argument `{name}` must not have a schedule that waits for a metric, which it does not log.")

@@ -39,9 +39,7 @@ class SideTraining:
             if not is_overridden(hook, module):
                 raise TypeError(f"Argument `{name}` must be a module that is trained, but {kind} has no `{hook}`.")
         if not module.automatic_optimization:
-            raise TypeError(
-                f"Argument `{name}` must be a module with automatic optimization, but {kind} has its own."
-            )
+            raise TypeError(f"Argument `{name}` must be optimized automatically, but {kind} does so by itself.")
         check_training_step(module)
         self._name = name
         self.module = module

@@ -6,6 +6,7 @@ often the row was trained on in that step) and ``weight`` (float32, 0 where the 
 ``datasets.load_dataset("parquet", data_files="LEDGER/*/*.parquet")`` reads it too, and so does any Parquet reader.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -172,8 +173,7 @@ class Ledger:
         last = {}
         for folder in sorted(self.path.glob("rank=*")):
             if not (folder / _CLOSED).exists():
-                file = max(folder.glob(_FILES), default=None)
-                last[folder.name] = -1 if file is None else read_table(file, ["step"])["step"][-1].as_py()
+                last[folder.name] = self.last_step(int(folder.name.removeprefix("rank=")))
         return last
 
     def rows(self) -> Any:
@@ -189,6 +189,31 @@ class Ledger:
         for table in self._tables(columns or COLUMNS):
             for batch in table.to_batches(ROWS_AT_A_TIME):
                 yield {name: batch[name].to_numpy() for name in batch.schema.names}
+
+    def steps(self, rank: int = 0, first: int = 0) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """The candidates of each step of a rank, in the order of steps, a file in memory at a time.
+
+        Args:
+            rank: The rank.
+            first: The first step.
+
+        Raises:
+            ValueError: If an argument is not an integer >= 0.
+        """
+        check_integer("rank", rank, 0)
+        check_integer("first", first, 0)
+        for file in sorted((self.path / f"rank={rank}").glob(_FILES)):
+            table = read_table(file, COLUMNS)
+            columns = {name: table[name].to_numpy() for name in COLUMNS}
+            edges = np.flatnonzero(np.diff(columns["step"])) + 1
+            for begin, end in itertools.pairwise([0, *edges.tolist(), len(columns["step"])]):
+                if columns["step"][begin] >= first:
+                    yield int(columns["step"][begin]), {name: column[begin:end] for name, column in columns.items()}
+
+    def last_step(self, rank: int = 0) -> int:
+        """The last step of a rank; -1 where it has none."""
+        file = max((self.path / f"rank={check_integer('rank', rank, 0)}").glob(_FILES), default=None)
+        return -1 if file is None else read_table(file, ["step"])["step"][-1].as_py()
 
     def counts(self, size: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """How often each sample was a candidate, how often it was kept, and the step at which it was last kept.

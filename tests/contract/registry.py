@@ -262,4 +262,5 @@ CALLBACKS = {
 NOT_CALLBACKS = {
     *("OnlineSelection", "SeamClient", "SelectionListener", "Choice"),  # for callbacks of one's own
     *("SelectedDataModule", "embed"),
+    *("ReplaySelection", "SelectionRehearsal"),  # of two runs, in tests/callbacks/online/test_replay.py
 }
