@@ -72,3 +72,16 @@ def pytest_xdist_make_scheduler(config, log):
             return file if has_shared_fixtures(config.rootpath / file) else nodeid
 
     return ByFixtures(config, log)
+
+
+@pytest.fixture
+def gguf_read_once(monkeypatch):
+    """A model's file is read once, as a whole: transformers reads it for the configuration, the words, the weights."""
+    gguf = pytest.importorskip("gguf", reason="needs gguf, from the [demo] extra")
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        monkeypatch.setattr(gguf, name, once(getattr(gguf, name)))
+
+
+@cache
+def once(function):
+    return cache(function)

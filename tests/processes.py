@@ -20,7 +20,7 @@ import pytest
 def forked():
     """The context whose processes are forked from the server."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["contract.worker"])
+    context.set_forkserver_preload(["contract.worker", "pandas"])  # what pyarrow imports
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
         forkserver.ensure_running()
