@@ -76,7 +76,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture
 def gguf_read_once(monkeypatch):
-    """A model's file is read once, as a whole: transformers reads it for the configuration, the words, the weights."""
+    """A model's file is read once; transformers reads it for the configuration, for the words and for the weights."""
     gguf = pytest.importorskip("gguf", reason="needs gguf, from the [demo] extra")
     for name in ("GGUFReader", "get_tensor_name_map"):
         monkeypatch.setattr(gguf, name, once(getattr(gguf, name)))
