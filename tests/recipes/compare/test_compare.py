@@ -166,7 +166,7 @@ def test_seconds_over_a_dask_cluster(tmp_path, monkeypatch):
     here(tmp_path, monkeypatch)
     options = [
         RECIPE,
-        "--methods=loss",
+        "--methods=full",
         "--seeds=1",
         "--budget=seconds",
         "--backend=dask",
