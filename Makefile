@@ -7,7 +7,7 @@ demo: .venv/ready
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(PY) -m curation.recipes.cli.demo
 
 # Two processes: more than one a core is slower, and each holds 1 GB.
-PYTEST := $(PY) -m pytest -n 2 --dist loadgroup
+PYTEST := $(PY) -m pytest -n 2
 
 test: .venv/ready lint
 	$(PYTEST) --cov --cov-report=term

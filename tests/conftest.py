@@ -1,7 +1,9 @@
 """What every test shares: no network, no W&B server, and nothing left behind in the process."""
 
+import gc
 import os
 import sys
+from functools import cache
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
@@ -47,11 +49,46 @@ def no_environment_leak():
     assert not leaked, f"left in the environment: {leaked}"
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Tests that share a fixture of their module run in one process, which makes it once; long ones come first."""
-    for item in items:
-        fixtures = item._fixtureinfo.name2fixturedefs.values()
-        if any(f[-1].scope != "function" and f[-1].baseid.endswith(".py") for f in fixtures):
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+    """Long tests come first."""
     items.sort(key=lambda item: not any(name in item.nodeid for name in LONG))
+
+
+def pytest_collection_finish():
+    """What was imported is not looked through again whenever garbage is collected, as Lightning's tuners do."""
+    gc.collect()
+    gc.freeze()
+
+
+@cache
+def has_shared_fixtures(file):
+    return 'scope="module"' in file.read_text()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """The tests of a file with fixtures of its module run in one process, which makes them once.
+
+    pytest-xdist's own ``--dist loadgroup`` groups nothing with pytest 9.2, where names of tests cannot be changed.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFixtures(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return file if has_shared_fixtures(config.rootpath / file) else nodeid
+
+    return ByFixtures(config, log)
+
+
+@pytest.fixture
+def gguf_read_once(monkeypatch):
+    """A model's file is read once; transformers reads it for the configuration, for the words and for the weights."""
+    gguf = pytest.importorskip("gguf", reason="needs gguf, from the [demo] extra")
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        monkeypatch.setattr(gguf, name, once(getattr(gguf, name)))
+
+
+@cache
+def once(function):
+    return cache(function)

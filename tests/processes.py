@@ -6,6 +6,7 @@ import pickle
 import runpy
 import socket
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable
@@ -20,7 +21,7 @@ import pytest
 def forked():
     """The context whose processes are forked from the server."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["contract.worker"])
+    context.set_forkserver_preload(["contract.worker", "pandas"])  # what pyarrow imports
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
         forkserver.ensure_running()
@@ -42,6 +43,23 @@ def join(*processes, code: int = 0) -> None:
         process.kill()
     assert not any(alive), "hangs"
     assert [process.exitcode for process in processes] == [code] * len(processes)
+
+
+def fit_in_this_process(patch: pytest.MonkeyPatch) -> None:
+    """Let ``curation compare`` run its fits here, one after another: new processes would mostly import."""
+    from curation.recipes import cli
+    from curation.recipes.compare import processes
+
+    one_at_a_time = threading.Lock()
+
+    def fit(run, cwd, threads, server=None):
+        with one_at_a_time, processes.begin(run) as held:
+            if held is not None:
+                cli.main(["fit", "--config", str(run.folder / "fit.yaml")])
+                if "wandb" in sys.modules:
+                    sys.modules["wandb"].finish()
+
+    patch.setattr(processes, "fit", fit)
 
 
 def run_script(script: str, arguments: tuple[str, ...], environment: dict[str, str]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import wandb
+from processes import fit_in_this_process
 
 from curation.recipes import cli
 
@@ -52,15 +53,6 @@ def test_its_python_runs_as_pasted(tmp_path, monkeypatch, capsys):
     assert (rule.samples_scored, rule.samples_trained) == (64, 16)
 
 
-def fits_in_this_process(command, run=subprocess.run, **options):
-    """Stands in for ``subprocess.run``: eight starts of Python would take a minute."""
-    if command[:4] != [sys.executable, "-m", "curation.recipes.cli", "fit"]:
-        return run(command, **options)
-    cli.main(command[3:])
-    wandb.finish()
-    return subprocess.CompletedProcess(command, 0)
-
-
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: "-".join(command.split()[:2]))
 def test_its_commands_run(command, tmp_path, monkeypatch, capsys):
     """Each is run, but in small.
@@ -86,7 +78,7 @@ def test_its_commands_run(command, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("WANDB_MODE", "disabled")
         monkeypatch.setattr("sys.path", list(sys.path))
-        monkeypatch.setattr(subprocess, "run", fits_in_this_process)
+        fit_in_this_process(monkeypatch)
         assert args[0] == "compare"
         small = ["--seeds=1", "--jobs=1", "--trainer.max_steps=10", "--trainer.val_check_interval=5"]
         cli.main([*args, *small])

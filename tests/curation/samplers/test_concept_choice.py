@@ -42,7 +42,7 @@ def instances(draw):
     return rows, count, k, np.array(targets), np.array(penalties), draw(st.sampled_from([None, 1, 2, 5]))
 
 
-@settings(max_examples=1500, deadline=None)  # the first is compiled
+@settings(max_examples=600, deadline=None)  # the first is compiled
 @given(instances())
 def test_equals_brute_force(instance):
     rows, count, k, targets, penalties, cap = instance

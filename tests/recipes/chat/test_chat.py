@@ -356,9 +356,8 @@ def test_data_with_nothing_to_train_on_is_refused(write_rows, monkeypatch, n):
         made_data(write_rows, monkeypatch, n=n)
 
 
-def test_the_packaged_recipe_runs_on_the_real_model(tmp_path, monkeypatch, capsys):
+def test_the_packaged_recipe_runs_on_the_real_model(gguf_read_once, tmp_path, monkeypatch):
     """SmolLM2 cut to two layers, its own tokenizer, and the data the recipe names."""
-    pytest.importorskip("gguf", reason="needs gguf, from the [demo] extra")
     try:
         resolve(SMOLLM2)
     except ImportError as error:

