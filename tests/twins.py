@@ -108,6 +108,9 @@ class HardSampleTwin(UniformTwin):
             pressure = 100 ** (1 - step / self.STEPS)
             odds = [pressure ** (-order.index(i) / len(values)) for i in range(len(values))]
             keys = [-math.log(1 / u[i]) / odds[i] for i in range(len(values))]  # an exponential clock for each row
+        elif self.rule == "proportional":
+            odds = [max(value, 0.1 * sum(values) / len(values)) for value in values]
+            keys = [-math.log(1 / u[i]) / odds[i] for i in range(len(values))]
         elif self.rule == "selective_backprop":
             keys = []
             for i, value in enumerate(values):

@@ -20,6 +20,7 @@ from curation.callbacks.online.row_weights import RowWeights, WeighsRows
 from curation.checks import check_choice, check_number, check_text
 from curation.online.hard_samples import (
     cdf_power,
+    floored_log_weights,
     pareto_sample,
     priority_sample,
     rank_log_weights,
@@ -36,7 +37,7 @@ from curation.scoring import (
 )
 
 POOL = 1024
-RULES = ("top", "rank", "selective_backprop", "importance")
+RULES = ("top", "rank", "proportional", "selective_backprop", "importance")
 OLD_NAMES = {"cdf": "selective_backprop"}
 
 
@@ -48,8 +49,9 @@ class HardSampleSelection(WeighsRows, OnlineSelection):
     - ``"top"`` keeps the highest scores (arXiv 2304.03486 for single samples);
     - ``"rank"`` draws with odds that fall exponentially with the rank; the selection pressure falls from ``pressure``
       to 1 over the fit (arXiv 1511.06343);
-    - ``"selective_backprop"`` draws exactly k rows, each with probability ``P(s <= s_i)^beta``, the fraction of the
-      last 1024 scores and the candidates that is not above its score ``s_i`` (arXiv 1910.00762);
+    - ``"proportional"`` draws with odds in proportion to the score, at least a tenth of the mean, without weights;
+    - ``"selective_backprop"`` draws exactly k rows, each with probability ``P(s <= s_i)^beta``, the fraction
+      of the last 1024 scores and the candidates that is not above its score ``s_i`` (arXiv 1910.00762);
     - ``"importance"`` draws in proportion to the score and weighs the kept rows, so that the expected gradient is
       that of the whole candidate batch (arXiv 1803.00942, by priority sampling), for losses that are means over rows,
       or over the scored positions of sequences. Use it with ``score="grad_norm"``. A module with another loss takes
@@ -58,8 +60,8 @@ class HardSampleSelection(WeighsRows, OnlineSelection):
 
     Args:
         keep: Fraction of each candidate batch that is trained on, in (0, 1].
-        rule: ``"top"``, ``"rank"``, ``"selective_backprop"`` or ``"importance"``; ``"cdf"`` is an old name of the
-            third.
+        rule: ``"top"``, ``"rank"``, ``"proportional"``, ``"selective_backprop"`` or ``"importance"``; ``"cdf"`` is an
+            old name of the fourth.
         score: ``"loss"``; ``"grad_norm"``, the norm of the loss's gradient with respect to the logits, which bounds
             the norm of the whole gradient up to a constant; or ``"reducible_loss"``, the loss minus the sample's
             irreducible loss (arXiv 2206.07137), which leaves out samples that are noisy or learnt already.
@@ -90,7 +92,7 @@ class HardSampleSelection(WeighsRows, OnlineSelection):
     def __init__(
         self,
         keep: float,
-        rule: Literal["top", "rank", "selective_backprop", "importance", "cdf"] = "top",
+        rule: Literal["top", "rank", "proportional", "selective_backprop", "importance", "cdf"] = "top",
         score: Literal["loss", "grad_norm", "reducible_loss"] = "loss",
         irreducible: str | None = None,
         pressure: float = 100.0,
@@ -199,6 +201,8 @@ class HardSampleSelection(WeighsRows, OnlineSelection):
             progress = logging_step(trainer) / self._steps
             log_weights = rank_log_weights(scores, self.pressure ** max(0.0, 1 - progress))
             return successive_sample(log_weights, k, uniform), None
+        if self.rule == "proportional":
+            return successive_sample(floored_log_weights(scores), k, uniform), None
         if self.rule == "selective_backprop":
             pool = torch.cat([self.pool.to(scores), scores])
             beta = min(1 / self.keep - 1, 1e6) if self.beta is None else self.beta

@@ -48,11 +48,12 @@ class ProxySelection(HardSampleSelection):
         proxy: The small module, for the same batches.
         reference: A frozen module, or a file with irreducible losses by sample id, as ``curation irreducible`` writes
             it; None for the loss itself.
-        rule: ``"top"``, ``"rank"``, ``"selective_backprop"`` or ``"importance"``.
+        rule: ``"top"``, ``"rank"``, ``"proportional"``, ``"selective_backprop"`` or ``"importance"``.
         update_every: Batches for each training step of the proxy.
         start: Share of the fit, in [0, 1), before which rows are kept at random.
         start_loss: Level of the proxy's training loss (a running mean), down to which rows are kept at random; None
             for no such level.
+        end: Share of the fit, in (0, 1], after which they are again, so that it ends on batches like the data.
         pressure: As in ``HardSampleSelection``, used by ``"rank"``.
         beta: As in ``HardSampleSelection``, used by ``"selective_backprop"``.
         when: ``"pays"`` trains on every candidate wherever that is measured to be faster.
@@ -60,7 +61,7 @@ class ProxySelection(HardSampleSelection):
         trim: Drop the padding columns that no kept row uses.
 
     Attributes:
-        started: Whether rows are kept by the scores now.
+        started: Whether rows have been kept by the scores.
 
     Raises:
         ValueError: If an argument is out of its range; if the proxy is as large as the module, or shares parameters
@@ -79,10 +80,11 @@ class ProxySelection(HardSampleSelection):
         keep: float,
         proxy: LightningModule,
         reference: LightningModule | str | None = None,
-        rule: Literal["top", "rank", "selective_backprop", "importance"] = "top",
+        rule: Literal["top", "rank", "proportional", "selective_backprop", "importance"] = "top",
         update_every: int = 4,
         start: float = 0.0,
         start_loss: float | None = None,
+        end: float = 1.0,
         pressure: float = 100.0,
         beta: float | None = None,
         when: Literal["always", "pays"] = "always",
@@ -99,6 +101,9 @@ class ProxySelection(HardSampleSelection):
         self.update_every: int = check_integer("update_every", update_every, 1)
         self.start = check_number("start", start, "[0, 1)")
         self.start_loss = check_number("start_loss", start_loss, "(-inf, inf)", optional=True)
+        self.end = check_number("end", end, "(0, 1]")
+        if self.end <= self.start:
+            raise ValueError(f"Argument `end` must be more than `start={self.start}`, but got {end!r}.")
         self.training = SideTraining("proxy", proxy)
         self.reference = reference
         file = reference if isinstance(reference, str) else None
@@ -137,7 +142,7 @@ class ProxySelection(HardSampleSelection):
 
     def score(self, trainer: Trainer, pl_module: LightningModule, batch: Any, sample_ids: Tensor | None) -> Tensor:
         """The proxy's loss of every candidate, or the part of it that can be learned: fp32 ``[B]``."""
-        if not self.started:
+        if not self.has_scores:
             draw = np.random.default_rng((self.seed, self.batches, trainer.global_rank)).random(batch_size(batch))
             return torch.from_numpy(draw).float().to(pl_module.device, non_blocking=True)
         losses = super().score(trainer, pl_module, batch, sample_ids)
@@ -173,12 +178,12 @@ class ProxySelection(HardSampleSelection):
             )
 
     def choose(self, trainer: Trainer, scores: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
-        """Draw rows by the rule; by the random scores before the start."""
-        return super().choose(trainer, scores, k) if self.started else (top_rows(scores, k), None)
+        """Draw rows by the rule; by the random scores before the start and after the end."""
+        return super().choose(trainer, scores, k) if self.has_scores else (top_rows(scores, k), None)
 
     def describe(self) -> str:
         """The rule, and where the scores come from."""
-        if not self.started:
+        if not self.has_scores:
             return f"{self.rule} by {type(self.proxy).__name__} later, at random until then"
         minus = "" if self.reference is None else " minus that of the reference"
         return f"{super().describe()} of {type(self.proxy).__name__}{minus}"
@@ -222,19 +227,21 @@ class ProxySelection(HardSampleSelection):
                 f"parameters and {type(pl_module).__name__} {sizes[1]:,}."
             )
         self.training.start()
-        if self.start:
-            self._steps = float(trainer.estimated_stepping_batches)
-            if self._steps == float("inf"):
+        for name, value, default in (("start", self.start, 0), ("end", self.end, 1)):
+            if value != default:
+                self._steps = float(trainer.estimated_stepping_batches)
+            if value != default and self._steps == float("inf"):
                 raise ValueError(
-                    f"Argument `start` must be 0 in a fit whose length is not known, but got {self.start!r}; "
-                    "`start_loss` needs no length."
+                    f"Argument `{name}` must be {default} in a fit whose length is not known, but got {value!r}."
                 )
 
     def curate(self, trainer: Trainer, pl_module: LightningModule, batch: Any, sample_ids: Tensor | None) -> Any:
         """The rows of a candidate batch to train on; the proxy is to train on all of them."""
-        if not self.started and self.start_loss is None:
-            self.started = logging_step(trainer) >= self.start * self._steps
-        self.has_scores = self.started
+        progress = logging_step(trainer) / self._steps  # 0 where no length is needed
+        if self.start_loss is None or self._level is not None:
+            low = self.start_loss is None or self._level <= self.start_loss
+            self.started = self.started or (progress >= self.start and low)
+        self.has_scores = self.started and progress < self.end
         kept = super().curate(trainer, pl_module, batch, sample_ids)
         if self.keep < 1 and self.batches % self.update_every == 0 and not self._probing:
             self._candidates = copied(batch) if kept is batch else batch
@@ -247,11 +254,9 @@ class ProxySelection(HardSampleSelection):
         candidates, self._candidates = self._candidates, None
         if candidates is not None and self._choice is not None:
             self._proxy_loss = self.training.step(trainer, candidates, self.batches, self.seed)
-            if self.start_loss is not None and not self.started:
+            if self.start_loss is not None and not self.started:  # the host waits until then
                 loss = float(self._proxy_loss)
                 self._level = loss if self._level is None else 0.9 * self._level + 0.1 * loss
-                past = logging_step(trainer) >= self.start * self._steps if self.start else True
-                self.started = past and self._level <= self.start_loss
         if self._choice is not None and self.keep < 1:
             self.training.end_batch(trainer)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)

@@ -25,7 +25,7 @@ class SelectionRehearsal(HardSampleSelection):
 
     Args:
         keep: Fraction of each candidate batch that is chosen, in (0, 1).
-        rule: ``"top"``, ``"rank"`` or ``"selective_backprop"``, as in ``HardSampleSelection``.
+        rule: ``"top"``, ``"rank"``, ``"proportional"`` or ``"selective_backprop"``, as in ``HardSampleSelection``.
         score: ``"loss"``, ``"grad_norm"`` or ``"reducible_loss"``.
         irreducible: File with the irreducible losses.
         pressure: Used by ``"rank"``.

@@ -4,6 +4,7 @@ from curation.online.break_even import BreakEven
 from curation.online.concept_aware import diverse_rows
 from curation.online.hard_samples import (
     cdf_power,
+    floored_log_weights,
     pareto_sample,
     priority_sample,
     rank_log_weights,
@@ -24,6 +25,7 @@ __all__ = [
     "cdf_power",
     "cosine_projection",
     "diverse_rows",
+    "floored_log_weights",
     "gram_of_head",
     "keep_count",
     "largest",

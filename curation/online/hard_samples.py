@@ -39,6 +39,30 @@ def rank_log_weights(scores: Tensor, pressure: float) -> Tensor:
     return log_weights.masked_fill(~finite, -torch.inf)
 
 
+def floored_log_weights(scores: Tensor, floor: float = 0.1) -> Tensor:
+    """Logarithms of weights in proportion to the score, and at least ``floor`` times the mean.
+
+    Args:
+        scores: Floating ``[B]``; negative ones count as 0.
+        floor: Least weight over the mean weight, in (0, 1].
+
+    Returns:
+        fp32 ``[B]``; -inf where the score is not finite. Equal where no score is positive.
+
+    Raises:
+        ValueError: If ``floor`` is out of its range.
+
+    Example:
+        >>> floored_log_weights(torch.tensor([0.0, 1.0, 5.0])).exp()
+        tensor([0.2000, 1.0000, 5.0000])
+    """
+    check_number("floor", floor, "(0, 1]")
+    finite = scores.isfinite()
+    weights = scores.double().masked_fill(~finite, 0).clamp(min=0)
+    mean = weights.sum() / finite.sum().clamp(min=1)
+    return torch.maximum(weights, (floor * mean).clamp(min=1e-300)).log().float().masked_fill(~finite, -torch.inf)
+
+
 def cdf_power(scores: Tensor, pool: Tensor, beta: float) -> Tensor:
     """Selective backpropagation's probability of a sample, ``P(pool <= score)^beta`` (arXiv 1910.00762, sec. 3).
 

@@ -183,6 +183,7 @@ CALLBACKS = {
             for rule, options in {
                 "top": {},
                 "rank": {},
+                "proportional": {},
                 "selective_backprop": {},
                 "importance": {"score": "grad_norm"},
             }.items()

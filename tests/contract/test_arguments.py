@@ -128,6 +128,7 @@ OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
     "Neyman.rollouts": (0,),
     "PassAtK.k": (0,),
     "ProxySelection.beta": (-0.1,),
+    "ProxySelection.end": (0, 1.5),
     "ProxySelection.keep": (0, 1.5),
     "ProxySelection.pressure": (0.5, 1e13),
     "ProxySelection.seed": (-1, 2**63),

@@ -199,6 +199,14 @@ def test_a_start_needs_a_length_and_a_level_does_not():
     assert (never.started, never.samples_scored, never.samples_trained) == (False, 0, 32)
 
 
+def test_after_the_end_rows_are_kept_at_random_again():
+    selection = ProxySelection(0.25, Proxy(), start=0.25, end=0.75)
+    trainer(selection, max_epochs=1).fit(Classifier(), loader(64 * 10))
+    assert selection.samples_scored == 40 * 8
+    with pytest.raises(ValueError, match=r"Argument `end` must be more than `start=0.5`, but got 0.5"):
+        ProxySelection(0.25, Proxy(), start=0.5, end=0.5)
+
+
 def test_before_the_start_rows_are_kept_at_random_and_nothing_is_scored():
     proxy, calls = Proxy(), []
     proxy.net.register_forward_hook(lambda *_: calls.append(proxy.training))

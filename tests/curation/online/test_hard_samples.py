@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from curation.online.hard_samples import (
     cdf_power,
+    floored_log_weights,
     pareto_sample,
     priority_sample,
     rank_log_weights,
@@ -36,6 +37,15 @@ def test_rank_weights_equal_the_formula(scores, pressure):
     for rank, i in enumerate(order):
         expected = -math.log(pressure) * rank / len(scores) if math.isfinite(scores[i]) else -math.inf
         assert got[i] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@given(st.lists(numbers | st.floats(-9, 0, width=32), min_size=1, max_size=20), st.floats(0.01, 1))
+def test_floored_weights_equal_the_formula(scores, floor):
+    got = floored_log_weights(torch.tensor(scores), floor).double().exp().tolist()
+    finite = [max(score, 0) for score in scores if math.isfinite(score)]
+    for score, weight in zip(scores, got, strict=True):
+        expected = max(score, floor * sum(finite) / len(finite)) if math.isfinite(score) else 0.0
+        assert weight == pytest.approx(expected, rel=1e-4, abs=1e-30)
 
 
 @given(st.lists(numbers, min_size=1, max_size=20), st.lists(numbers, max_size=20), st.floats(0, 5))
