@@ -111,6 +111,8 @@ class HardSampleTwin(UniformTwin):
         elif self.rule == "proportional":
             odds = [max(value, 0.1 * sum(values) / len(values)) for value in values]
             keys = [-math.log(1 / u[i]) / odds[i] for i in range(len(values))]
+        elif self.rule == "drop_high":
+            keys = [-1.0 if i in order[: math.floor(0.3 * len(values) + 0.5)] else u[i] for i in range(len(values))]
         elif self.rule == "selective_backprop":
             keys = []
             for i, value in enumerate(values):

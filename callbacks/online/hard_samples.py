@@ -21,6 +21,7 @@ from curation.checks import check_choice, check_number, check_text
 from curation.online.hard_samples import (
     cdf_power,
     floored_log_weights,
+    low_score_sample,
     pareto_sample,
     priority_sample,
     rank_log_weights,
@@ -37,7 +38,7 @@ from curation.scoring import (
 )
 
 POOL = 1024
-RULES = ("top", "rank", "proportional", "selective_backprop", "importance")
+RULES = ("top", "rank", "proportional", "selective_backprop", "importance", "drop_high")
 OLD_NAMES = {"cdf": "selective_backprop"}
 
 
@@ -58,10 +59,13 @@ class HardSampleSelection(WeighsRows, OnlineSelection):
       the weights from an attribute ``sample_weights`` and multiplies its per-sample losses by them: for a mean over
       rows, or for a mean over scored positions where the batch is that of a Hugging Face model.
 
+    And one for wrong labels: ``"drop_high"`` leaves out the share ``drop`` of each batch with the highest scores, and
+    draws from the others at random (samples of small loss, arXiv 1804.06872).
+
     Args:
         keep: Fraction of each candidate batch that is trained on, in (0, 1].
-        rule: ``"top"``, ``"rank"``, ``"proportional"``, ``"selective_backprop"`` or ``"importance"``; ``"cdf"`` is an
-            old name of the fourth.
+        rule: ``"top"``, ``"rank"``, ``"proportional"``, ``"selective_backprop"``, ``"importance"`` or
+            ``"drop_high"``; ``"cdf"`` is an old name of the fourth.
         score: ``"loss"``; ``"grad_norm"``, the norm of the loss's gradient with respect to the logits, which bounds
             the norm of the whole gradient up to a constant; or ``"reducible_loss"``, the loss minus the sample's
             irreducible loss (arXiv 2206.07137), which leaves out samples that are noisy or learnt already.
@@ -73,6 +77,7 @@ class HardSampleSelection(WeighsRows, OnlineSelection):
         when: ``"pays"`` trains on every candidate wherever that is measured to be faster.
         seed: Seed of the random draws, in [0, 2^63); equal on all ranks.
         trim: Drop the padding columns that no kept row uses.
+        drop: Share of each candidate batch that ``"drop_high"`` leaves out, in [0, 1).
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -92,7 +97,7 @@ class HardSampleSelection(WeighsRows, OnlineSelection):
     def __init__(
         self,
         keep: float,
-        rule: Literal["top", "rank", "proportional", "selective_backprop", "importance", "cdf"] = "top",
+        rule: Literal["top", "rank", "proportional", "selective_backprop", "importance", "drop_high", "cdf"] = "top",
         score: Literal["loss", "grad_norm", "reducible_loss"] = "loss",
         irreducible: str | None = None,
         pressure: float = 100.0,
@@ -100,12 +105,14 @@ class HardSampleSelection(WeighsRows, OnlineSelection):
         when: Literal["always", "pays"] = "always",
         seed: int = 0,
         trim: bool = True,
+        drop: float = 0.3,
     ) -> None:
         self.rule = check_choice("rule", OLD_NAMES.get(str(rule), rule), RULES)
         self.score_name = check_choice("score", score, ("loss", "grad_norm", "reducible_loss"))
         self.irreducible = check_text("irreducible", irreducible, optional=True)
         self.pressure = check_number("pressure", pressure, "[1, 1e12]")
         self.beta = check_number("beta", beta, "[0, 1e6]", optional=True)
+        self.drop = check_number("drop", drop, "[0, 1)")
         if (score == "reducible_loss") != (irreducible is not None):
             raise ValueError(
                 f"Argument `irreducible` must be a file with `score='reducible_loss'` and None without, but got "
@@ -203,6 +210,8 @@ class HardSampleSelection(WeighsRows, OnlineSelection):
             return successive_sample(log_weights, k, uniform), None
         if self.rule == "proportional":
             return successive_sample(floored_log_weights(scores), k, uniform), None
+        if self.rule == "drop_high":
+            return low_score_sample(scores, self.drop, k, uniform), None
         if self.rule == "selective_backprop":
             pool = torch.cat([self.pool.to(scores), scores])
             beta = min(1 / self.keep - 1, 1e6) if self.beta is None else self.beta

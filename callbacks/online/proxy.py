@@ -48,7 +48,8 @@ class ProxySelection(HardSampleSelection):
         proxy: The small module, for the same batches.
         reference: A frozen module, or a file with irreducible losses by sample id, as ``curation irreducible`` writes
             it; None for the loss itself.
-        rule: ``"top"``, ``"rank"``, ``"proportional"``, ``"selective_backprop"`` or ``"importance"``.
+        rule: ``"top"``, ``"rank"``, ``"proportional"``, ``"selective_backprop"``, ``"importance"`` or
+            ``"drop_high"``.
         update_every: Batches for each training step of the proxy.
         start: Share of the fit, in [0, 1), before which rows are kept at random.
         start_loss: Level of the proxy's training loss (a running mean), down to which rows are kept at random; None
@@ -59,6 +60,7 @@ class ProxySelection(HardSampleSelection):
         when: ``"pays"`` trains on every candidate wherever that is measured to be faster.
         seed: Seed of the random draws and of the proxy's training steps, in [0, 2^63); equal on all ranks.
         trim: Drop the padding columns that no kept row uses.
+        drop: As in ``HardSampleSelection``, used by ``"drop_high"``.
 
     Attributes:
         started: Whether rows have been kept by the scores.
@@ -80,7 +82,7 @@ class ProxySelection(HardSampleSelection):
         keep: float,
         proxy: LightningModule,
         reference: LightningModule | str | None = None,
-        rule: Literal["top", "rank", "proportional", "selective_backprop", "importance"] = "top",
+        rule: Literal["top", "rank", "proportional", "selective_backprop", "importance", "drop_high"] = "top",
         update_every: int = 4,
         start: float = 0.0,
         start_loss: float | None = None,
@@ -90,6 +92,7 @@ class ProxySelection(HardSampleSelection):
         when: Literal["always", "pays"] = "always",
         seed: int = 0,
         trim: bool = True,
+        drop: float = 0.3,
     ) -> None:
         for name, module in {"proxy": proxy, "reference": reference}.items():
             if not isinstance(module, LightningModule) and (name == "proxy" or not isinstance(module, str | None)):
@@ -108,7 +111,7 @@ class ProxySelection(HardSampleSelection):
         self.reference = reference
         file = reference if isinstance(reference, str) else None
         super().__init__(
-            keep, rule, "loss" if file is None else "reducible_loss", file, pressure, beta, when, seed, trim
+            keep, rule, "loss" if file is None else "reducible_loss", file, pressure, beta, when, seed, trim, drop
         )
 
     @property

@@ -25,12 +25,13 @@ class SelectionRehearsal(HardSampleSelection):
 
     Args:
         keep: Fraction of each candidate batch that is chosen, in (0, 1).
-        rule: ``"top"``, ``"rank"``, ``"proportional"`` or ``"selective_backprop"``, as in ``HardSampleSelection``.
+        rule: One without weights, as in ``HardSampleSelection``.
         score: ``"loss"``, ``"grad_norm"`` or ``"reducible_loss"``.
         irreducible: File with the irreducible losses.
         pressure: Used by ``"rank"``.
         beta: Used by ``"selective_backprop"``.
         seed: Seed of the random draws, in [0, 2^63); equal on all ranks.
+        drop: Used by ``"drop_high"``.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -50,10 +51,11 @@ class SelectionRehearsal(HardSampleSelection):
         pressure: float = 100.0,
         beta: float | None = None,
         seed: int = 0,
+        drop: float = 0.3,
     ) -> None:
         if rule == "importance":
             raise ValueError("Argument `rule` must be one without weights, but got 'importance'.")
-        super().__init__(keep, rule, score, irreducible, pressure, beta, seed=seed)
+        super().__init__(keep, rule, score, irreducible, pressure, beta, seed=seed, drop=drop)
 
     def _reset(self) -> None:
         super()._reset()

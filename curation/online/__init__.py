@@ -5,6 +5,7 @@ from curation.online.concept_aware import diverse_rows
 from curation.online.hard_samples import (
     cdf_power,
     floored_log_weights,
+    low_score_sample,
     pareto_sample,
     priority_sample,
     rank_log_weights,
@@ -29,6 +30,7 @@ __all__ = [
     "gram_of_head",
     "keep_count",
     "largest",
+    "low_score_sample",
     "nuclear_norm",
     "nuclear_norm_from_hidden",
     "pareto_sample",

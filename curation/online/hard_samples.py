@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from curation.checks import check_number
+from curation.checks import check_integer, check_number
 from curation.online.top import largest
 
 
@@ -37,6 +37,34 @@ def rank_log_weights(scores: Tensor, pressure: float) -> Tensor:
     ranks = scores.masked_fill(~finite, -torch.inf).argsort(descending=True, stable=True).argsort()
     log_weights = ranks.float() * (-math.log(pressure) / len(scores))
     return log_weights.masked_fill(~finite, -torch.inf)
+
+
+def low_score_sample(scores: Tensor, drop: float, k: int, uniform: Tensor) -> Tensor:
+    """Leave out the rows with the highest scores, and draw ``k`` of the others uniformly.
+
+    Samples of small loss (arXiv 1804.06872, sec. 3), but at random among them, so that easy ones have no preference.
+
+    Args:
+        scores: Floating ``[B]``; of equal ones the later are left out first. One that is not finite is the highest.
+        drop: Share of the rows that is left out, in [0, 1); less where fewer than ``k`` rows would remain.
+        k: Number of rows to draw, >= 0; all where ``B <= k``.
+        uniform: Floating ``[B]``, independent and uniform in [0, 1).
+
+    Returns:
+        int64 ``[min(k, B)]``, ascending.
+
+    Raises:
+        ValueError: If ``drop`` is out of its range, or ``k`` not an integer >= 0.
+
+    Example:
+        >>> low_score_sample(torch.tensor([5.0, 0.1, 0.2]), 0.34, 2, torch.rand(3))
+        tensor([1, 2])
+    """
+    check_number("drop", drop, "[0, 1)")
+    size = len(scores)
+    remain = max(size - int(drop * size + 0.5), min(check_integer("k", k, 0), size))
+    ranks = scores.masked_fill(~scores.isfinite(), torch.inf).argsort(stable=True).argsort()
+    return largest(uniform.masked_fill(ranks >= remain, -1), k)
 
 
 def floored_log_weights(scores: Tensor, floor: float = 0.1) -> Tensor:

@@ -184,6 +184,7 @@ CALLBACKS = {
                 "top": {},
                 "rank": {},
                 "proportional": {},
+                "drop_high": {},
                 "selective_backprop": {},
                 "importance": {"score": "grad_norm"},
             }.items()

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from curation.online.hard_samples import (
     cdf_power,
     floored_log_weights,
+    low_score_sample,
     pareto_sample,
     priority_sample,
     rank_log_weights,
@@ -56,6 +57,16 @@ def test_cdf_equals_counting(scores, pool, beta):
     for score, p in zip(scores, got, strict=True):
         expected = (sum(q <= score for q in finite) / len(finite)) ** beta if math.isfinite(score) else 0.0
         assert p == pytest.approx(expected, rel=1e-5)
+
+
+@given(st.lists(numbers, min_size=1, max_size=20), st.floats(0, 0.99), st.integers(0, 20), st.randoms())
+def test_of_low_scores_rows_are_drawn_at_random(scores, drop, k, random):
+    uniform = [random.random() for _ in scores]
+    got = low_score_sample(torch.tensor(scores), drop, k, torch.tensor(uniform)).tolist()
+    values = [score if math.isfinite(score) else math.inf for score in scores]
+    order = sorted(range(len(scores)), key=lambda i: (values[i], i))
+    remain = order[: max(len(scores) - math.floor(drop * len(scores) + 0.5), min(k, len(scores)))]
+    assert got == sorted(sorted(remain, key=lambda i: -torch.tensor(uniform)[i])[:k])
 
 
 def test_successive_draws_have_the_odds_of_their_weights():
