@@ -166,6 +166,11 @@ class HardSampleSelection(WeighsRows, OnlineSelection):
         scorer = self.scorer(pl_module)
         head = self.head_route.find(self, trainer, scorer, batch)
         outputs, targets = self.outputs(trainer, scorer, batch, head)
+        if targets is None and self.score_name == "grad_norm":
+            raise TypeError(
+                f"`score='grad_norm'` needs logits, but `{type(scorer).__name__}.score_step` returns losses. Let it "
+                "return `(logits, targets)`, or use `score='loss'`."
+            )
         if self.rule == "importance" and self.row_weights is None:
             over_positions = isinstance(batch, Mapping) and len(hugging_face_models(pl_module)) == 1
             self.row_weights = RowWeights(pl_module, find_logits_maker(pl_module, batch), over_positions)

@@ -70,6 +70,9 @@ class HeadRoute:
         """Whether the head makes the logits of the longest sample; None where that has no scored position."""
         try:
             _, targets = selection.outputs(trainer, pl_module, batch, head)
+            if targets is None:
+                self.reason = " (`score_step` returns losses)"
+                return False
             scored = targets.ne(IGNORED)
             longest = take_rows(batch, (scored.sum(1) if scored.dim() == 2 else scored.long()).argmax()[None])
             hidden, targets = selection.outputs(trainer, pl_module, longest, head)

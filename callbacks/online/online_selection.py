@@ -233,10 +233,11 @@ class OnlineSelection(SeamClient, ABC):
 
     def outputs(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, head: nn.Linear | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Any]:
         """Logits of the candidates with aligned targets, or the input of ``head`` in place of its logits.
 
-        Also enters the lengths into :attr:`scored`, and on logging steps the mean loss of all candidates.
+        Where ``score_step`` returns losses, ``[B]``, these with None; ``per_sample_loss`` takes either pair. Also
+        enters the lengths into :attr:`scored`, and on logging steps the mean loss of all candidates.
 
         Returns:
             ``[B, T, V]`` with int64 ``[B, T]``, or ``[B, C]`` with ``[B]``; target -100 is not scored.

@@ -58,7 +58,7 @@ class ScoringPass:
         batch: Any,
         head: nn.Linear | None,
         context: AbstractContextManager[None],
-    ) -> tuple[Tensor, Tensor, Scoring]:
+    ) -> tuple[Tensor, Any, Scoring]:
         """Outputs and targets of the candidates, and what they say of the lengths and the loss.
 
         Args:
@@ -69,7 +69,8 @@ class ScoringPass:
             context: Context in which the module runs without side effects.
 
         Returns:
-            ``[B, T, V]`` with int64 ``[B, T]``, or ``[B, C]`` with ``[B]``, and a :class:`Scoring` without scores.
+            ``[B, T, V]`` with int64 ``[B, T]``, or ``[B, C]`` with ``[B]``, or losses ``[B]`` with None; and a
+            :class:`Scoring` without scores.
 
         Raises:
             TypeError: If the module gives no per-sample outputs, or targets that are no classes of its logits
@@ -84,9 +85,10 @@ class ScoringPass:
         with context:
             with head_as_identity(head):
                 outputs, targets = self.route(batch)
-            targets = self.criterion.mask(targets)
-            if head is None and targets.device.type == "cpu":
-                _check_classes(outputs, targets)
+            if targets is not None:
+                targets = self.criterion.mask(targets)
+                if head is None and targets.device.type == "cpu":
+                    _check_classes(outputs, targets)
             if logs_now(trainer):
                 loss = self.criterion.bind(per_sample_loss)
                 losses = (
@@ -95,7 +97,8 @@ class ScoringPass:
                 scoring.candidate_loss = losses.nanmean()
         if len(outputs) != batch_size(batch):
             raise ValueError(f"The scored outputs have {len(outputs)} rows for a batch of {batch_size(batch)}.")
-        scoring.lengths = targets.ne(IGNORED).sum(1).float() if targets.dim() == 2 else None
+        if targets is not None and targets.dim() == 2:
+            scoring.lengths = targets.ne(IGNORED).sum(1).float()
         return outputs, targets, scoring
 
     def forget(self) -> None:

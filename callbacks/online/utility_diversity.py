@@ -97,6 +97,11 @@ class UtilityDiversitySelection(OnlineSelection):
         else:
             self._refresh(head)
         outputs, targets = self.outputs(trainer, pl_module, batch, head)
+        if targets is None:
+            raise TypeError(
+                f"UtilityDiversitySelection needs logits, but `{type(pl_module).__name__}.score_step` returns "
+                "losses. Let it return `(logits, targets)`, or use HardSampleSelection."
+            )
         with torch.no_grad():
             return self.scorer.score(outputs, targets.ne(IGNORED))
 

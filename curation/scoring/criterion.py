@@ -27,9 +27,9 @@ class Criterion:
 
     def mask(self, targets: Tensor) -> Tensor:
         """Targets int64 ``[B]`` or ``[B, T]`` with -100 in the place of ``ignore_index``."""
-        return (
-            targets if self.ignore_index == IGNORED else targets.masked_fill(targets.eq(self.ignore_index), IGNORED)
-        )
+        if self.ignore_index == IGNORED:
+            return targets
+        return targets.masked_fill(targets.eq(self.ignore_index), IGNORED)
 
     def bind(self, value: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
         """``per_sample_loss`` or ``per_sample_grad_norm`` with these settings."""

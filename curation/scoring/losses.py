@@ -33,12 +33,13 @@ def _scored_first(mask: Tensor) -> Tensor:
 
 
 def per_sample_loss(
-    logits: Tensor, targets: Tensor, weight: Tensor | None = None, label_smoothing: float = 0.0
+    logits: Tensor, targets: Tensor | None, weight: Tensor | None = None, label_smoothing: float = 0.0
 ) -> Tensor:
     """Cross-entropy of each sample, averaged over its scored positions.
 
     Args:
-        logits: ``[B, T, V]`` or ``[B, C]``, any floating dtype; computed in fp32, one sample ``[T, V]`` at a time.
+        logits: ``[B, T, V]`` or ``[B, C]``, any floating dtype; computed in fp32, one sample ``[T, V]`` at a time;
+            with ``targets=None`` the losses ``[B]`` themselves.
         targets: int64 ``[B, T]`` or ``[B]``; -100 is ignored.
         weight: Floating ``[V]``, weights of the classes; None for equal ones.
         label_smoothing: Share of the target that is spread over all classes, in [0, 1].
@@ -50,6 +51,8 @@ def per_sample_loss(
         >>> per_sample_loss(torch.zeros(2, 3, 8), torch.tensor([[-100, 1, 2], [0, 0, 0]]))
         tensor([2.0794, 2.0794])
     """
+    if targets is None:
+        return logits.float()
     if targets.dim() == 1:
         return _cross_entropy(logits, targets, weight, label_smoothing, "none")
     if weight is None:

@@ -3,7 +3,7 @@
 A module's own ``training_step`` returns one number for the whole batch, so the outputs of every sample are taken by
 one of three routes:
 
-1. ``module.score_step(batch) -> (logits, targets)``, where the module defines it;
+1. ``module.score_step(batch)``, where the module defines it: ``(logits, targets)``, or losses of any task, ``[B]``;
 2. a Hugging Face model inside the module, for mappings with ``input_ids`` or ``pixel_values``;
 3. ``module(x)`` for classification batches ``(x, y)`` with integer ``y``.
 """
@@ -42,13 +42,18 @@ class Route:
     source: nn.Module | None = None
     align: Callable[[Any, Any], Any] | None = None
 
-    def __call__(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         """Outputs ``[B, T, V]`` or ``[B, C]`` and aligned int64 targets ``[B, T]`` or ``[B]``; -100 is not scored.
+
+        Or losses ``[B]`` and None.
 
         Raises:
             TypeError: If the module returns something else.
         """
-        return check_outputs(self.take(copied(batch)))  # a step may take things out of its batch or change them
+        outputs = self.take(copied(batch))  # a step may take things out of its batch or change them
+        if isinstance(outputs, Tensor) and outputs.is_floating_point() and outputs.dim() == 1:
+            return outputs, None
+        return check_outputs(outputs)
 
 
 @contextmanager
@@ -159,7 +164,8 @@ def _no_route(module: nn.Module, batch: Any) -> TypeError:
     return TypeError(
         f"No per-sample outputs can be taken from {type(module).__name__} for a batch of type "
         f"{type(batch).__name__}. Add a method `score_step(self, batch)` that returns `(logits, targets)`: logits "
-        "[B, T, V] with targets [B, T], or logits [B, C] with targets [B]; target -100 marks positions to ignore."
+        "[B, T, V] with targets [B, T], or logits [B, C] with targets [B]; target -100 marks positions to ignore. Of "
+        "any other task it returns the losses of the rows, [B]."
     )
 
 
@@ -267,7 +273,8 @@ def check_outputs(outputs: Any) -> tuple[Tensor, Tensor]:
     """
     hint = "must be (logits, targets): floating [B, T, V] with integer [B, T], or [B, C] with [B]"
     if not isinstance(outputs, tuple):
-        raise TypeError(f"The outputs to score {hint}, but got {type(outputs).__name__}.")
+        got = f"{outputs.dtype} {list(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise TypeError(f"The outputs to score {hint}; or losses, floating [B]; but got {got}.")
     if len(outputs) != 2 or not all(isinstance(t, Tensor) for t in outputs):
         types = ", ".join(type(t).__name__ for t in outputs)
         raise TypeError(f"The outputs to score {hint}, but got ({types}).")

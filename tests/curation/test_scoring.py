@@ -179,12 +179,26 @@ def test_score_step_goes_first_and_is_checked():
     for answer, message in (
         ((torch.zeros(2, 3), torch.zeros(4).long()), r"torch\.float32 \[2, 3\] with torch\.int64 \[4\]"),
         ((torch.zeros(2, 1), torch.zeros(2)), r"with torch\.float32 \[2\]\. A method `score_step`"),
-        (torch.zeros(2, 3), r"must be \(logits, targets\).* got Tensor"),
+        (torch.zeros(2, 3), r"must be \(logits, targets\).* or losses, .* got torch\.float32 \[2, 3\]"),
+        (torch.zeros(2).long(), r"must be \(logits, targets\).* or losses, .* got torch\.int64 \[2\]"),
         ((torch.zeros(2, 3), [0, 1]), r"must be \(logits, targets\).* got \(Tensor, list\)"),
     ):
         Own.answer = answer
         with pytest.raises(TypeError, match=message):
             route(None)
+
+
+def test_a_score_step_may_return_the_losses_of_any_task():
+    losses = torch.tensor([3.0, 1.0]).bfloat16()
+
+    class Own(Classifier):
+        def score_step(self, batch):
+            return losses
+
+    outputs = find_route(Own(), object())(None)
+    assert outputs == (losses, None)
+    assert per_sample_loss(*outputs).dtype == torch.float32
+    assert per_sample_loss(*outputs).tolist() == [3.0, 1.0]
 
 
 def test_a_score_step_that_takes_things_out_of_its_batch_leaves_the_batch_alone():

@@ -22,7 +22,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 
-from curation.callbacks import HardSampleSelection
+from curation.callbacks import HardSampleSelection, UtilityDiversitySelection
 from curation.callbacks.lightning.loop import logging_step
 from curation.callbacks.online.row_weights import RowWeights
 from curation.callbacks.online.scoring_pass import Scoring
@@ -59,6 +59,44 @@ class Keeps(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         choice = self.selection._choice
         self.steps.append((batch, choice.scores, choice.rows, choice.weights))
+
+
+class Regression(Plain):
+    """The squared error of the first output."""
+
+    def score_step(self, batch):
+        x, y = batch
+        return (self(x)[:, 0] - y).square()
+
+    def training_step(self, batch, batch_idx):
+        return self.score_step(batch).mean()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_losses_of_any_task_are_scores(rule):
+    """Also of importance, whose weights reach the loss by the outputs of ``forward``."""
+    module, selection = Regression(), HardSampleSelection(keep=0.5, rule=rule)
+    keeps = Keeps(selection)
+    run = trainer(selection, keeps, max_epochs=1)
+    run.fit(module, loader())
+    scored = [choice for choice in keeps.steps if choice[1] is not None]
+    assert len(scored) == 8
+    x, y = keeps.steps[0][0]
+    with torch.no_grad():
+        losses = Regression().score_step((x, y))
+    torch.testing.assert_close(keeps.steps[0][1][keeps.steps[0][2]], losses)
+    assert run.callback_metrics["curation/candidate_loss"] > 0
+
+
+def test_rules_that_need_logits_say_so():
+    with pytest.raises(
+        TypeError, match=r"`score='grad_norm'` needs logits, but `Regression.score_step` returns losses"
+    ):
+        trainer(HardSampleSelection(0.5, score="grad_norm")).fit(Regression(), loader())
+    with pytest.raises(
+        TypeError, match=r"UtilityDiversitySelection needs logits, but `Regression.score_step` returns"
+    ):
+        trainer(UtilityDiversitySelection(0.5)).fit(Regression(), loader())
 
 
 @pytest.mark.parametrize(

@@ -29,11 +29,22 @@ def folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("recipe", ["fashion_mnist_noisy", "fashion_mnist_hard_batches", "fashion_mnist_pruning"])
+@pytest.mark.parametrize(
+    "recipe", ["fashion_mnist_noisy", "fashion_mnist_hard_batches", "fashion_mnist_pruning", "fashion_mnist_proxy"]
+)
 def test_a_recipe_runs_on_digits(recipe):
     run = cli.run(["fit", "--config", recipe, *DIGITS, "--trainer.max_steps=12", "--trainer.val_check_interval=4"])
     assert run.trainer.global_step == 12
     assert 0 < float(run.trainer.callback_metrics["val_accuracy"]) <= 1
+
+
+def test_a_proxy_leaves_wrong_labels_out():
+    run = cli.run(
+        ["fit", "--config=fashion_mnist_proxy", *DIGITS, "--data.batch_size=256", "--trainer.max_steps=150",
+         "--trainer.callbacks.update_every=1", "--trainer.limit_val_batches=0", "--trainer.log_every_n_steps=50"]
+    )  # fmt: skip
+    metrics = run.trainer.callback_metrics
+    assert metrics["curation/kept_corrupted"] < metrics["curation/all_corrupted"] - 0.05
 
 
 def test_label_noise_is_the_share_asked_for_and_is_known():
