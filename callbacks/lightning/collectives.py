@@ -60,7 +60,7 @@ def sum_over_processes(trainer: Trainer, values: Tensor) -> Tensor:
 
 
 def average_over_processes(trainer: Trainer, tensors: list[Tensor]) -> None:
-    """Average floating tensors over all processes, in place, in one collective of fp32.
+    """Average floating tensors over all processes, in place, in one collective of the widest dtype, at least fp32.
 
     Args:
         trainer: The trainer.
@@ -68,9 +68,11 @@ def average_over_processes(trainer: Trainer, tensors: list[Tensor]) -> None:
     """
     if trainer.world_size == 1:
         return
-    flat = sum_over_processes(trainer, torch.cat([t.flatten().float() for t in tensors])) / trainer.world_size
-    for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(mean.view_as(tensor))
+    dtype = functools.reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)
+    share = torch.cat([t.flatten().to(dtype) for t in tensors]) / trainer.world_size  # a sum may not be finite
+    means = sum_over_processes(trainer, share).split([t.numel() for t in tensors])
+    for tensor, mean in zip(tensors, means, strict=True):
+        tensor.copy_((mean if tensor.is_complex() == mean.is_complex() else mean.real).view_as(tensor))
 
 
 class Totals:

@@ -170,8 +170,10 @@ def configure_one_optimizer(name: str, module: LightningModule) -> tuple[torch.o
         optimizers, schedulers = _init_optimizers_and_lr_schedulers(module)
     except RuntimeError as error:
         raise TypeError(f"{made} gives several: {error}") from error
-    if isinstance(optimizers[0], _MockOptimizer):
+    if not optimizers or isinstance(optimizers[0], _MockOptimizer):
         raise TypeError(f"{made} gives none.")
+    if len(schedulers) > 1:
+        raise TypeError(f"Argument `{name}` must be a module with one schedule at most, but it has several.")
     scheduler = schedulers[0] if schedulers else None
     if scheduler is not None and scheduler.reduce_on_plateau:
         raise TypeError(f"Argument `{name}` must not have a schedule that waits for a metric, which it does not log.")

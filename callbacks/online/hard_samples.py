@@ -173,6 +173,12 @@ class HardSampleSelection(WeighsRows, OnlineSelection):
             )
         if self.rule == "importance" and self.row_weights is None:
             over_positions = isinstance(batch, Mapping) and len(hugging_face_models(pl_module)) == 1
+            if over_positions and targets is None and not hasattr(pl_module, "sample_losses"):
+                raise TypeError(
+                    f"`rule='importance'` needs the lengths of sequences, but `{type(scorer).__name__}.score_step` "
+                    "returns losses. Let it return `(logits, targets)`, or let `training_step` leave the losses of "
+                    "its rows in an attribute `sample_losses`."
+                )
             self.row_weights = RowWeights(pl_module, find_logits_maker(pl_module, batch), over_positions)
             if self._mean_over_positions is not None:
                 self.row_weights.positions = self._mean_over_positions

@@ -69,10 +69,13 @@ class HeadRoute:
     ) -> bool | None:
         """Whether the head makes the logits of the longest sample; None where that has no scored position."""
         try:
-            _, targets = selection.outputs(trainer, pl_module, batch, head)
-            if targets is None:
+            first = take_rows(batch, torch.zeros(1, dtype=torch.int64, device=head.weight.device))
+            if (
+                selection.outputs(trainer, pl_module, first)[1] is None
+            ):  # without logits there is no head to leave out
                 self.reason = " (`score_step` returns losses)"
                 return False
+            _, targets = selection.outputs(trainer, pl_module, batch, head)
             scored = targets.ne(IGNORED)
             longest = take_rows(batch, (scored.sum(1) if scored.dim() == 2 else scored.long()).argmax()[None])
             hidden, targets = selection.outputs(trainer, pl_module, longest, head)

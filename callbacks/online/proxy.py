@@ -1,16 +1,17 @@
 """Selection by a small model that is trained beside the large one."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from curation.batch import batch_size, copied
+from curation.batch import batch_size, copied, take_rows
 from curation.callbacks.lightning.loop import logging_step, logs_now, muted
 from curation.callbacks.online.choice import Choice
 from curation.callbacks.online.hard_samples import HardSampleSelection
@@ -22,6 +23,7 @@ from curation.online.top import top_rows
 from curation.scoring import per_sample_loss, side_effect_free
 
 COMPARED_EVERY = 200  # batches
+COMPARED_ROWS = 64  # whose logits are formed
 COMPARISONS = 3  # before a warning
 AGREES = 0.1  # rank correlation
 
@@ -154,9 +156,11 @@ class ProxySelection(HardSampleSelection):
             losses = losses - self._losses(trainer, self._reference_pass, self.reference, batch)
         return losses
 
-    def _losses(self, trainer: Trainer, scoring_pass: ScoringPass, module: LightningModule, batch: Any) -> Tensor:
+    def _losses(
+        self, trainer: Trainer, scoring_pass: ScoringPass, module: LightningModule, batch: Any, check: bool = False
+    ) -> Tensor:
         """Losses of a module that is not the proxy: fp32 ``[B]``."""
-        outputs, targets, _ = scoring_pass.run(trainer, module, batch, None, super().scoring(trainer, module))
+        outputs, targets, _ = scoring_pass.run(trainer, module, batch, None, super().scoring(trainer, module), check)
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             return scoring_pass.criterion.bind(per_sample_loss)(outputs, targets)
 
@@ -166,13 +170,16 @@ class ProxySelection(HardSampleSelection):
         if self._probing or not due or not logs_now(trainer) or self._model_pass is None:
             return
         self._compared_at = self.batches
-        try:
-            own = self._losses(trainer, self._model_pass, pl_module, batch)
-        except TypeError:  # its losses are not known; those of the proxy are what counts
+        rows = torch.arange(min(len(losses), COMPARED_ROWS), device=losses.device)
+        known, correlation = torch.zeros(2, device=losses.device)
+        with suppress(Exception):  # its losses are not known, or not in this way; those of the proxy are what counts
+            own = self._losses(trainer, self._model_pass, pl_module, take_rows(batch, rows), check=True)
+            correlation, known = rank_correlation(losses[rows], own), torch.ones_like(known)
+        both = trainer.strategy.reduce(torch.stack([correlation, known]), reduce_op="mean").tolist()
+        if both[1] < 1:  # on every process
             self._model_pass = None
             return
-        correlation = trainer.strategy.reduce(rank_correlation(losses, own), reduce_op="mean")
-        self._correlations.append(float(correlation))
+        self._correlations.append(both[0])
         if len(self._correlations) == COMPARISONS and np.mean(self._correlations) < AGREES:
             rank_zero_warn(
                 f"The proxy does not rank rows as the model does: the rank correlation of their losses was "
@@ -207,9 +214,11 @@ class ProxySelection(HardSampleSelection):
         super().setup(trainer, pl_module, stage)
         if stage != "fit" or self.keep == 1:
             return
-        self.training.attach(trainer)
+        self.training.attach(trainer, self.seed)
         if isinstance(self.reference, LightningModule):
-            SideTraining.prepare(trainer, self.reference)
+            for name, module in {"proxy": self.proxy, type(pl_module).__name__: pl_module}.items():
+                check_separate("reference", self.reference, name, module)
+            SideTraining.prepare(trainer, self.reference, self.seed)
             self.reference.eval().requires_grad_(False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -217,14 +226,10 @@ class ProxySelection(HardSampleSelection):
         super().on_train_start(trainer, pl_module)
         if self.keep == 1:
             return
-        own = {id(p): p for p in pl_module.parameters()}
-        if any(id(p) in own for p in self.proxy.parameters()):
-            raise ValueError(
-                f"Argument `proxy` must be a module of its own, but {type(self.proxy).__name__} shares parameters "
-                f"with {type(pl_module).__name__}."
-            )
-        sizes = [sum(p.numel() for p in module.parameters()) for module in (self.proxy, pl_module)]
-        if sizes[0] >= sizes[1]:
+        check_separate("proxy", self.proxy, type(pl_module).__name__, pl_module)
+        both = [list(module.parameters()) for module in (self.proxy, pl_module)]
+        sizes = [sum(p.numel() for p in parameters if not is_lazy(p)) for parameters in both]
+        if sizes[0] >= sizes[1] and not any(map(is_lazy, both[1])):
             raise ValueError(
                 f"Argument `proxy` must be smaller than the module, but {type(self.proxy).__name__} has {sizes[0]:,} "
                 f"parameters and {type(pl_module).__name__} {sizes[1]:,}."
@@ -256,17 +261,16 @@ class ProxySelection(HardSampleSelection):
         """Train the proxy, and what the base does."""
         candidates, self._candidates = self._candidates, None
         if candidates is not None and self._choice is not None:
-            self._proxy_loss = self.training.step(trainer, candidates, self.batches, self.seed)
-            if self.start_loss is not None and not self.started:  # the host waits until then
-                loss = float(self._proxy_loss)
+            proxy_loss = self.training.step(trainer, candidates, self.batches, self.seed)
+            self._proxy_loss = self._proxy_loss if proxy_loss is None else proxy_loss
+            if (
+                self.start_loss is not None and not self.started and proxy_loss is not None
+            ):  # the host waits until then
+                loss = float(proxy_loss)
                 self._level = loss if self._level is None else 0.9 * self._level + 0.1 * loss
         if self._choice is not None and self.keep < 1:
             self.training.end_batch(trainer)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on with the proxy's schedule of epochs."""
-        self.training.end_epoch(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the seam; release the trainer."""
@@ -291,3 +295,16 @@ class ProxySelection(HardSampleSelection):
         super().restore(state)
         self.started, self._level, self._compared_at = state["started"], state["level"], state["compared_at"]
         self.training.restore(state["proxy"])
+
+
+def check_separate(name: str, module: nn.Module, other_name: str, other: nn.Module) -> None:
+    """Refuse an argument that shares parameters with another module.
+
+    Raises:
+        ValueError: If it does.
+    """
+    if {id(p) for p in module.parameters()} & {id(p) for p in other.parameters()}:
+        raise ValueError(
+            f"Argument `{name}` must be a module of its own, but {type(module).__name__} shares parameters with "
+            f"{other_name}."
+        )

@@ -55,7 +55,7 @@ class SelectionRehearsal(HardSampleSelection):
     ) -> None:
         if rule == "importance":
             raise ValueError("Argument `rule` must be one without weights, but got 'importance'.")
-        super().__init__(keep, rule, score, irreducible, pressure, beta, seed=seed, drop=drop)
+        super().__init__(keep, rule, score, irreducible, pressure, beta, seed=seed, trim=False, drop=drop)
 
     def _reset(self) -> None:
         super()._reset()
@@ -118,8 +118,11 @@ class ReplaySelection(OnlineSelection):
                 f"Argument `choices` must be the ledger of {trainer.world_size} processes, but that in "
                 f"{self.choices!r} is of {ranks}."
             )
-        _, first = next(ledger.steps(trainer.global_rank))
-        return float((first["kept"] > 0).mean())
+        firsts = [next(ledger.steps(rank))[1]["kept"] > 0 for rank in range(ranks)]
+        keep = max(map(np.sum, firsts)) / max(map(len, firsts))  # as the budget of the run was fixed
+        if keep == 1:
+            raise ValueError(f"Argument `choices` must leave rows out, but {self.choices!r} keeps every one.")
+        return float(keep)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse an order that is not fixed, and a ledger that ends before the fit."""

@@ -58,6 +58,7 @@ class ScoringPass:
         batch: Any,
         head: nn.Linear | None,
         context: AbstractContextManager[None],
+        check: bool = False,
     ) -> tuple[Tensor, Any, Scoring]:
         """Outputs and targets of the candidates, and what they say of the lengths and the loss.
 
@@ -67,6 +68,7 @@ class ScoringPass:
             batch: The candidate batch, on the device.
             head: Output head whose input is returned in place of the logits; None for logits.
             context: Context in which the module runs without side effects.
+            check: Check the targets on an accelerator, too, for which the host waits; done of the first batch.
 
         Returns:
             ``[B, T, V]`` with int64 ``[B, T]``, or ``[B, C]`` with ``[B]``, or losses ``[B]`` with None; and a
@@ -74,10 +76,11 @@ class ScoringPass:
 
         Raises:
             TypeError: If the module gives no per-sample outputs, or targets that are no classes of its logits
-                (checked on a CPU); the message names the method to add.
+                (checked of the first batch, and on a CPU); the message names the method to add.
             ValueError: If it gives another number of rows than the batch has.
         """
         if self.route is None:
+            check = True
             self.route = find_route(pl_module, batch)
             self.criterion = find_criterion(pl_module)
             self.name = self.route.name + self.criterion.describe()
@@ -87,12 +90,14 @@ class ScoringPass:
                 outputs, targets = self.route(batch)
             if targets is not None:
                 targets = self.criterion.mask(targets)
-                if head is None and targets.device.type == "cpu":
+                if head is None and (check or targets.device.type == "cpu"):
                     _check_classes(outputs, targets)
             if logs_now(trainer):
                 loss = self.criterion.bind(per_sample_loss)
                 losses = (
-                    loss(outputs, targets) if head is None else per_sample_from_hidden(loss, outputs, targets, head)
+                    loss(outputs, targets)
+                    if head is None or targets is None
+                    else per_sample_from_hidden(loss, outputs, targets, head)
                 )
                 scoring.candidate_loss = losses.nanmean()
         if len(outputs) != batch_size(batch):

@@ -9,6 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
+from torchmetrics import Metric
 
 from curation import rng
 from curation.callbacks.lightning.collectives import average_over_processes
@@ -49,26 +51,29 @@ class SideTraining:
         self._state: dict[str, Any] | None = None
 
     @staticmethod
-    def prepare(trainer: Trainer, module: LightningModule) -> None:
+    def prepare(trainer: Trainer, module: LightningModule, seed: int) -> None:
         """Set a module up for the fit of another, with the weights that rank 0 has."""
-        module.trainer = trainer
-        module.setup("fit")
-        module.configure_model()
+        with rng.isolated():
+            rng.seed(seed)
+            module.trainer = trainer
+            module.setup("fit")
+            module.configure_model()
         trainer.precision_plugin.convert_module(module)
         module.to(trainer.strategy.root_device)
         if trainer.world_size > 1:
-            on_host = {key: value.cpu() for key, value in module.state_dict().items()}
+            state = module.state_dict()
+            on_host = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in state.items()}
             module.load_state_dict(trainer.strategy.broadcast(on_host))
 
-    def attach(self, trainer: Trainer) -> None:
+    def attach(self, trainer: Trainer, seed: int) -> None:
         """Set the module up for a fit."""
         self.optimizer = self._scheduler = self._state = None
-        self.prepare(trainer, self.module)
-        self.module.train()
+        self.prepare(trainer, self.module, seed)
 
     def start(self) -> None:
         """Make the optimizer, once the length of the fit is known, and restore it."""
-        self.optimizer, self._scheduler = configure_one_optimizer(self._name, self.module)
+        with rng.isolated():
+            self.optimizer, self._scheduler = configure_one_optimizer(self._name, self.module)
         self._windows = 0
         state, self._state = self._state, None
         if state is not None and state["optimizer"] is not None:
@@ -84,7 +89,7 @@ class SideTraining:
         with nullcontext() if getattr(plugin, "scaler", None) is not None else plugin.forward_context():
             yield
 
-    def step(self, trainer: Trainer, batch: Any, index: int, seed: int) -> Tensor:
+    def step(self, trainer: Trainer, batch: Any, index: int, seed: int) -> Tensor | None:
         """Train on a batch.
 
         Args:
@@ -94,45 +99,65 @@ class SideTraining:
             seed: Seed of everything random in the step.
 
         Returns:
-            fp32 scalar, the mean loss over the processes.
+            fp32 scalar, the mean loss over the processes; None if ``training_step`` has skipped the batch. Of several
+            processes, one that skips it counts as 0.
         """
         module, optimizer = self.module, self.optimizer
         assert optimizer is not None
         takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+        versions = {id(buffer): buffer._version for buffer in module.buffers()}
         with rng.isolated(), muted(module), torch.enable_grad():
             rng.seed(seed, index, trainer.global_rank)
             with self.precision(trainer):
                 output = module.training_step(batch, index) if takes_index else module.training_step(batch)
             loss = output.get("loss") if isinstance(output, Mapping) else output
-            if not (isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1):
+            if loss is None and trainer.world_size == 1:
+                return None
+            if loss is not None and not (isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1):
                 raise TypeError(
                     f"Argument `{self._name}` must be a module whose `training_step` returns its loss, but that of "
                     f"{type(module).__name__} returned {type(output).__name__}."
                 )
             optimizer.zero_grad()
-            loss.backward()
-            mean = loss.detach().float().reshape(())
-            gradients = [p.grad for p in module.parameters() if p.grad is not None]
-            buffers = [b for b in module.buffers() if b.is_floating_point()]
-            average_over_processes(trainer, [mean, *gradients, *buffers])
+            mean = torch.zeros((), device=module.device)
+            if loss is not None:
+                loss.backward()
+                mean = loss.detach().float().reshape(())
+            if trainer.world_size > 1:
+                self._average(trainer, mean, versions)
             clipping = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
             module.configure_gradient_clipping(optimizer, *clipping)
             optimizer.step()
+        for metric in module.modules():
+            if isinstance(metric, Metric):  # nothing computes it
+                metric.reset()
         return mean
 
-    def end_batch(self, trainer: Trainer) -> None:
-        """Go on with a schedule of steps, which counts those of the fit: it ends when the fit does."""
-        if self._scheduler is not None and self._scheduler.interval == "step" and not is_accumulating(trainer):
-            self._windows += 1
-            if self._windows % self._scheduler.frequency == 0:
-                self._scheduler.scheduler.step()
+    def _average(self, trainer: Trainer, loss: Tensor, versions: dict[int, int]) -> None:
+        """Average the loss, all gradients and the buffers that the step has changed; unused parameters count as 0."""
+        buffers = []
+        for part in self.module.modules():
+            norm = isinstance(part, _NormBase) and part.training  # whose kernel counts no versions
+            changed = [b for b in part.buffers(recurse=False) if norm or b._version != versions.get(id(b))]
+            buffers += [b for b in changed if b.is_floating_point()]
+        for p in self.module.parameters():
+            if p.requires_grad and p.grad is None:
+                p.grad = torch.zeros_like(p)
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        average_over_processes(trainer, [loss, *gradients, *buffers])
 
-    def end_epoch(self, trainer: Trainer) -> None:
-        """Go on with a schedule of epochs."""
+    def end_batch(self, trainer: Trainer) -> None:
+        """Go on with a schedule: one of steps counts those of the fit, so it ends when the fit does."""
         scheduler = self._scheduler
-        by_epoch = scheduler is not None and scheduler.interval == "epoch"
-        if by_epoch and (trainer.current_epoch + 1) % scheduler.frequency == 0:
-            scheduler.scheduler.step()
+        if scheduler is None:
+            return
+        if scheduler.interval == "epoch":
+            due = trainer.is_last_batch and (trainer.current_epoch + 1) % scheduler.frequency == 0
+        else:
+            self._windows += not is_accumulating(trainer)
+            due = not is_accumulating(trainer) and self._windows % scheduler.frequency == 0
+        if due:
+            self.module.lr_scheduler_step(scheduler.scheduler, None)
 
     def detach(self) -> None:
         """Release the trainer; what a checkpoint of an exception is to hold stays."""
@@ -140,6 +165,8 @@ class SideTraining:
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, optimizer and schedule; equal on all processes."""
+        if self._state is not None:  # a checkpoint of before the fit has begun again
+            return {**self._state, "module": self.module.state_dict()}
         return {
             "module": self.module.state_dict(),
             "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),

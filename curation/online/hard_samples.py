@@ -45,7 +45,8 @@ def low_score_sample(scores: Tensor, drop: float, k: int, uniform: Tensor) -> Te
     Samples of small loss (arXiv 1804.06872, sec. 3), but at random among them, so that easy ones have no preference.
 
     Args:
-        scores: Floating ``[B]``; of equal ones the later are left out first. One that is not finite is the highest.
+        scores: Floating ``[B]``; of equal ones the later are left out first. One that is not finite is the
+            highest, and drawn last.
         drop: Share of the rows that is left out, in [0, 1); less where fewer than ``k`` rows would remain.
         k: Number of rows to draw, >= 0; all where ``B <= k``.
         uniform: Floating ``[B]``, independent and uniform in [0, 1).
@@ -64,7 +65,7 @@ def low_score_sample(scores: Tensor, drop: float, k: int, uniform: Tensor) -> Te
     size = len(scores)
     remain = max(size - int(drop * size + 0.5), min(check_integer("k", k, 0), size))
     ranks = scores.masked_fill(~scores.isfinite(), torch.inf).argsort(stable=True).argsort()
-    return largest(uniform.masked_fill(ranks >= remain, -1), k)
+    return largest(uniform.masked_fill(~scores.isfinite(), -1).masked_fill(ranks >= remain, -2), k)
 
 
 def floored_log_weights(scores: Tensor, floor: float = 0.1) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ class Criterion:
             return targets
         return targets.masked_fill(targets.eq(self.ignore_index), IGNORED)
 
-    def bind(self, value: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    def bind(self, value: Callable[..., Tensor]) -> Callable[[Tensor, Any], Tensor]:
         """``per_sample_loss`` or ``per_sample_grad_norm`` with these settings."""
         if self.weight is None and not self.label_smoothing:
             return value

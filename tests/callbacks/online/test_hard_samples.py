@@ -88,6 +88,30 @@ def test_losses_of_any_task_are_scores(rule):
     assert run.callback_metrics["curation/candidate_loss"] > 0
 
 
+class ScoredText(LanguageModel):
+    """Its head is wider than its input, and would be left out of a pass over logits."""
+
+    def score_step(self, batch):
+        logits = self.model(batch["input_ids"], batch["attention_mask"]).logits[:, :-1]
+        losses = F.cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], ignore_index=-100, reduction="none")
+        return losses.sum(1) / batch["labels"][:, 1:].ne(-100).sum(1)
+
+
+def test_a_language_model_may_return_losses():
+    selection = HardSampleSelection(keep=0.5)
+    record = Keeps(selection)
+    trainer(selection, record, max_epochs=1).fit(ScoredText(), DataLoader(texts(), 8))
+    plain = HardSampleSelection(keep=0.5)
+    kept = Keeps(plain)
+    trainer(plain, kept, max_epochs=1).fit(LanguageModel(), DataLoader(texts(), 8))
+    for got, expected in zip(record.steps, kept.steps, strict=True):
+        torch.testing.assert_close(got[1], expected[1], rtol=1e-4, atol=1e-5)
+    with pytest.raises(
+        TypeError, match=r"`rule='importance'` needs the lengths .*ScoredText.score_step` returns losses"
+    ):
+        trainer(HardSampleSelection(0.5, rule="importance")).fit(ScoredText(), DataLoader(texts(), 8))
+
+
 def test_rules_that_need_logits_say_so():
     with pytest.raises(
         TypeError, match=r"`score='grad_norm'` needs logits, but `Regression.score_step` returns losses"

@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from helpers import CLASSES, FEATURES, Classifier, Proxy, Watch, assert_same_weights, data, loader, trainer, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from processes import TwoRanks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAUROC
 
 from curation import rng
 from curation.callbacks import ExactResume, ProxySelection, RunMeter, SampleRecord
@@ -107,6 +108,17 @@ class Plateau(Proxy):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val_loss"}}
 
 
+class TwoSchedules(Proxy):
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, n) for n in (1, 2)]
+
+
+class Empty(Proxy):
+    def configure_optimizers(self):
+        return []
+
+
 class Fetches(Proxy):
     def training_step(self, dataloader_iter):
         return super().training_step(next(dataloader_iter))
@@ -137,6 +149,8 @@ class TwoClasses(Proxy):
         (ReturnsNoOptimizer, "Argument `proxy` must be a module with one optimizer, but .* gives none"),
         (Manual, "Argument `proxy` must be optimized automatically, but Manual does so by itself"),
         (TwoOptimizers, "Argument `proxy` must be a module with one optimizer, but .* gives several"),
+        (TwoSchedules, "Argument `proxy` must be a module with one schedule at most, but it has several"),
+        (Empty, "Argument `proxy` must be a module with one optimizer, but .* gives none"),
         (Plateau, "Argument `proxy` must not have a schedule that waits for a metric"),
         (Fetches, r"`Fetches.training_step\(dataloader_iter\)` fetches its own batches"),
         (ReturnsText, "Argument `proxy` .* returns its loss, but that of ReturnsText returned str"),
@@ -312,6 +326,129 @@ def test_the_task_may_be_any():
     fit.fit(Large(), batches)
     assert torch.equal(watch.batches[0][0], data().tensors[0][:8][losses.topk(4).indices.sort().values])
     assert -1 <= fit.callback_metrics["curation/proxy_rank_correlation"] <= 1
+
+
+def test_a_schedule_of_epochs_is_saved_at_the_last_batch_as_lightnings_own(tmp_path):
+    """Lightning steps such a schedule before the hooks of the last batch, in which checkpoints are saved."""
+
+    class ByEpoch(Proxy):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+    def run(resume=None):
+        save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=8, save_top_k=-1)
+        selection = ProxySelection(0.25, ByEpoch())
+        options = {"max_epochs": 3, "enable_checkpointing": True, "default_root_dir": tmp_path}
+        trainer(selection, ExactResume(), save, **options).fit(Classifier(), loader(), ckpt_path=resume)
+        return selection.training.optimizer.param_groups[0]["lr"], weights(selection.proxy)
+
+    (rate, whole), (other, resumed) = run(), run(tmp_path / "step=8.ckpt")
+    assert rate == other == 0.125
+    assert_same_weights(whole, resumed)
+
+
+def test_a_checkpoint_before_a_resumed_fit_begins_loses_nothing(tmp_path):
+    class Saves(Callback):
+        def on_fit_start(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / "early.ckpt")
+
+    first = trainer(ProxySelection(0.25, Proxy()), max_epochs=1)
+    first.fit(Classifier(), loader())
+    first.save_checkpoint(tmp_path / "end.ckpt")
+    again = trainer(ProxySelection(0.25, Proxy()), Saves(), max_epochs=2)
+    again.fit(Classifier(), loader(), ckpt_path=tmp_path / "end.ckpt")
+    saved = torch.load(tmp_path / "early.ckpt")["callbacks"]["ProxySelection"]["proxy"]
+    assert saved["windows"] == 8
+    assert saved["optimizer"]["state"]
+
+
+def test_frozen_parts_of_the_proxy_stay_as_they_are_and_metrics_do_not_grow():
+    class Frozen(Proxy):
+        def __init__(self):
+            super().__init__()
+            self.net[0].eval().requires_grad_(False)
+            self.area = MulticlassAUROC(CLASSES)
+
+        def training_step(self, batch):
+            logits, targets = self.score_step(batch)
+            self.area.update(logits.detach(), targets)
+            return F.cross_entropy(logits, targets)
+
+    proxy = Frozen()
+    before = weights(proxy.net[0])
+    trainer(ProxySelection(0.25, proxy), max_epochs=1).fit(Classifier(), loader())
+    assert not proxy.net[0].training
+    assert_same_weights(before, weights(proxy.net[0]))
+    assert not proxy.area.preds
+
+
+def test_what_the_proxy_draws_before_training_leaves_the_fit_alone():
+    class Draws(Proxy):
+        def setup(self, stage):
+            torch.rand(3)
+
+        def configure_optimizers(self):
+            torch.rand(3)
+            return super().configure_optimizers()
+
+    class Module(Classifier):
+        def configure_model(self):
+            self.drawn = float(torch.rand(()))
+
+    modules = [Module(), Module()]
+    for module, selection in zip(modules, ([], [ProxySelection(0.25, Draws())]), strict=True):
+        seed_everything(3, verbose=False)
+        trainer(*selection, max_epochs=1).fit(module, loader(ids=False))
+    assert modules[0].drawn == modules[1].drawn
+
+
+def test_lazy_parameters_have_no_size_yet():
+    class Lazy(Proxy):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.LazyBatchNorm1d(), nn.LazyLinear(CLASSES))
+
+    class LazyLarge(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.LazyLinear(64), nn.ReLU(), nn.LazyLinear(CLASSES))
+
+    selection = ProxySelection(0.25, Lazy())
+    batch = next(iter(DataLoader(data(), 8)))
+    selection.proxy.score_step(batch)
+    large = LazyLarge()
+    large(batch[0])
+    trainer(selection, max_epochs=1).fit(large, loader())
+    assert selection.batches == 8
+
+
+def test_a_reference_of_its_own():
+    proxy = Proxy()
+    with pytest.raises(ValueError, match=r"Argument `reference` must be a module of its own, .* with proxy"):
+        trainer(ProxySelection(0.25, proxy, proxy)).fit(Classifier(), loader())
+
+
+def test_a_module_whose_losses_are_not_known_is_not_compared():
+    class Fails(Classifier):
+        def forward(self, x):
+            if not self.training:
+                raise RuntimeError("not in evaluation")
+            return super().forward(x)
+
+    fit = trainer(ProxySelection(0.25, Proxy()), max_epochs=1)
+    fit.fit(Fails(), loader())
+    assert "curation/proxy_rank_correlation" not in fit.callback_metrics
+
+
+def test_a_proxy_may_skip_a_batch():
+    class Skips(Proxy):
+        def training_step(self, batch):
+            return None
+
+    selection = ProxySelection(0.25, Skips())
+    trainer(selection, max_epochs=1).fit(Classifier(), loader())
+    assert selection.batches == 8
 
 
 def test_what_is_logged():

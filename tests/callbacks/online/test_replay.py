@@ -1,5 +1,6 @@
 """A selection that is made in one run and trained on in another."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from processes import TwoRanks
 from torch import nn
+from torch.utils.data import default_collate
 
 from curation.callbacks import (
     ExactResume,
@@ -124,6 +126,32 @@ def test_two_ranks_replay_their_own_choices(tmp_path, choices):
     assert rows != rest
     with pytest.raises(ValueError, match=r"must be the ledger of 1 processes, but that in .* is of 2"):
         fit(Classifier(), ReplaySelection(tmp_path / "choices"))
+
+
+def first_batch_of_four(samples):
+    """The first batch of rank 1 is as short as the budget."""
+    return default_collate(
+        samples[:4] if os.environ["RANK"] == "1" and 1 in [s[-1]["sample_id"] for s in samples] else samples
+    )
+
+
+def unequal_on_a_rank(folder):
+    def run(module, *callbacks):
+        seed_everything(7, verbose=False)
+        watch, batches = Watch(), loader(64, shuffle=False, collate_fn=first_batch_of_four)
+        trainer(*callbacks, ExactResume(), watch, strategy="ddp", devices=2, max_epochs=1).fit(module, batches)
+        return [len(batch[0]) for batch in watch.batches]
+
+    run(Small(), SelectionRehearsal(keep=0.5), SelectionLedger(f"{folder}/choices"))
+    return run(Classifier(), ReplaySelection(f"{folder}/choices"))
+
+
+def test_a_rank_may_begin_with_a_short_batch(tmp_path):
+    ranks = TwoRanks()
+    try:
+        assert ranks.ask(unequal_on_a_rank, *[str(tmp_path)] * 2) == [[4] * 4, [4] * 4]
+    finally:
+        ranks.stop()
 
 
 def test_other_candidates_are_refused(choices):

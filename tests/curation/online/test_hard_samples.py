@@ -66,7 +66,8 @@ def test_of_low_scores_rows_are_drawn_at_random(scores, drop, k, random):
     values = [score if math.isfinite(score) else math.inf for score in scores]
     order = sorted(range(len(scores)), key=lambda i: (values[i], i))
     remain = order[: max(len(scores) - math.floor(drop * len(scores) + 0.5), min(k, len(scores)))]
-    assert got == sorted(sorted(remain, key=lambda i: -torch.tensor(uniform)[i])[:k])
+    odds = {i: float(torch.tensor(uniform)[i]) if math.isfinite(scores[i]) else -1.0 for i in remain}
+    assert got == sorted(sorted(sorted(remain), key=lambda i: -odds[i])[:k])
 
 
 def test_successive_draws_have_the_odds_of_their_weights():
