@@ -8,7 +8,7 @@ import torch
 from helpers import trainer
 from processes import on_two_ranks
 
-from curation.callbacks.lightning.collectives import agree, gather_rows, gather_sizes
+from curation.callbacks.lightning.collectives import agree, average_over_processes, gather_rows, gather_sizes
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool]
 SHAPES = [(), (3,), (2, 3)]
@@ -41,6 +41,16 @@ def test_sizes_come_in_the_order_of_ranks(gathered):
     assert [results["sizes"] for results in gathered] == [[5, 7]] * 2
 
 
+def test_averages_keep_their_dtypes_and_are_finite(gathered):
+    lowest = torch.finfo(torch.float32).min
+    for results in gathered:
+        extreme, exact, half, complex_one = results["averages"]
+        assert torch.equal(extreme, torch.full((2,), lowest))
+        assert torch.equal(exact, torch.tensor([1.5 + 2.0**-40], dtype=torch.float64))
+        assert torch.equal(half, torch.tensor(0.5, dtype=torch.bfloat16))
+        assert torch.equal(complex_one, torch.tensor([0.5 + 1.5j]))
+
+
 def test_an_error_of_a_process_is_an_error_on_all(gathered):
     assert [results["agreed"] for results in gathered] == [0, 1]
     assert [results["error"] for results in gathered] == [
@@ -56,6 +66,17 @@ def test_a_single_process_gets_its_own_rows():
     assert agree(run, lambda: 4) == 4
     with pytest.raises(KeyError):
         agree(run, lambda: {}["missing"])
+
+
+def averages_of(run, rank: int) -> list[torch.Tensor]:
+    tensors = [
+        torch.full((2,), torch.finfo(torch.float32).min),
+        torch.tensor([1.0 + rank + 2.0**-40], dtype=torch.float64),
+        torch.tensor(float(rank), dtype=torch.bfloat16),
+        torch.tensor([rank + (1 + rank) * 1j]),
+    ]
+    average_over_processes(run, tensors)
+    return tensors
 
 
 def one_rank(folder: Path) -> None:
@@ -74,6 +95,7 @@ def one_rank(folder: Path) -> None:
         for dtype in DTYPES
     }
     results = {"rows": rows, "sizes": gather_sizes(run, 5 + 2 * rank), "agreed": agree(run, lambda: rank)}
+    results["averages"] = averages_of(run, rank)
     try:
         agree(run, fail_on_rank_1)
     except (RuntimeError, ValueError) as error:

@@ -515,6 +515,32 @@ def run_of_a_rank(given):
     return {"rows": [b[0].tolist() for b in watch.batches], "module": state, "proxy": repr(proxy.state_dict())}
 
 
+class UsedByRankZero(Proxy):
+    """A layer that one process leaves out, and a buffer at the edge of its type, as of additive masks."""
+
+    def __init__(self):
+        super().__init__()
+        self.more = nn.Linear(FEATURES, 2)
+        self.register_buffer("lowest", torch.tensor(torch.finfo(torch.float32).min))
+
+    def training_step(self, batch):
+        loss = super().training_step(batch)
+        return loss + self.more(batch[0]).square().mean() if torch.distributed.get_rank() == 0 else loss
+
+
+def proxy_of_a_rank(_):
+    proxy = UsedByRankZero()
+    torch.manual_seed(0)
+    trainer(ProxySelection(0.5, proxy), strategy="ddp", devices=2, max_epochs=1).fit(Classifier(), loader())
+    return {name: value.tolist() for name, value in proxy.state_dict().items()}
+
+
+def test_what_one_rank_does_not_use_is_averaged_too(ranks):
+    one, other = ranks.ask(proxy_of_a_rank, 0, 0)
+    assert one == other
+    assert one["lowest"] == torch.finfo(torch.float32).min
+
+
 def test_two_ranks_are_killed_and_go_on(ranks, tmp_path):
     whole = ranks.ask(run_of_a_rank, *[(str(tmp_path), False)] * 2)
     resumed = ranks.ask(run_of_a_rank, *[(str(tmp_path), True)] * 2)
