@@ -5,7 +5,6 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -213,8 +212,7 @@ class HardSampleSelection(WeighsRows, OnlineSelection):
         """Draw rows by the rule."""
         if self.rule == "top":
             return top_rows(scores, k), None
-        draw = np.random.default_rng((self.seed, self.batches, trainer.global_rank)).random(len(scores))
-        uniform = torch.from_numpy(draw).to(scores.device, non_blocking=True)
+        uniform = self.uniform(trainer, len(scores), scores.device)
         if self.rule == "rank":
             progress = logging_step(trainer) / self._steps
             log_weights = rank_log_weights(scores, self.pressure ** max(0.0, 1 - progress))

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import numpy as np
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -248,6 +250,11 @@ class OnlineSelection(SeamClient, ABC):
         context = self.scoring(trainer, pl_module)
         outputs, targets, self.scored = self.scoring_pass.run(trainer, pl_module, batch, head, context)
         return outputs, targets
+
+    def uniform(self, trainer: Trainer, size: int, device: torch.device) -> Tensor:
+        """Random numbers in [0, 1), fp64 ``[size]``, of the seed, the batches so far and the rank only."""
+        draw = np.random.default_rng((self.seed, self.batches, trainer.global_rank)).random(size)
+        return torch.from_numpy(draw).to(device, non_blocking=True)
 
     @contextmanager
     def _guard(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:

@@ -148,8 +148,7 @@ class ProxySelection(HardSampleSelection):
     def score(self, trainer: Trainer, pl_module: LightningModule, batch: Any, sample_ids: Tensor | None) -> Tensor:
         """The proxy's loss of every candidate, or the part of it that can be learned: fp32 ``[B]``."""
         if not self.has_scores:
-            draw = np.random.default_rng((self.seed, self.batches, trainer.global_rank)).random(batch_size(batch))
-            return torch.from_numpy(draw).float().to(pl_module.device, non_blocking=True)
+            return self.uniform(trainer, batch_size(batch), pl_module.device).float()
         losses = super().score(trainer, pl_module, batch, sample_ids)
         self._compare(trainer, pl_module, batch, losses)
         if isinstance(self.reference, LightningModule):

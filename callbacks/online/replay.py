@@ -1,7 +1,7 @@
 """A selection that is made in one run, by a small model alone, and trained on in another."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -45,8 +45,8 @@ class SelectionRehearsal(HardSampleSelection):
     def __init__(
         self,
         keep: float,
-        rule: Any = "top",
-        score: Any = "loss",
+        rule: Literal["top", "rank", "proportional", "selective_backprop", "drop_high"] = "top",
+        score: Literal["loss", "grad_norm", "reducible_loss"] = "loss",
         irreducible: str | None = None,
         pressure: float = 100.0,
         beta: float | None = None,
@@ -160,7 +160,7 @@ class ReplaySelection(OnlineSelection):
         ids = torch.from_numpy(then["sample_id"].copy())  # Arrow's is read-only
         self._chosen = then["kept"] > 0
         if len(ids) != len(sample_ids):
-            raise self._differs(self.batches)
+            raise self._differs()
         others = ids.to(sample_ids.device, non_blocking=True).ne(sample_ids).any()
         self._others = others if self._others is None else self._others | others
         if others.device.type == "cpu" or self.batches == 0 or logs_now(trainer):  # elsewhere the host would wait
@@ -169,12 +169,12 @@ class ReplaySelection(OnlineSelection):
 
     def _check_candidates(self) -> None:
         if self._others is not None and bool(self._others):
-            raise self._differs(self.batches)
+            raise self._differs()
 
-    def _differs(self, step: int) -> RuntimeError:
+    def _differs(self) -> RuntimeError:
         return RuntimeError(
-            f"The candidates after {step} batches are not those of the ledger in {self.choices!r}: other data, "
-            "another order, batch size or seed."
+            f"The candidates after {self.batches} batches are not those of the ledger in {self.choices!r}: other "
+            "data, another order, batch size or seed."
         )
 
     def choose(self, trainer: Trainer, scores: Tensor, k: int) -> tuple[Tensor, Tensor | None]:

@@ -24,8 +24,8 @@ class SideTraining:
     Of the module's hooks ``setup``, ``configure_model``, ``configure_optimizers``, ``training_step`` and
     ``configure_gradient_clipping`` are called, the last with the trainer's values. ``self.trainer`` is the trainer of
     the fit, ``self.log`` does nothing. The precision is that of the fit, but fp32 where that scales losses
-    (16-mixed). The module is the same on every process: gradients and floating buffers are averaged in one
-    collective a step.
+    (16-mixed). The module is the same on every process: gradients and the floating buffers that a step has
+    changed are averaged in one collective.
 
     Args:
         name: Name of the argument that holds the module, for errors.

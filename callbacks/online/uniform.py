@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import numpy as np
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
@@ -36,5 +34,4 @@ class UniformSelection(OnlineSelection):
 
     def score(self, trainer: Trainer, pl_module: LightningModule, batch: Any, sample_ids: Tensor | None) -> Tensor:
         """Random numbers, uniform in [0, 1): fp32 ``[B]``."""
-        draw = np.random.default_rng((self.seed, self.batches, trainer.global_rank)).random(batch_size(batch))
-        return torch.from_numpy(draw).float().to(pl_module.device, non_blocking=True)
+        return self.uniform(trainer, batch_size(batch), pl_module.device).float()
