@@ -18,7 +18,9 @@ from curation.callbacks.records.sample_record import SampleRecord
 from curation.callbacks.records.selection_ledger import SelectionLedger
 from curation.callbacks.rollouts.difficulty_adaptive_rollouts import DifficultyAdaptiveRollouts
 from curation.callbacks.runs.exact_resume import ExactResume
+from curation.callbacks.runs.final_checkpoint import FinalCheckpoint
 from curation.callbacks.runs.run_meter import RunMeter
+from curation.callbacks.runs.wandb_run import same_wandb_run
 from curation.callbacks.samplers.concept_coverage import ConceptCoverageMonitor
 from curation.callbacks.samplers.dynamic_data_pruning import DynamicDataPruning
 from curation.callbacks.samplers.hard_batches import HardBatchTraining
@@ -30,6 +32,7 @@ __all__ = [
     "DifficultyAdaptiveRollouts",
     "DynamicDataPruning",
     "ExactResume",
+    "FinalCheckpoint",
     "GlobalBatchLoadBalancing",
     "HardBatchTraining",
     "HardSampleSelection",
@@ -48,4 +51,5 @@ __all__ = [
     "UtilityDiversitySelection",
     "WeightedLoss",
     "embed",
+    "same_wandb_run",
 ]

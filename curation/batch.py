@@ -87,11 +87,11 @@ def leaves(node: Any, path: str = "batch") -> list[tuple[str, Any]]:
     return [leaf for name, child in children for leaf in leaves(child, f"{path}.{name}")]
 
 
-def _map_leaves(node: Any, fn: Callable[[Any, str], Any], path: str = "batch") -> Any:
+def map_leaves(node: Any, fn: Callable[[Any, str], Any], path: str = "batch") -> Any:
     children = _children(node)
     if children is None:
         return fn(node, path)
-    new = _rebuild(node, [_map_leaves(child, fn, f"{path}.{name}") for name, child in children])
+    new = _rebuild(node, [map_leaves(child, fn, f"{path}.{name}") for name, child in children])
     if isinstance(node, Mapping) and getattr(node, "_encodings", None) is not None:  # of a tokenizer, one per row
         new._encodings = fn(node._encodings, f"{path}.{ENCODINGS}")  # type: ignore[attr-defined]
     return new
@@ -116,10 +116,10 @@ def copied(batch: Any) -> Any:
         if isinstance(leaf, np.ndarray):
             return leaf.copy()
         if _is_column(leaf) and not isinstance(leaf, torch.Size):
-            return type(leaf)(_map_leaves(entry, copy_leaf, path) for entry in leaf)
+            return type(leaf)(map_leaves(entry, copy_leaf, path) for entry in leaf)
         return copy.copy(leaf) if path == "batch" else leaf
 
-    return _map_leaves(batch, copy_leaf)
+    return map_leaves(batch, copy_leaf)
 
 
 def _is_number(node: Any) -> bool:
@@ -282,7 +282,7 @@ def take_rows(batch: Any, rows: Tensor, columns: Columns | None = None) -> Any:
             "its rows can be taken."
         )
 
-    return _map_leaves(batch, take)
+    return map_leaves(batch, take)
 
 
 def trim_padding(batch: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Histograms, tables and pictures in W&B and TensorBoard; loggers without them are left out."""
+"""Settings, histograms, tables and pictures in loggers; those that take none are left out."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from fsspec.core import url_to_fs
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from curation import __version__
 from curation.callbacks.lightning.loop import logging_step
 from curation.files import replacing
+from curation.settings import Configured, settings_of
 
 
 def takes_histograms(trainer: Trainer) -> bool:
@@ -57,6 +60,26 @@ def not_essential(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # a logger may raise anything
         rank_zero_warn(f"{what} was not written: {type(error).__name__}: {error}")
+
+
+def log_settings(trainer: Trainer, parts: Sequence[Any]) -> None:
+    """Log the arguments of callbacks, a data module or samplers as hyperparameters, nested by class name.
+
+    Those of this package, of what is derived from it and of Lightning's callbacks: the arguments of others may be
+    secrets.
+    """
+    settings: dict[str, Any] = {}
+    for part in parts:
+        known = type(part).__module__.startswith(("curation.", "lightning.pytorch.callbacks."))
+        if isinstance(part, (ProgressBar, ModelSummary)) or not (known or isinstance(part, Configured)):
+            continue
+        name = type(part).__name__
+        number = 1 + sum(key.split("_")[0] == name for key in settings)
+        settings[name if number == 1 else f"{name}_{number}"] = settings_of(part)
+    settings = {name: values for name, values in settings.items() if values}
+    for logger in trainer.loggers if settings and trainer.is_global_zero else []:
+        with not_essential("The settings of the fit"):
+            logger.log_hyperparams({"lightning_curation": __version__, **settings})
 
 
 def log_table(trainer: Trainer, name: str, columns: list[str], rows: Sequence[list[Any]]) -> None:

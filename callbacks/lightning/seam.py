@@ -17,6 +17,7 @@ from torch import Tensor
 
 from curation.batch import batch_size, split_sample_ids
 from curation.callbacks.lightning.fit_callback import FitCallback
+from curation.callbacks.lightning.joined_loader import JoinedLoader
 from curation.callbacks.lightning.loop import (
     is_trained_on,
     move_to_device,
@@ -27,7 +28,13 @@ from curation.replace import replace_attribute
 
 
 class SeamClient(FitCallback):
-    """A callback that the seam calls, in the order of the trainer's callbacks."""
+    """A callback that the seam calls, in the order of the trainer's callbacks.
+
+    Attributes:
+        candidate_batches: Batches of the training data loader that it takes as one.
+    """
+
+    candidate_batches = 1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Install the seam, in every stage: sample ids are stripped in evaluation, too.
@@ -125,7 +132,13 @@ class BatchSeam:
             for client in self.clients:
                 replacement = client.watch(dataloader)
                 dataloader = dataloader if replacement is None else replacement
+            joined = self.joined()
+            dataloader = JoinedLoader(dataloader, joined) if joined > 1 else dataloader
         return dataloader
+
+    def joined(self) -> int:
+        """Batches of the training data loader that are trained on as one."""
+        return max(client.candidate_batches for client in self.clients)
 
     def __call__(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """Move the batch as the strategy does, without its ids, and let the clients curate it."""

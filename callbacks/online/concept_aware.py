@@ -35,6 +35,8 @@ class ConceptAwareSelection(OnlineSelection):
         when: ``"pays"`` trains on every candidate wherever that is measured to be faster.
         seed: Seed of the rounding of targets that are not uniform, in [0, 2^63); equal on all ranks.
         trim: Drop the padding columns that no kept row uses.
+        candidate_batches: Batches of the data loader that make one candidate batch; ``keep`` is then 1 over it, or
+            None.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -52,15 +54,16 @@ class ConceptAwareSelection(OnlineSelection):
 
     def __init__(
         self,
-        keep: float,
+        keep: float | None = None,
         concepts: ConceptIndex | str | None = None,
         objective: Literal["diversity", "frequency"] = "diversity",
         targets: Targets = "uniform",
         when: Literal["always", "pays"] = "always",
         seed: int = 0,
         trim: bool = True,
+        candidate_batches: int = 1,
     ) -> None:
-        super().__init__(keep, when, seed, trim)
+        super().__init__(keep, when, seed, trim, candidate_batches)
         check_concepts(concepts)
         self.concepts = concepts
         self.objective = check_choice("objective", objective, ("diversity", "frequency"))

@@ -77,6 +77,8 @@ class HardSampleSelection(WeighsRows, OnlineSelection):
         seed: Seed of the random draws, in [0, 2^63); equal on all ranks.
         trim: Drop the padding columns that no kept row uses.
         drop: Share of each candidate batch that ``"drop_high"`` leaves out, in [0, 1).
+        candidate_batches: Batches of the data loader that make one candidate batch; ``keep`` is then 1 over it, or
+            None.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -92,10 +94,11 @@ class HardSampleSelection(WeighsRows, OnlineSelection):
     """
 
     guarded = False  # `outputs` is
+    by_row = True
 
     def __init__(
         self,
-        keep: float,
+        keep: float | None = None,
         rule: Literal["top", "rank", "proportional", "selective_backprop", "importance", "drop_high", "cdf"] = "top",
         score: Literal["loss", "grad_norm", "reducible_loss"] = "loss",
         irreducible: str | None = None,
@@ -105,6 +108,7 @@ class HardSampleSelection(WeighsRows, OnlineSelection):
         seed: int = 0,
         trim: bool = True,
         drop: float = 0.3,
+        candidate_batches: int = 1,
     ) -> None:
         self.rule = check_choice("rule", OLD_NAMES.get(str(rule), rule), RULES)
         self.score_name = check_choice("score", score, ("loss", "grad_norm", "reducible_loss"))
@@ -121,7 +125,7 @@ class HardSampleSelection(WeighsRows, OnlineSelection):
             raise ValueError(
                 "Argument `score` must not be negative with `rule='importance'`, but got 'reducible_loss'."
             )
-        super().__init__(keep=keep, when=when, seed=seed, trim=trim)
+        super().__init__(keep, when, seed, trim, candidate_batches)
 
     def _reset(self) -> None:
         super()._reset()

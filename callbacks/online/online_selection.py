@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from curation.batch import Columns, batch_size, copied, refuse_samples, take_rows, trim_padding
+from curation.batch import Columns, batch_size, copied, leaves, refuse_samples, take_rows, trim_padding
 from curation.callbacks.lightning.collectives import Totals
 from curation.callbacks.lightning.loop import muted
 from curation.callbacks.lightning.seam import (
@@ -30,7 +30,7 @@ from curation.callbacks.online.loss_check import LossCheck
 from curation.callbacks.online.scoring_pass import Scoring, ScoringPass
 from curation.callbacks.online.statistics import SelectionStatistics
 from curation.callbacks.online.step_timer import StepTimer
-from curation.checks import check_choice, check_flag, check_number, check_seed
+from curation.checks import check_choice, check_flag, check_integer, check_number, check_seed
 from curation.online.top import keep_count, top_rows
 from curation.scoring import side_effect_free
 
@@ -49,12 +49,16 @@ class OnlineSelection(SeamClient, ABC):
             measured on the first steps and every 500, so two runs need not be equal; ``"always"`` measures nothing.
         seed: Seed of everything random in the rule, in [0, 2^63); equal on all ranks.
         trim: Drop the padding columns that no kept row uses, in batches with ``input_ids`` and ``attention_mask``.
+        candidate_batches: Batches of the data loader that make one candidate batch, of which as many rows are trained
+            on as one has; ``keep`` is then 1 over it, or None. An epoch has that many fewer steps.
 
     Attributes:
         has_scores: Whether the rule's scores describe the samples; False where they are random numbers or ranks.
         guarded: Whether :meth:`score` gets a copy of the batch and runs without side effects: in evaluation mode,
             without gradients and logs. A rule that needs gradients sets it to False and calls the module in
             :meth:`scoring`.
+        by_row: Whether the score of a row does not depend on the other rows; with ``candidate_batches``,
+            :meth:`score` then gets as many rows at once as are trained on.
         batches: Candidate batches that were trained on.
 
     Raises:
@@ -74,15 +78,39 @@ class OnlineSelection(SeamClient, ABC):
 
     has_scores = True
     guarded = True
+    by_row = False
 
     def __init__(
-        self, keep: float, when: Literal["always", "pays"] = "always", seed: int = 0, trim: bool = True
+        self,
+        keep: float | None = None,
+        when: Literal["always", "pays"] = "always",
+        seed: int = 0,
+        trim: bool = True,
+        candidate_batches: int = 1,
     ) -> None:
-        self.keep = check_number("keep", keep, "(0, 1]")
+        self.candidate_batches = check_integer("candidate_batches", candidate_batches, 1)
+        self.keep = self._check_keep(keep)
         self.when = check_choice("when", when, ("always", "pays"))
+        if when == "pays" and candidate_batches > 1:
+            raise ValueError(
+                "Argument `when` must be 'always' with `candidate_batches`: the candidates are more rows than a step "
+                "can train on."
+            )
         self.seed = check_seed(seed)
         self.trim = check_flag("trim", trim)
         self._reset()
+
+    def _check_keep(self, keep: float | None) -> float:
+        count = self.candidate_batches
+        if count == 1:
+            return check_number("keep", keep, "(0, 1]")
+        check_number("keep", keep, "(0, 1]", optional=True)
+        if keep is not None and abs(keep * count - 1) > 1e-6:
+            raise ValueError(
+                f"Argument `keep` must be None, or 1/{count} with `candidate_batches={count}`, so that as many rows "
+                f"are trained on as a batch of the data loader has, but got {keep!r}."
+            )
+        return 1 / count
 
     def _reset(self) -> None:
         """Forget an earlier fit."""
@@ -194,7 +222,8 @@ class OnlineSelection(SeamClient, ABC):
     def _size(self, trainer: Trainer, batch: Any) -> int:
         try:
             size = batch_size(batch)
-            refuse_samples(batch, size, getattr(trainer.train_dataloader, "batch_size", None))
+            expected = getattr(trainer.train_dataloader, "batch_size", None)
+            refuse_samples(batch, size, None if expected is None else expected * self.candidate_batches)
         except TypeError as error:
             raise TypeError(
                 f"{type(self).__name__} keeps rows of tensors. {error} Let `collate_fn` make tensors [B, ...] of the "
@@ -206,19 +235,58 @@ class OnlineSelection(SeamClient, ABC):
         """The rows to keep of a batch; they and their scores are entered into ``choice``."""
         self.scored = Scoring()
         with trainer.profiler.profile(f"[Callback]{type(self).__name__}.score"):  # type: ignore[attr-defined]
-            if self.guarded:
-                with self._guard(trainer, pl_module):
-                    scores = self.score(trainer, pl_module, copied(batch), choice.sample_ids)
+            if self.by_row:
+                parts = [
+                    self._checked_score(trainer, pl_module, *part) for part in self.in_parts(batch, choice.sample_ids)
+                ]
+                scores = torch.cat(parts[: choice.size])
             else:
-                scores = self.score(trainer, pl_module, batch, choice.sample_ids)
-        if not (isinstance(scores, Tensor) and scores.is_floating_point() and scores.shape == (choice.size,)):
-            got = f"{scores.dtype} {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-            raise ValueError(f"`score` must give one floating number per row, [{choice.size}], but gave {got}.")
+                scores = self._checked_score(trainer, pl_module, batch, choice.sample_ids)
         choice.scores = self.scored.scores = scores.detach()
-        choice.lengths, choice.candidate_loss = self.scored.lengths, self.scored.candidate_loss
+        choice.lengths = self.scored.lengths
+        choice.candidate_loss = None if self.scored.losses is None else self.scored.losses.nanmean()
         rows, choice.weights = self.choose(trainer, choice.scores, choice.k)
         choice.rows = rows
         return rows
+
+    def _checked_score(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, sample_ids: Tensor | None
+    ) -> Tensor:
+        """What the rule's :meth:`score` gives for a batch, or a part of it."""
+        if self.guarded:
+            with self._guard(trainer, pl_module):
+                scores = self.score(trainer, pl_module, copied(batch), sample_ids)
+        else:
+            scores = self.score(trainer, pl_module, batch, sample_ids)
+        size = batch_size(batch)
+        if not (isinstance(scores, Tensor) and scores.is_floating_point() and scores.shape == (size,)):
+            got = f"{scores.dtype} {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(f"`score` must give one floating number per row, [{size}], but gave {got}.")
+        return scores
+
+    def in_parts(self, batch: Any, sample_ids: Tensor | None) -> Iterator[tuple[Any, Tensor | None]]:
+        """The candidates, with ``candidate_batches`` in as many parts, about as large as what is trained on.
+
+        There are as many on every process, since the processes of a sharded model wait for each other: where there
+        are fewer rows, parts beyond them repeat the first, and their scores are to be left out. What :meth:`outputs`
+        enters into :attr:`scored` of each part is joined at the end.
+
+        Args:
+            batch: The candidate batch.
+            sample_ids: int64 ``[B]``, or None.
+        """
+        if self.candidate_batches == 1:
+            yield batch, sample_ids
+            return
+        size, scored = batch_size(batch), []
+        device = next(leaf.device for _, leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.dim())
+        for rows in torch.arange(size, device=device).tensor_split(self.candidate_batches):
+            rows = rows if len(rows) else rows.new_zeros(1)
+            self.scored = Scoring()
+            part = take_rows(batch, rows, self._columns)
+            yield trim_padding(part) if self.trim else part, None if sample_ids is None else sample_ids[rows]
+            scored.append(self.scored)
+        self.scored = Scoring.joined(scored[:size])
 
     def _log_description(self, choice: Choice) -> None:
         description = self.describe() if self.keep < 1 else "keeps every row, nothing is scored"

@@ -63,6 +63,8 @@ class ProxySelection(HardSampleSelection):
         seed: Seed of the random draws and of the proxy's training steps, in [0, 2^63); equal on all ranks.
         trim: Drop the padding columns that no kept row uses.
         drop: As in ``HardSampleSelection``, used by ``"drop_high"``.
+        candidate_batches: Batches of the data loader that make one candidate batch; ``keep`` is then 1 over it, or
+            None.
 
     Attributes:
         started: Whether rows have been kept by the scores.
@@ -79,9 +81,11 @@ class ProxySelection(HardSampleSelection):
         (4, 'loss')
     """
 
+    by_row = False  # the proxy is small, and random rows are drawn for all of them
+
     def __init__(
         self,
-        keep: float,
+        keep: float | None,
         proxy: LightningModule,
         reference: LightningModule | str | None = None,
         rule: Literal["top", "rank", "proportional", "selective_backprop", "importance", "drop_high"] = "top",
@@ -95,6 +99,7 @@ class ProxySelection(HardSampleSelection):
         seed: int = 0,
         trim: bool = True,
         drop: float = 0.3,
+        candidate_batches: int = 1,
     ) -> None:
         for name, module in {"proxy": proxy, "reference": reference}.items():
             if not isinstance(module, LightningModule) and (name == "proxy" or not isinstance(module, str | None)):
@@ -113,7 +118,17 @@ class ProxySelection(HardSampleSelection):
         self.reference = reference
         file = reference if isinstance(reference, str) else None
         super().__init__(
-            keep, rule, "loss" if file is None else "reducible_loss", file, pressure, beta, when, seed, trim, drop
+            keep,
+            rule,
+            "loss" if file is None else "reducible_loss",
+            file,
+            pressure,
+            beta,
+            when,
+            seed,
+            trim,
+            drop,
+            candidate_batches,
         )
 
     @property
@@ -172,7 +187,13 @@ class ProxySelection(HardSampleSelection):
         rows = torch.arange(min(len(losses), COMPARED_ROWS), device=losses.device)
         known, correlation = torch.zeros(2, device=losses.device)
         with suppress(Exception):  # its losses are not known, or not in this way; those of the proxy are what counts
-            own = self._losses(trainer, self._model_pass, pl_module, take_rows(batch, rows), check=True)
+            parts = rows.split(len(rows) if self.candidate_batches == 1 else self.k or len(rows))
+            own = torch.cat(
+                [
+                    self._losses(trainer, self._model_pass, pl_module, take_rows(batch, part), check=True)
+                    for part in parts
+                ]
+            )
             correlation, known = rank_correlation(losses[rows], own), torch.ones_like(known)
         both = trainer.strategy.reduce(torch.stack([correlation, known]), reduce_op="mean").tolist()
         if both[1] < 1:  # on every process

@@ -4,6 +4,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from curation.scoring import (
     head_as_identity,
     per_sample_from_hidden,
     per_sample_loss,
+    step_route,
 )
 
 
@@ -29,12 +31,22 @@ class Scoring:
         scores: floating ``[B]``, what the rule's ``score`` returned; None before it did.
         lengths: fp32 ``[B]``, scored positions of sequences; None where the samples are no sequences, or the rule
             asks for no outputs.
-        candidate_loss: fp32 scalar, mean loss of the candidates; None except on logging steps.
+        losses: fp32 ``[B]``, losses of the candidates; None except on logging steps.
     """
 
     scores: Tensor | None = None
     lengths: Tensor | None = None
-    candidate_loss: Tensor | None = None
+    losses: Tensor | None = None
+
+    @staticmethod
+    def joined(parts: "list[Scoring]") -> "Scoring":
+        """The result for a candidate batch of those for its parts."""
+
+        def join(values: list[Tensor | None]) -> Tensor | None:
+            known = [value for value in values if value is not None]
+            return torch.cat(known) if len(known) == len(values) else None
+
+        return Scoring(lengths=join([part.lengths for part in parts]), losses=join([part.losses for part in parts]))
 
 
 class ScoringPass:
@@ -79,32 +91,49 @@ class ScoringPass:
                 (checked of the first batch, and on a CPU); the message names the method to add.
             ValueError: If it gives another number of rows than the batch has.
         """
+        first = self.route is None
         if self.route is None:
             check = True
             self.route = find_route(pl_module, batch)
             self.criterion = find_criterion(pl_module)
-            self.name = self.route.name + self.criterion.describe()
         scoring = Scoring()
         with context:
             with head_as_identity(head):
-                outputs, targets = self.route(batch)
-            if targets is not None:
-                targets = self.criterion.mask(targets)
-                if head is None and (check or targets.device.type == "cpu"):
-                    _check_classes(outputs, targets)
+                try:
+                    outputs, targets = self._outputs(batch, head is None, check)
+                except TypeError as error:
+                    route = step_route(pl_module) if first else None
+                    if route is None:
+                        raise
+                    try:
+                        outputs, targets = route(batch)
+                    except TypeError as uncertain:
+                        raise (error if uncertain.__cause__ is not None else uncertain) from None
+                    self.route = route
+            if first:
+                self.name = self.route.name + ("" if targets is None else self.criterion.describe())
             if logs_now(trainer):
                 loss = self.criterion.bind(per_sample_loss)
-                losses = (
+                scoring.losses = (
                     loss(outputs, targets)
                     if head is None or targets is None
                     else per_sample_from_hidden(loss, outputs, targets, head)
                 )
-                scoring.candidate_loss = losses.nanmean()
         if len(outputs) != batch_size(batch):
             raise ValueError(f"The scored outputs have {len(outputs)} rows for a batch of {batch_size(batch)}.")
         if targets is not None and targets.dim() == 2:
             scoring.lengths = targets.ne(IGNORED).sum(1).float()
         return outputs, targets, scoring
+
+    def _outputs(self, batch: Any, logits: bool, check: bool) -> tuple[Tensor, Tensor | None]:
+        assert self.route is not None
+        outputs, targets = self.route(batch)
+        if targets is None:
+            return outputs, None
+        targets = self.criterion.mask(targets)
+        if logits and (check or targets.device.type == "cpu"):
+            _check_classes(outputs, targets)
+        return outputs, targets
 
     def forget(self) -> None:
         """Release the module; the name of the route stays."""

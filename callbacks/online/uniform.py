@@ -19,6 +19,8 @@ class UniformSelection(OnlineSelection):
         when: ``"pays"`` trains on every candidate wherever that is measured to be faster.
         seed: Seed of the random draws, in [0, 2^63); equal on all ranks, which draw differently all the same.
         trim: Drop the padding columns that no kept row uses.
+        candidate_batches: Batches of the data loader that make one candidate batch; ``keep`` is then 1 over it, or
+            None.
 
     Raises:
         ValueError: If an argument is out of its range.

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from curation.batch import batch_size
 from curation.callbacks.lightning.collectives import gather_rows
 from curation.callbacks.online.head_route import HeadRoute
 from curation.callbacks.online.online_selection import OnlineSelection
@@ -37,6 +38,8 @@ class UtilityDiversitySelection(OnlineSelection):
         when: ``"pays"`` trains on every candidate wherever that is measured to be faster.
         seed: Seed of the random projections, in [0, 2^63); equal on all ranks.
         trim: Drop the padding columns that no kept row uses.
+        candidate_batches: Batches of the data loader that make one candidate batch; ``keep`` is then 1 over it, or
+            None.
 
     Raises:
         ValueError: If an argument is out of its range, or ``head`` names no linear layer that makes the logits.
@@ -52,7 +55,7 @@ class UtilityDiversitySelection(OnlineSelection):
 
     def __init__(
         self,
-        keep: float,
+        keep: float | None = None,
         alpha: float = 1.0,
         normalization: Literal["length", "none", "paper"] = "length",
         head: str = "auto",
@@ -60,13 +63,14 @@ class UtilityDiversitySelection(OnlineSelection):
         when: Literal["always", "pays"] = "always",
         seed: int = 0,
         trim: bool = True,
+        candidate_batches: int = 1,
     ) -> None:
         self.alpha = check_number("alpha", alpha, "[0, 1e6]")
         check_choice("normalization", normalization, ("length", "none", "paper"))
         self.normalization = normalization
         self.head = check_text("head", head)
         self.precision = check_choice("precision", precision, ("fit", "bf16"))
-        super().__init__(keep=keep, when=when, seed=seed, trim=trim)
+        super().__init__(keep, when, seed, trim, candidate_batches)
 
     def _reset(self) -> None:
         super()._reset()
@@ -91,19 +95,23 @@ class UtilityDiversitySelection(OnlineSelection):
 
     def score(self, trainer: Trainer, pl_module: LightningModule, batch: Any, sample_ids: Tensor | None) -> Tensor:
         """Utility plus ``alpha`` times diversity: ``[B]``, fp32 or fp64."""
-        head = self.head_route.find(self, trainer, pl_module, batch)
-        if head is None:
-            self.scorer.use_logits()
-        else:
-            self._refresh(head)
-        outputs, targets = self.outputs(trainer, pl_module, batch, head)
-        if targets is None:
-            raise TypeError(
-                f"UtilityDiversitySelection needs logits, but `{type(pl_module).__name__}.score_step` returns "
-                "losses. Let it return `(logits, targets)`, or use HardSampleSelection."
-            )
+        measured = []
+        for part, _ in self.in_parts(batch, None):
+            head = self.head_route.find(self, trainer, pl_module, part)
+            if head is None:
+                self.scorer.use_logits()
+            else:
+                self._refresh(head)
+            outputs, targets = self.outputs(trainer, pl_module, part, head)
+            if targets is None:
+                raise TypeError(
+                    f"UtilityDiversitySelection needs logits, but `{type(pl_module).__name__}.score_step` returns "
+                    "losses. Let it return `(logits, targets)`, or use HardSampleSelection."
+                )
+            with torch.no_grad():
+                measured.append(self.scorer.measure(outputs, targets.ne(IGNORED)))
         with torch.no_grad():
-            return self.scorer.score(outputs, targets.ne(IGNORED))
+            return self.scorer.score_measured(measured[: batch_size(batch)])
 
     @contextmanager
     def scoring(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:

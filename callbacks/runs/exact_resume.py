@@ -16,9 +16,10 @@ from curation.callbacks.lightning.restart import (
     saved_at_last_batch,
     uncounted_batches,
 )
-from curation.callbacks.lightning.seam import SeamClient, check_one_loader, check_training_step
+from curation.callbacks.lightning.seam import BatchSeam, SeamClient, check_one_loader, check_training_step
 from curation.callbacks.runs.random_streams import RandomStreams
 from curation.callbacks.runs.resumed_order import Position, ResumedOrder
+from curation.callbacks.runs.wandb_run import enter_wandb_run
 from curation.callbacks.samplers.round_training import RoundTraining
 from curation.samplers.rounds import RoundSampler
 
@@ -62,6 +63,7 @@ class ExactResume(SeamClient):
         self._streams = RandomStreams([], 0)
         self._sampler_resumes = False
         self._unrestored: Trainer | None = None
+        self._seam: BatchSeam | None = None
         self._restored = False  # and no batch was trained on since
         self._counted: int | None = None  # Lightning's number of batches when the last one was counted here
         self._uncounted = 0
@@ -84,6 +86,7 @@ class ExactResume(SeamClient):
         self._streams = RandomStreams(seeds, trainer.global_rank)
         self.position = Position()
         self._unrestored, self._restored, self._counted = trainer, False, None
+        self._seam = BatchSeam.of(trainer)
         self._uncounted, self._saved_at_last_batch = 0, False
         self._sampler_resumes = any(isinstance(c, RoundTraining) for c in trainer.callbacks)  # type: ignore[attr-defined]
 
@@ -91,6 +94,7 @@ class ExactResume(SeamClient):
         """Let the order of the training data loader depend on the epoch, and begin after the batches trained on."""
         if self._unrestored is not None:  # a new run, or one resumed from a checkpoint without this callback
             self.position.epoch, self._unrestored = self._unrestored.current_epoch, None
+        self._take_joined()
         if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
             self._warn_of_lost_batches(loader)
             return
@@ -102,6 +106,23 @@ class ExactResume(SeamClient):
         if self._sampler_resumes and any(isinstance(s, RoundSampler) for s in self._streams.samplers):
             self.position.skip = 0  # the sampler restores its own position
         self._begin_epoch()
+
+    def _take_joined(self) -> None:
+        """Count the batches of the data loader that a selection takes as one.
+
+        Raises:
+            ValueError: If they are others than in the checkpoint, in the middle of an epoch.
+        """
+        assert self._seam is not None
+        joined, position = self._seam.joined(), self.position
+        if self._restored and position.batches_in_epoch and joined != position.joined:
+            raise ValueError(
+                f"The checkpoint was saved inside an epoch with `candidate_batches={position.joined}`, but now it is "
+                f"{joined}. Remove ExactResume to resume anyway."
+            )
+        if position.skip:
+            position.skip = position.batches_in_epoch * joined
+        position.joined = joined
 
     def _warn_of_lost_batches(self, loader: Any) -> None:
         name = type(loader).__name__
@@ -137,7 +158,7 @@ class ExactResume(SeamClient):
     def _begin_epoch(self) -> None:
         """A loader with workers draws their seed as its iteration begins."""
         self._streams.begin_order(self.position.epoch)
-        self._streams.begin_load(self.position.batches)
+        self._streams.begin_load(self.position.loaded)
 
     def before_transfer(self) -> None:
         """Set the stream of the training step."""
@@ -152,6 +173,7 @@ class ExactResume(SeamClient):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the streams of the epoch."""
+        super().on_train_epoch_start(trainer, pl_module)
         self.position.end_epoch()  # one that ended before its last batch
         self._begin_epoch()
 
@@ -172,12 +194,12 @@ class ExactResume(SeamClient):
         self._counted = processed_batches(trainer)
         if trainer.is_last_batch:
             self.position.end_epoch()
-        self._streams.begin_load(self.position.batches)
+        self._streams.begin_load(self.position.loaded)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the stream again: a resumed run does not repeat the validation before which it was saved."""
         if self.fitting and not trainer.sanity_checking:
-            self._streams.begin_load(self.position.batches)
+            self._streams.begin_load(self.position.loaded)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count an epoch that ended without its last batch, because a hook asked for it."""
@@ -190,7 +212,7 @@ class ExactResume(SeamClient):
         while self._undo:
             self._undo.pop()()
         self._streams.follow(None, [])
-        self._unrestored = None
+        self._unrestored = self._seam = None
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and seeds; equal on all ranks."""
@@ -200,8 +222,13 @@ class ExactResume(SeamClient):
             "epoch": self.position.epoch,
             "batches_in_epoch": self.position.batches_in_epoch,
             "batches_per_epoch": self.position.batches_per_epoch,
+            "joined": self.position.joined,
             "counted": self._counted,
         }
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say which W&B run the checkpoint belongs to."""
+        enter_wandb_run(trainer, checkpoint)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let Lightning go on at the place that the counters here tell."""
@@ -229,6 +256,7 @@ class ExactResume(SeamClient):
         # In place: a data loader that was prepared before may hold the object.
         for name in ("batches", "epoch", "batches_in_epoch", "batches_per_epoch"):
             setattr(self.position, name, state[name])
+        self.position.joined = state.get("joined", 1)  # checkpoints of earlier versions have none
         for _ in range(self._uncounted):  # an error came between the training step and the hook that counts
             self.position.count_batch()
             if self._saved_at_last_batch:

@@ -18,6 +18,7 @@ class Position:
         batches_in_epoch: Batches trained on in the epoch.
         batches_per_epoch: Length of the training data loader; None where it has no length.
         skip: Batches of the next order that were trained on before the fit was resumed.
+        joined: Batches of the data loader in each that is trained on.
     """
 
     batches: int = 0
@@ -25,6 +26,12 @@ class Position:
     batches_in_epoch: int = 0
     batches_per_epoch: int | None = None
     skip: int = 0
+    joined: int = 1
+
+    @property
+    def loaded(self) -> int:
+        """Batches of the data loader before the one that is loaded next, as its random stream counts them."""
+        return self.batches * self.joined
 
     def count_batch(self) -> None:
         """Count a batch that was trained on."""
@@ -71,8 +78,8 @@ class ResumedOrder:
         streams.begin_order(position.epoch)
         order = iter(self._sampler)
         first = list(itertools.islice(order, 1))
-        streams.begin_load(position.batches)
+        streams.begin_load(position.loaded)
         remaining = itertools.islice(itertools.chain(first, order), position.take_skip(), None)
-        for batch, indices in enumerate(remaining, position.batches):
+        for batch, indices in enumerate(remaining, position.loaded):
             streams.begin_load(batch)  # again, since a loader may fetch batches in advance
             yield indices

@@ -1,6 +1,6 @@
 """Utility-diversity selection (UDS, arXiv 2510.16882): the nuclear norm of a sample's logits, and novelty."""
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,6 +102,22 @@ def utility_diversity(
     return standardize(utility) + alpha * standardize(diversity)
 
 
+class Measured(NamedTuple):
+    """What the score of each sample of a part of the candidates is made of.
+
+    Attributes:
+        utility: ``[B]``, fp32 or fp64, nuclear norms.
+        counts: int64 ``[B]``, scored positions.
+        sketches: fp32 ``[B, r]``.
+        labelled: bool ``[B]``, whether a position is scored.
+    """
+
+    utility: Tensor
+    counts: Tensor
+    sketches: Tensor
+    labelled: Tensor
+
+
 class UtilityDiversityScorer:
     """Scores of candidate sets, with their state: the head's products, the memory, the trend of lengths.
 
@@ -157,6 +173,8 @@ class UtilityDiversityScorer:
     def score(self, outputs: Tensor, mask: Tensor) -> Tensor:
         """Scores of a candidate set; :attr:`sketches` and :attr:`moments` then hold what :meth:`remember` takes.
 
+        A set whose outputs do not fit into memory at once takes :meth:`measure` and :meth:`score_measured`.
+
         Args:
             outputs: ``[B, T, V]`` or ``[B, C]`` logits, or the head's input ``[B, T, d]`` after :meth:`use_head`.
             mask: bool ``[B, T]`` or ``[B]``, true where a position is scored.
@@ -165,12 +183,20 @@ class UtilityDiversityScorer:
             ``[B]``, fp32 or fp64; NaN for a sample whose outputs are not finite, and with ``"paper"``, which scores
             every position, for one whose mask is false everywhere.
         """
+        return self.score_measured([self.measure(outputs, mask)])
+
+    def measure(self, outputs: Tensor, mask: Tensor) -> Measured:
+        """What the score of each sample is made of; arguments as of :meth:`score`, of a part of the candidates."""
         labelled = mask if mask.dim() == 1 else mask.any(1)
         if outputs.dim() == 3 and outputs.size(1) == 0:  # no position at all is none that is scored
             outputs, mask = outputs.new_zeros(len(outputs), 1, outputs.size(2)), mask.new_zeros(len(mask), 1)
         rows, counts = self._rows(outputs, mask)
-        utility = self._utility(rows, counts)
-        self.sketches = self._sketch(rows, TOKEN_ROWS if outputs.dim() == 3 else 1)
+        sketches = self._sketch(rows, TOKEN_ROWS if outputs.dim() == 3 else 1)
+        return Measured(self._utility(rows, counts), counts, sketches, labelled)
+
+    def score_measured(self, parts: list[Measured]) -> Tensor:
+        """Scores of a candidate set, as :meth:`score`, from :meth:`measure` of its parts."""
+        utility, counts, self.sketches, labelled = map(torch.cat, zip(*parts, strict=True))
         self.moments = self.trend.moments_of(utility, counts)
         if self.normalization == "length":
             utility = self.trend.remove(utility, counts)

@@ -7,9 +7,10 @@ from torch.utils.data import DistributedSampler
 
 from curation.checks import check_integer
 from curation.samplers.fit_epoch import fit_epoch
+from curation.settings import Configured
 
 
-class GlobalBatchSampler(DistributedSampler):
+class GlobalBatchSampler(Configured, DistributedSampler):
     """Base class of samplers that choose the global batch, of which each process takes its part.
 
     It is a ``DistributedSampler`` of one process, so that Lightning does not replace it.

@@ -9,7 +9,14 @@ from curation.scoring.losses import (
     per_sample_grad_norm,
     per_sample_loss,
 )
-from curation.scoring.routes import Route, check_outputs, find_route, hugging_face_models, side_effect_free
+from curation.scoring.routes import (
+    Route,
+    check_outputs,
+    find_route,
+    hugging_face_models,
+    side_effect_free,
+    step_route,
+)
 
 __all__ = [
     "IGNORED",
@@ -27,4 +34,5 @@ __all__ = [
     "per_sample_grad_norm",
     "per_sample_loss",
     "side_effect_free",
+    "step_route",
 ]

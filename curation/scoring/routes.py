@@ -1,11 +1,12 @@
 """Routes to the outputs of every sample of a batch, without side effects.
 
 A module's own ``training_step`` returns one number for the whole batch, so the outputs of every sample are taken by
-one of three routes:
+one of four routes:
 
 1. ``module.score_step(batch)``, where the module defines it: ``(logits, targets)``, or losses of any task, ``[B]``;
 2. a Hugging Face model inside the module, for mappings with ``input_ids`` or ``pixel_values``;
-3. ``module(x)`` for classification batches ``(x, y)`` with integer ``y``.
+3. ``module(x)`` for classification batches ``(x, y)`` with integer ``y``;
+4. ``module.training_step``, where its loss is a mean of losses of the rows.
 """
 
 import inspect
@@ -22,6 +23,7 @@ from torchmetrics import Metric
 from curation import rng
 from curation.batch import copied
 from curation.scoring.losses import IGNORED
+from curation.scoring.step_losses import StepLosses, can_run_step, no_losses
 
 _PACKED_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
@@ -154,19 +156,20 @@ def find_route(module: nn.Module, batch: Any, score_step: bool = True) -> Route:
             try:
                 return _logits(module(b[0])), b[1]
             except NotImplementedError as error:
-                raise _no_route(module, b) from error
+                raise no_losses(module, b) from error
 
         return Route("forward(x)", take_forward, module, lambda output, b: (_logits(output), b[1]))
-    raise _no_route(module, batch)
+    route = step_route(module) if score_step else None
+    if route is None:
+        raise no_losses(module, batch)
+    return route
 
 
-def _no_route(module: nn.Module, batch: Any) -> TypeError:
-    return TypeError(
-        f"No per-sample outputs can be taken from {type(module).__name__} for a batch of type "
-        f"{type(batch).__name__}. Add a method `score_step(self, batch)` that returns `(logits, targets)`: logits "
-        "[B, T, V] with targets [B, T], or logits [B, C] with targets [B]; target -100 marks positions to ignore. Of "
-        "any other task it returns the losses of the rows, [B]."
-    )
+def step_route(module: nn.Module) -> Route | None:
+    """The losses that ``training_step`` is a mean of, for a module whose step changes nothing; None for another."""
+    if callable(getattr(module, "score_step", None)) or not can_run_step(module):
+        return None
+    return Route("the loss of `training_step`", StepLosses(module))
 
 
 def is_classification(batch: Any) -> bool:

@@ -95,7 +95,7 @@ class Conversations(LightningDataModule):
         tokenizer = AutoTokenizer.from_pretrained(resolve(name), gguf_file=gguf_file)
         if tokenizer.chat_template is None:
             raise ValueError(f"Argument `tokenizer` must have a chat template, but {name!r} has none.")
-        self.vocabulary = len(tokenizer)
+        self.vocabulary, self.text = len(tokenizer), tokenizer
         parts = self.split()
         encoded = [encode(part, tokenizer, self.max_length) for part in parts]
         kept = ", ".join(

@@ -12,7 +12,7 @@ from curation.recipes.catalogue import with_recipe_files
 from curation.recipes.cli.lightning_cli import first_cause, run
 from curation.recipes.sources import require_extra
 
-COMMANDS = ("compare", "irreducible", "ledger", "recipes", "report", "select")  # each a file of this folder
+COMMANDS = ("compare", "export", "irreducible", "ledger", "recipes", "report", "select")  # each a file of this folder
 
 
 def main(args: list[str] | None = None) -> None:

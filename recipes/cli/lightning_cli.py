@@ -5,6 +5,7 @@ from typing import Any
 
 from curation.files import replacing
 from curation.recipes.catalogue import with_recipe_files
+from curation.recipes.cli.wandb_run import continue_wandb_run
 from curation.recipes.cli.yaml_text import MODE, register_mode
 from curation.recipes.sources import require_extra
 
@@ -45,10 +46,19 @@ def run(args: list[str], execute: bool = True, instantiate: bool = True) -> Any:
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.add_argument("--arms", type=dict | None, help="for `curation compare` only")
+            parser.add_argument(
+                "--same_wandb_run",
+                type=bool,
+                default=True,
+                help="with --ckpt_path, go on in the W&B run that it is of",
+            )
             if not execute:  # what `fit` takes and writes is read without a subcommand, too
                 parser.add_method_arguments(Trainer, "fit", skip=set(LightningCLI.subcommands()["fit"]))
 
         def instantiate_classes(self) -> None:
+            fit = self.config.get("fit")
+            if fit is not None and fit.same_wandb_run:
+                continue_wandb_run(fit)
             if instantiate:
                 super().instantiate_classes()
 

@@ -230,7 +230,7 @@ def configure(
         ValueError: If the parser refuses the arguments.
     """
     config = resolve_arm(args, arm, seed) if config is None else config
-    for name in ("arms", "ckpt_path", "weights_only"):
+    for name in ("arms", "ckpt_path", "same_wandb_run", "weights_only"):
         config.pop(name)
     for name in ("optimizer", "lr_scheduler"):  # of the command line; absent as they are by default
         if config[name] is None:

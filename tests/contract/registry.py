@@ -85,12 +85,21 @@ class Entry:
 
     @property
     def name(self) -> str:
-        return "-".join([self.cls.__name__, *(str(self.arguments[k]) for k in ("rule",) if k in self.arguments)])
+        told = [str(self.arguments[name]) for name in ("rule", "candidate_batches") if name in self.arguments]
+        return "-".join([self.cls.__name__, *told])
 
     @property
     def title(self) -> str:
         """With what tells it from other entries of its class."""
-        return f'{self.cls.__name__}(rule="{self.arguments["rule"]}")'
+        told = [
+            f"{name}={self.arguments[name]!r}" for name in ("rule", "candidate_batches") if name in self.arguments
+        ]
+        return f"{self.cls.__name__}({', '.join(told)})".replace("'", '"')
+
+    @property
+    def joined(self) -> int:
+        """Batches of the loader that make one candidate batch."""
+        return self.arguments.get("candidate_batches", 1)
 
     @property
     def selects(self) -> bool:
@@ -105,7 +114,7 @@ class Entry:
         if self.arguments.get("index") == EVERY_SECOND:
             write_every_second(dataset)
         how = {"shuffle": True} if self.sampler is None else {"sampler": self.sampler(dataset, batch_size)}
-        return DataLoader(dataset, batch_size, **how, **kwargs)
+        return DataLoader(dataset, batch_size // self.joined, **how, **kwargs)
 
     def refusal(self, kind: str) -> str | None:
         """What the error says of that kind of run or that strategy; None where it works."""
@@ -189,6 +198,20 @@ CALLBACKS = {
                 "importance": {"score": "grad_norm"},
             }.items()
         ),
+        Entry(
+            UniformSelection,
+            {"keep": 0.25, "candidate_batches": 4},
+            {"keep": 0.5},
+            UniformTwin,
+            refuses={"samples": "list of 2 samples"},
+        ),
+        Entry(
+            HardSampleSelection,
+            {"keep": 0.25, "rule": "top", "candidate_batches": 4},
+            {"candidate_batches": 0},
+            partial(HardSampleTwin, "top"),
+            refuses={"samples": "list of 2 samples"},
+        ),
         Entry(ConceptAwareSelection, {"keep": 0.25, "concepts": TAGS}, {"keep": -1.0}, ConceptAwareTwin),
         Entry(
             ConceptCoverageMonitor,
@@ -264,5 +287,6 @@ CALLBACKS = {
 NOT_CALLBACKS = {
     *("OnlineSelection", "SeamClient", "SelectionListener", "Choice"),  # for callbacks of one's own
     *("SelectedDataModule", "embed"),
+    *("FinalCheckpoint", "same_wandb_run"),  # in tests/callbacks/runs/test_final_checkpoint.py
     *("ReplaySelection", "SelectionRehearsal"),  # of two runs, in tests/callbacks/online/test_replay.py
 }

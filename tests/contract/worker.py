@@ -26,7 +26,7 @@ from curation.samplers.dynamic_pruning import DynamicDataPruningSampler
 from curation.samplers.hard_batches import HardBatchSampler
 
 # Of these two ranks are compared with one process here; of the others, in tests of their own.
-OF_BATCHES = [entry for entry in CALLBACKS.values() if entry.module is Classifier]
+OF_BATCHES = [entry for entry in CALLBACKS.values() if entry.module is Classifier and entry.joined == 1]
 LR = 0.01  # the products with a trained head are 100 batches old at most; the twin's are new
 
 
