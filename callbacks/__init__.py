@@ -15,6 +15,7 @@ from curation.callbacks.online.uniform import UniformSelection
 from curation.callbacks.online.utility_diversity import UtilityDiversitySelection
 from curation.callbacks.online.weighted_loss import WeightedLoss
 from curation.callbacks.records.sample_record import SampleRecord
+from curation.callbacks.records.sample_table import SampleTable
 from curation.callbacks.records.selection_ledger import SelectionLedger
 from curation.callbacks.rollouts.difficulty_adaptive_rollouts import DifficultyAdaptiveRollouts
 from curation.callbacks.runs.exact_resume import ExactResume
@@ -42,6 +43,7 @@ __all__ = [
     "ReplaySelection",
     "RunMeter",
     "SampleRecord",
+    "SampleTable",
     "SeamClient",
     "SelectedDataModule",
     "SelectionLedger",

@@ -288,5 +288,6 @@ NOT_CALLBACKS = {
     *("OnlineSelection", "SeamClient", "SelectionListener", "Choice"),  # for callbacks of one's own
     *("SelectedDataModule", "embed"),
     *("FinalCheckpoint", "same_wandb_run"),  # in tests/callbacks/runs/test_final_checkpoint.py
+    "SampleTable",  # of W&B alone, in tests/callbacks/records/test_sample_table.py
     *("ReplaySelection", "SelectionRehearsal"),  # of two runs, in tests/callbacks/online/test_replay.py
 }
