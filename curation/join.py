@@ -70,9 +70,8 @@ def _joined(parts: list[Any], sizes: list[int], path: str) -> Any:
     if rows and all(len(p) == size for p, size in zip(parts, sizes, strict=True)):
         if not isinstance(first[0], str) and all(_equal(first, p) for p in parts[1:]) and not _constant(first):
             raise ValueError(
-                f"{path} is {first!r} in each of the batches that are joined, and as long as they are, so "
-                "that it may hold one entry a row or belong to the batch as a whole. Make it a tensor, or another object "
-                "than a list, a tuple or an array."
+                f"{path} is {first!r} in each of the batches that are joined, and as long as they are, so that it "
+                "may hold one entry a row or belong to the batch as a whole. Make it a tensor, or no list."
             )
         return np.concatenate(parts) if isinstance(first, np.ndarray) else type(first)(x for p in parts for x in p)
     if path.endswith(ENCODINGS):

@@ -166,7 +166,7 @@ class ConceptCoverageMonitor(SeamClient, SelectionListener):
             samples = seen[start : start + SAMPLES_AT_A_TIME]
             rows = self._index.take(samples)
             trained += np.bincount(rows.ids, np.repeat(visits[samples], rows.sizes), len(trained))
-        figure = plot_concepts(self._index.frequencies, trained, self._weights)
+        figure = plot_concepts(self._index.frequencies, trained, self._weights, self._index.names)
         save_figure(figure, f"{self._folder}/concepts.png")
         log_image(trainer, "concepts/picture", figure)
 

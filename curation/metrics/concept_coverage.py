@@ -1,6 +1,7 @@
 """Coverage and balance of the concepts that a model was trained on."""
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from curation.checks import check_integer
+
+NAMED = 30  # concepts whose names a picture shows
 
 
 class ConceptCoverage(Metric):
@@ -76,13 +79,14 @@ class ConceptCoverage(Metric):
         }
 
 
-def plot_concepts(corpus: Any, trained: Any, targets: Any) -> Any:
+def plot_concepts(corpus: Any, trained: Any, targets: Any, names: Sequence[Any] | None = None) -> Any:
     """Plot the fractions of the concepts in the corpus, in training and in the target, by frequency in the corpus.
 
     Args:
         corpus: Number of samples of the corpus with each concept, ``[V]``.
         trained: Number of samples trained on with each concept, ``[V]``.
         targets: Weights of the target, ``[V]``.
+        names: Names of the concepts, ``[V]``, which are shown where there are at most 30.
 
     Returns:
         A ``matplotlib`` figure.
@@ -97,7 +101,9 @@ def plot_concepts(corpus: Any, trained: Any, targets: Any) -> Any:
     order = np.argsort(-np.asarray(corpus), kind="stable")
     fractions = {name: np.asarray(counts, float)[order] / max(np.sum(counts), 1e-12)
               for name, counts in (("corpus", corpus), ("trained on", trained), ("wanted", targets))}  # fmt: skip
-    edges = np.unique(np.geomspace(1, len(order) + 1, 40).astype(int)) - 1  # each point is a mean over such ranks
+    few = names is not None and len(order) <= NAMED
+    places = np.arange(1, len(order) + 2) if few else np.geomspace(1, len(order) + 1, 40).astype(int)
+    edges = np.unique(places) - 1  # each point is a mean over such ranks
     thirds = (0, -(-len(order) // 10), -(-len(order) // 2), len(order))
     figure = Figure(figsize=(11, 4), layout="constrained")
     lines, bars = figure.subplots(1, 2, width_ratios=(3, 2))
@@ -108,7 +114,10 @@ def plot_concepts(corpus: Any, trained: Any, targets: Any) -> Any:
         heights = [fraction[a:b].sum() for a, b in itertools.pairwise(thirds)]
         bars.bar(np.arange(3) + 0.27 * (i - 1), heights, 0.25, color=style["color"], label=name)
     lines.set(xscale="log", yscale="log", xlabel="rank of the concept in the corpus", ylabel="share of occurrences")
-    lines.legend(frameon=False)
+    if few and names is not None:
+        lines.set(xscale="linear", xticks=range(1, len(order) + 1), xlabel="concepts, the most frequent first")
+        lines.set_xticklabels([str(names[i]) for i in order], rotation=40, ha="right")
+    figure.legend(*lines.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     names = ("head\n(first tenth)", "middle", "tail\n(last half)")
     bars.set(xticks=range(3), xticklabels=names, ylabel="share of occurrences")
     for axes in (lines, bars):

@@ -14,6 +14,8 @@ from curation.samplers.concept_index import ConceptIndex
 from curation.samplers.dynamic_pruning import DynamicDataPruningSampler
 from curation.samplers.global_batch import GlobalBatchSampler
 from curation.samplers.hard_batches import HardBatchSampler
+from curation.samplers.length_grouped import LengthGroupedSampler, TokenBudgetSampler
+from curation.samplers.lengths import lengths_of
 from curation.samplers.subset import SubsetSampler
 
 __all__ = [
@@ -26,8 +28,11 @@ __all__ = [
     "Frequency",
     "GlobalBatchSampler",
     "HardBatchSampler",
+    "LengthGroupedSampler",
     "SubsetSampler",
+    "TokenBudgetSampler",
     "choose_diverse",
     "cluster_concepts",
+    "lengths_of",
     "target_counts",
 ]

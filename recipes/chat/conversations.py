@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from curation.batch import SAMPLE_ID, SampleIds
-from curation.checks import check_integer, check_seed, check_text
+from curation.checks import check_choice, check_integer, check_seed, check_text
+from curation.recipes.chat.merging import merge_turns
 from curation.recipes.smollm2 import SMOLLM2, SMOLLM2_GGUF
 from curation.recipes.sources import require_extra, resolve, sampled
 from curation.scoring import IGNORED
@@ -36,6 +37,9 @@ class Conversations(LightningDataModule):
         batch_size: Number of candidates per training batch and process, and of samples per validation batch.
         max_length: Largest number of tokens of a sample that is used.
         context_turns: Largest number of turns before the answer, in ``"chitchat"``.
+        replies: What a training sample is: ``"last"`` is a reply with its context, of which the reply is labelled;
+            ``"all"`` is a conversation with every reply labelled, as far as ``max_length`` goes, so that no context is
+            computed twice (:func:`~curation.recipes.chat.merging.merge_turns`). Validation is by reply.
         max_samples: Largest number of training samples, before the long ones are left out; None takes all.
         val_samples: Number of validation samples, and of test samples, before the long ones are left out.
         sampler: Makes the sampler of the training batches from the data set and ``batch_size``; None reshuffles every
@@ -57,6 +61,7 @@ class Conversations(LightningDataModule):
         batch_size: int = 32,
         max_length: int = 128,
         context_turns: int = 3,
+        replies: Literal["last", "all"] = "last",
         max_samples: int | None = None,
         val_samples: int = 256,
         sampler: Callable[[Any, int], Sampler] | None = None,
@@ -71,6 +76,7 @@ class Conversations(LightningDataModule):
         self.batch_size: int = check_integer("batch_size", batch_size, 1)
         self.max_length: int = check_integer("max_length", max_length, 1)
         self.context_turns: int = check_integer("context_turns", context_turns, 1)
+        self.replies = check_choice("replies", replies, ("last", "all"))
         self.max_samples: int | None = check_integer("max_samples", max_samples, 1, optional=True)
         self.val_samples: int = check_integer("val_samples", val_samples, 1)
         self.sampler = sampler
@@ -98,6 +104,8 @@ class Conversations(LightningDataModule):
         self.vocabulary, self.text = len(tokenizer), tokenizer
         parts = self.split()
         encoded = [encode(part, tokenizer, self.max_length) for part in parts]
+        if self.replies == "all":
+            encoded[0] = whole_conversations(encoded[0])
         kept = ", ".join(
             f"{len(used)} of {len(part)} {name} samples"
             for used, part, name in zip(encoded, parts, ("training", "validation", "test"), strict=True)
@@ -113,6 +121,7 @@ class Conversations(LightningDataModule):
     def split(self) -> tuple[Any, Any, Any]:
         """A ``Dataset`` of ``{"conversation": int, "messages": [...]}`` for training, validation and test."""
         samples = load(self.data, self.subset, self.context_turns)
+        whole = samples if self.replies == "last" else load(self.data, self.subset, None)  # of the same replies
         conversations = samples.with_format("numpy")["conversation"][:]
         rank = np.random.default_rng(self.seed).permutation(conversations.max() + 1)[conversations]
         rest = np.argsort(rank, kind="stable")  # whole conversations, shuffled
@@ -121,7 +130,7 @@ class Conversations(LightningDataModule):
             part, rest = rest[: self.val_samples], rest[self.val_samples :]
             rest = rest[rank[rest] > rank[part].max(initial=-1)]
             held_out.append(part)
-        return tuple(samples.select(part) for part in (rest[: self.max_samples], *held_out))
+        return whole.select(rest[: self.max_samples]), *map(samples.select, held_out)
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Right-padded tensors int64 ``[B, T]``, ``T`` the longest sample, and the ids ``[B]`` in training."""
@@ -156,13 +165,13 @@ class Conversations(LightningDataModule):
         return DataLoader(self.test, self.batch_size, num_workers=self.num_workers, collate_fn=self.collate)
 
 
-def load(data: str, subset: str | None = None, context_turns: int = 3) -> Any:
+def load(data: str, subset: str | None = None, context_turns: int | None = 3) -> Any:
     """A ``Dataset`` of ``{"conversation": int, "messages": [...]}``; the last message is the assistant's.
 
     Args:
         data: The source of the data, as in :class:`Conversations`.
         subset: Configuration of a hub data set that has several.
-        context_turns: Largest number of turns before the answer, in ``"chitchat"``.
+        context_turns: Largest number of turns before the answer, in ``"chitchat"``; None takes all.
 
     Raises:
         ValueError: If a row cannot be read (the message has its number), or an argument does not fit.
@@ -236,17 +245,20 @@ def _alternate(turns: list[Any]) -> list[dict[str, Any]]:
     return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
 
 
-def _chitchat(file: Path, context_turns: int) -> Iterable[dict[str, Any]]:
+def _chitchat(file: Path, context_turns: int | None) -> Iterable[dict[str, Any]]:
     """One sample for each reply of the second speaker, who has the role of the assistant."""
     for i, conversation in enumerate(json.loads(file.read_text(encoding="utf-8")).values()):
         messages = _alternate(["\n".join(part["text"] for part in turn).strip() for turn in conversation["messages"]])
         for end in range(1, len(messages), 2):
             if len(messages[end]["content"]) >= 2:
-                yield {"conversation": i, "messages": messages[max(0, end - context_turns) : end + 1]}
+                begin = 0 if context_turns is None else max(0, end - context_turns)
+                yield {"conversation": i, "messages": messages[begin : end + 1]}
 
 
 def encode(samples: Any, tokenizer: Any, max_length: int) -> Any:
     """A ``Dataset`` of ``input_ids``, ``attention_mask`` and ``labels``, without samples over ``max_length`` tokens.
+
+    The column ``conversation`` says which a sample is of.
 
     The answer is tokenised apart from the text before it, as it is when the model generates it. Its end-of-turn token
     is labelled; the white space that the template puts after it is left out.
@@ -260,7 +272,7 @@ def encode(samples: Any, tokenizer: Any, max_length: int) -> Any:
         ValueError: If the chat template writes earlier messages differently once the answer follows.
     """
 
-    def encode_batch(batch: Mapping[str, list[Any]]) -> dict[str, list[list[int]]]:
+    def encode_batch(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         prompts, answers = [], []
         for messages in batch["messages"]:
             prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
@@ -269,14 +281,26 @@ def encode(samples: Any, tokenizer: Any, max_length: int) -> Any:
                 raise ValueError("The chat template does not repeat the prompt before the answer.")
             prompts.append(prompt)
             answers.append(text[len(prompt) :].rstrip())
-        rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+        rows: dict[str, list[Any]] = {"input_ids": [], "attention_mask": [], "labels": [], "conversation": []}
         tokens = (tokenizer(texts, add_special_tokens=False)["input_ids"] for texts in (prompts, answers))
-        for prompt, answer in zip(*tokens, strict=True):
+        for prompt, answer, conversation in zip(*tokens, batch["conversation"], strict=True):
             length = len(prompt) + len(answer)
             if length <= max_length:
                 rows["input_ids"].append(prompt + answer)
                 rows["attention_mask"].append([1] * length)
                 rows["labels"].append([IGNORED] * len(prompt) + answer)
+                rows["conversation"].append(conversation)
         return rows
 
     return samples.map(encode_batch, batched=True, remove_columns=samples.column_names)
+
+
+def whole_conversations(encoded: Any) -> Any:
+    """The samples of :func:`encode` with the replies of a conversation in one, in the order of conversations."""
+    import datasets
+
+    rows: dict[int, list[Any]] = {}
+    for row in encoded:
+        rows.setdefault(row["conversation"], []).append(row)
+    merged = [{**row, "conversation": name} for name, part in rows.items() for row in merge_turns(part)]
+    return datasets.Dataset.from_list(merged)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from curation.recipes.compare.arms import Arm
 from curation.recipes.compare.options import Options
 from curation.recipes.compare.processes import execute
 from curation.recipes.compare.rehearsal import rehearse
@@ -51,9 +52,20 @@ def collect(workload: Workload, options: Options) -> dict[str, Any]:
         "target": options.target,
         "jobs": options.jobs,
         "arms": list(order),
+        "settings": {arm.name: settings_of(arm) for arm in workload.arms},
         "runs": [collect_run(workload, run) for run in runs],
     }
     return {**content, "sweep": collect_sweep(workload)} if workload.sweep else content
+
+
+def settings_of(arm: Arm) -> dict[str, Any]:
+    """What an arm changes in the recipe, by the names of options; the arguments of callbacks by their class."""
+    settings = dict(arm.overrides)
+    for callback in arm.callbacks or []:
+        name = callback["class_path"].rpartition(".")[2]
+        options = callback.get("init_args") or {}
+        settings |= {f"{name}.{key}": value for key, value in options.items()} or {name: ""}
+    return settings
 
 
 def collect_sweep(workload: Workload) -> dict[str, Any]:

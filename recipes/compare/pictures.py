@@ -8,6 +8,9 @@ import numpy as np
 from curation.evaluation.statistics import performance_profile
 from curation.recipes.compare.summary import BASE
 from curation.recipes.compare.sweep_picture import draw_sweep
+from curation.recipes.compare.verdict import number
+
+FAR = 4  # times as far as any other arm
 
 AXES = {
     "steps": "optimizer steps",
@@ -47,15 +50,14 @@ def _draw(content: dict[str, Any]) -> Any:
     count = len(workloads) + sum("sweep" in workload for workload in workloads) + profiled
     figure = Figure(figsize=(14, 4.3 * count), layout="constrained")
     grid = figure.subplots(count, 3, squeeze=False)
-    rows = iter(grid)
+    rows, named = iter(grid), {}
     for workload in workloads:
         left, middle, right = next(rows)
         unit = workload["budget"]["unit"]
         _draw_curves(left, workload, unit)
         _draw_curves(middle, workload, "samples" if unit == "seconds" else "seconds")
         left.set_title(workload["name"], loc="left")
-        if left.lines:
-            left.legend(frameon=False, fontsize=8)
+        named |= dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
         _draw_differences(right, workload)
         if "sweep" in workload:
             draw_sweep(next(rows), workload, colours(workload["arms"]))
@@ -63,7 +65,26 @@ def _draw(content: dict[str, Any]) -> Any:
         _draw_profile(grid[-1][0], workloads)
         for axes in grid[-1][1:]:
             axes.axis("off")
+    if named:  # above everything, where no line is
+        figure.legend(named.values(), named, loc="outside upper center", ncols=8, frameon=False)
     return figure
+
+
+def far_off(workload: dict[str, Any]) -> list[str]:
+    """Arms that are so much worse than all others that a common axis would show nothing of these.
+
+    They are worse than the baseline by more than four times as far as any end of the other arms' intervals, and at
+    most half of the arms.
+    """
+    sign = -1 if workload["mode"] == "min" else 1
+    summary = {arm: workload["summary"][arm]["difference"] for arm in workload["arms"]}
+    ends = {arm: max(map(abs, known)) for arm, known in summary.items() if known and all(map(math.isfinite, known))}
+    order = sorted(ends, key=lambda arm: sign * summary[arm][0])  # the worst first
+    for count in range(len(order) // 2, 0, -1):
+        worse, rest = order[:count], order[count:]
+        if min(-sign * summary[arm][0] for arm in worse) > FAR * max(ends[arm] for arm in rest):
+            return worse
+    return []
 
 
 def colours(arms: list[str]) -> dict[str, Any]:
@@ -75,13 +96,19 @@ def colours(arms: list[str]) -> dict[str, Any]:
 
 def _draw_curves(axes: Any, workload: dict[str, Any], unit: str) -> None:
     """The metric of every arm: the mean over seeds, in a band from the smallest to the largest."""
-    of_arm = colours(workload["arms"])
+    of_arm, far = colours(workload["arms"]), far_off(workload)
     for arm in workload["arms"]:
         runs = [run for run in workload["runs"] if run["arm"] == arm and not run["error"]]
         if runs:
             _draw_curve(axes, runs, unit, arm, of_arm[arm])
     axes.set(xlabel=AXES[unit], ylabel=workload["metric"])
     axes.grid(alpha=0.3)
+    if far:
+        near = [line.get_ydata() for line in axes.lines if line.get_label() not in far]
+        values = np.concatenate([np.asarray(y, float) for y in near])
+        low, high = np.nanmin(values), np.nanmax(values)
+        axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
+        axes.text(0.98, 0.02, f"axis cut: {', '.join(far)} far off", transform=axes.transAxes, ha="right", fontsize=8)
 
 
 def _draw_curve(axes: Any, runs: list[dict[str, Any]], unit: str, arm: str, colour: Any) -> None:
@@ -98,8 +125,14 @@ def _draw_differences(axes: Any, workload: dict[str, Any]) -> None:
     """The paired difference of every arm to the baseline, with its interval."""
     of_arm, is_min = colours(workload["arms"]), workload["mode"] == "min"
     arms = [arm for arm in workload["arms"] if workload["summary"][arm]["difference"]]
+    far = [arm for arm in far_off(workload) if arm in arms]
     for y, arm in enumerate(reversed(arms)):
         mean, low, high = workload["summary"][arm]["difference"]
+        if arm in far:
+            place = {"xycoords": ("axes fraction", "data"), "va": "center", "ha": "right" if mean > 0 else "left"}
+            text = f"{number(mean)} →" if mean > 0 else f"← {number(mean)}"
+            axes.annotate(text, (0.98 if mean > 0 else 0.02, y), color=of_arm[arm], **place)
+            continue
         ends = [[mean - low], [high - mean]] if math.isfinite(high - low) else None
         axes.errorbar(mean, y, xerr=ends, fmt="o", capsize=4, color=of_arm[arm])
     if not arms:

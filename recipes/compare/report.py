@@ -104,6 +104,7 @@ def _workload_html(workload: dict[str, Any]) -> list[str]:
         parts.append(_row("td", _cells(workload, arm)))
     items = "".join(f"<li>{html.escape(note)}</li>" for note in notes(workload))
     parts.append(f"</table></div><ul>{items}</ul>")
+    parts += _settings_html(workload)
     if "sweep" in workload:
         parts += _sweep_html(workload)
     is_open = " open" if failed(workload) else ""
@@ -115,6 +116,18 @@ def _workload_html(workload: dict[str, Any]) -> list[str]:
         error = f'<td class="failed">{html.escape(run["error"] or "")}</td>'
         parts.append(_row("td", cells, error))
     return [*parts, "</table></details>"]
+
+
+def _settings_html(workload: dict[str, Any]) -> list[str]:
+    """What each arm changes in the recipe, side by side; reports of earlier versions have no settings."""
+    settings: dict[str, dict[str, Any]] = workload.get("settings") or {}
+    names = list(dict.fromkeys(name for values in settings.values() for name in values))
+    if not names:
+        return []
+    parts = [f'<h3>Settings</h3><div class="wide"><table>{_row("th", ["", *settings])}']
+    for name in names:
+        parts.append(_row("td", [name, *(values.get(name, "-") for values in settings.values())]))
+    return [*parts, "</table></div>"]
 
 
 def _sweep_html(workload: dict[str, Any]) -> list[str]:

@@ -24,7 +24,6 @@ def draw_sweep(row: Any, workload: dict[str, Any], colours: dict[str, Any]) -> N
         _draw_quality(axes, workload, unit, colours)
     _draw_ratios(row[-1], workload, colours)
     row[0].set_title("cost at equal quality", loc="left")
-    row[0].legend(frameon=False, fontsize=8)
 
 
 def _draw_quality(axes: Any, workload: dict[str, Any], unit: str, colours: dict[str, Any]) -> None:
