@@ -15,13 +15,13 @@ def _modules() -> Iterator[tuple[str, str]]:
 
 
 def questions() -> Iterator[tuple[str, str]]:
-    """Questions about functions, methods and classes, and the first sentence of their docstrings as answers."""
+    """Questions about functions, methods and classes, and the first paragraph of their docstrings as answers."""
     for module, source in _modules():
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and (text := ast.get_docstring(node)):
-                sentence = " ".join(text.split("\n\n")[0].split())
-                if len(sentence) > 1:
-                    yield f"What is {node.name} of {module}?", sentence
+                answer = " ".join(text.split("\n\n")[0].split())
+                if answer and not node.name.startswith("_"):
+                    yield f"What is {node.name} of {module}?", answer
 
 
 def paragraphs(modules: int, size: int) -> dict[str, list[str]]:

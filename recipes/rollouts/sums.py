@@ -15,7 +15,7 @@ SUMS = (
 
 
 class Sums:
-    """Sums of two numbers of one or two digits.
+    """Sums (of reasoning-gym, differences too) of two numbers of one or two digits.
 
     Args:
         size: Number of questions.
@@ -30,8 +30,8 @@ class Sums:
 
     Example:
         >>> task = Sums(2, source="made")
-        >>> task.question(1), task.solution(1), task.score(1, "It is 85.")
-        ('Answer with the final answer only. 17 + 72 =', '89', 0.0)
+        >>> task.question(0), task.solution(0), task.score(0, "103")
+        ('Answer with the final answer only. 97 + 5 =', '102', 0.0)
     """
 
     auto_sources: ClassVar = {"source": SUMS}
