@@ -12,7 +12,7 @@ from importlib.metadata import version
 
 from curation.recipes.catalogue import with_recipe_files
 from curation.recipes.cli.lightning_cli import run
-from curation.recipes.cli.parser_errors import first_cause
+from curation.recipes.cli.parser_errors import describe_refusal
 from curation.recipes.sources import require_extra
 
 COMMANDS = ("compare", "doctor", "irreducible", "ledger", "recipes", "report", "select")  # each a file of this folder
@@ -51,4 +51,4 @@ def main(args: list[str] | None = None) -> None:
     except ValueError as error:
         if not str(error).startswith("Does not validate"):
             raise
-        sys.exit(f"curation: {first_cause(error)}")
+        sys.exit(f"curation: {describe_refusal(error, args)}")

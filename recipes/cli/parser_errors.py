@@ -56,6 +56,21 @@ def describe(message: str, error: BaseException | None, args: Sequence[str], opt
     return f"{_where(option + '.class_path' * is_class, class_path, args)}`{option}`{of}: {text}"
 
 
+def describe_refusal(error: BaseException, args: Sequence[str]) -> str:
+    """What a constructor refuses, with file and line where a single option of that name can be meant.
+
+    Args:
+        error: The exception, within those of everything that was tried.
+        args: The arguments of the command.
+    """
+    cause = str(first_cause(error))
+    named = re.match(r"Argument `(\w+)`", cause)
+    options = {path for file in _files(args) for path, *_ in _options(yaml.compose(file.read_text()))}
+    meant = [o for o in options if named and o.rpartition(".")[2] == named[1] and not o.startswith("arms.")]
+    given = any(option.rpartition(".")[2] == named[1] for option in _given(args)) if named else True
+    return f"{_where(meant[0], None, args) if len(meant) == 1 and not given else ''}{cause}"
+
+
 def _unknown(name: str, class_path: str | None, args: Sequence[str], options: Iterable[str]) -> str:
     """The sentence of an option that there is not."""
     if class_path is None:
@@ -109,10 +124,15 @@ def _syntax_error(args: Sequence[str]) -> str | None:
     return None
 
 
+def _given(args: Sequence[str]) -> list[str]:
+    """The dotted names of the options of a command line, without ``init_args``."""
+    names = [arg.split("=")[0] for arg in args if arg.startswith("--")]
+    return [re.sub(r"\.init_args\b|\+$", "", name).lstrip("-") for name in names]
+
+
 def _where(option: str, class_path: str | None, args: Sequence[str]) -> str:
     """File and line of an option; nothing where it stands on the command line, or nowhere."""
-    plain = [re.sub(r"\.init_args\b|\+$", "", arg.split("=")[0]).lstrip("-") for arg in args if arg.startswith("--")]
-    if option in plain or option.removesuffix(".class_path") in plain:
+    if not {option, option.removesuffix(".class_path")}.isdisjoint(_given(args)):
         return ""
     for file in _files(args):
         lines = [(line, cls) for path, line, cls in _options(yaml.compose(file.read_text())) if path == option]

@@ -1,6 +1,10 @@
 """`auto` takes what is there, says what that is and writes it down; a comparison must be told."""
 
 import logging
+import re
+import shlex
+from fnmatch import fnmatch
+from pathlib import Path
 
 import pytest
 import yaml
@@ -107,6 +111,24 @@ def test_a_comparison_must_be_told_its_sources_and_says_how(name, bare):
     workload = make_workload(name, given, asked)
     assert workload.sources
     assert {f"--{option}={value}" for option, value in workload.sources.items()} == set(given)
+
+
+RESULTS = Path(__file__).parents[2] / "docs/results"
+COMMANDS = [
+    line
+    for file in sorted(RESULTS.glob("*.json"))
+    for line in re.findall(r'^{"command": "(curation compare [^"]+)"', file.read_text())
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split()[2])
+def test_a_published_command_runs_with_what_the_page_says_to_add(command):
+    said = re.findall(r"`(--[^`]+)`\s+\((?:all of\s+)?`([\w*]+)`\)", (RESULTS / "README.md").read_text())
+    _, _, name, *args = shlex.split(command)
+    given = [word for words, names in said if fnmatch(name, names) for word in words.split()]
+    asked, overrides = options.parse([name, *args, *given])
+    workload = make_workload(name, overrides, asked)
+    assert set(given) == {f"--{option}={value}" for option, value in workload.sources.items()}
 
 
 def test_the_report_names_the_sources():

@@ -49,6 +49,28 @@ def test_an_error_in_a_file_names_file_line_and_option(right, wrong, sentence, t
     assert said(capsys, "--config=mine.yaml") == f"curation: mine.yaml, line {line_of(text, wrong)}: {sentence}"
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong", "place", "sentence"),
+    [
+        ("keep: 0.1", "keep: 2", True, r"Argument `keep` must be in \(0, 1\], but got 2.0."),
+        ("label_noise: 0.4", "label_noise: 1.5", True, r"Argument `label_noise` must be in \[0, 1\), but got 1.5."),
+        ("seed: 0", "seed: -1", True, r"Argument `seed` must be an integer in .*, but got -1."),
+        ("seed: 0\n", "seed: -1\n", False, r"Argument `seed` must be .*, but got -1."),  # which of them?
+    ],
+)
+def test_what_a_constructor_refuses_in_a_file_is_told_with_its_line(
+    right, wrong, place, sentence, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    text = RECIPE.replace(right, wrong, 1)
+    if not place:
+        text = text.replace("        rule: top", "        rule: top\n        seed: -1", 1)
+    (tmp_path / "mine.yaml").write_text(text)
+    where = f"mine.yaml, line {line_of(text, wrong)}: " if place else ""
+    with pytest.raises(SystemExit, match=f"^curation: {where}{sentence}$"):
+        cli.main(["fit", "--config=mine.yaml"])
+
+
 @pytest.mark.parametrize("wrong", ["curation.callbacks.HardSampleSelectio", "no_such_package.Rule"])
 def test_a_class_that_there_is_not_is_named(wrong, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
