@@ -152,7 +152,7 @@ def resolve(args: list[str]) -> dict[str, Any]:
     except SystemExit as error:
         if not error.code:
             raise  # help, or a configuration that was to be printed
-        raise ValueError(messages.getvalue().strip().rpartition("curation: ")[2]) from error
+        raise ValueError(f"\n{messages.getvalue().strip()}".rpartition("\ncuration: ")[2]) from error
     finally:
         logging.disable(logging.NOTSET)
     return yaml.safe_load(cli.parser.dump(cli.config, skip_unset=False))
