@@ -92,6 +92,7 @@ _data: Any = None
 def run(job: tuple[str, float, float, int]) -> dict[str, Any]:
     """Fit once; return the validation loss per answer token at its end."""
     from curation.recipes.chat import Conversations, SupervisedFineTuning
+    from curation.recipes.smollm2 import SMOLLM2
 
     global _model, _data
     arm, keep, lr, seed = job
@@ -99,9 +100,9 @@ def run(job: tuple[str, float, float, int]) -> dict[str, Any]:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     if _model is None:
-        _model = SupervisedFineTuning(warmup_steps=5)
+        _model = SupervisedFineTuning(SMOLLM2, warmup_steps=5)
         _model.configure_model()
-        _data = Conversations(batch_size=BATCH, max_length=MAX_LENGTH, context_turns=1, val_samples=96)
+        _data = Conversations("chitchat", batch_size=BATCH, max_length=MAX_LENGTH, context_turns=1, val_samples=96)
         _data.setup("fit")
     seed_everything(seed, verbose=False)  # the order of the candidates is the same for every arm
     module = copy.deepcopy(_model)

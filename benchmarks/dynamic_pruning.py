@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from curation.callbacks import DynamicDataPruning
 from curation.evaluation import paired_interval
 from curation.recipes.image_classification import ImageClassifier, Images
+from curation.recipes.image_classification.fashion_mnist import FASHION_MNIST
 from curation.recipes.image_classification.image_classifier import varied
 from curation.samplers import DynamicDataPruningSampler
 from curation.samplers.pruning_rules import RULES
@@ -98,7 +99,7 @@ def authors(folder: str, epochs: int = 16, seeds: int = 5) -> None:
     sys.path.insert(0, folder)
     from infobatch import InfoBatch
 
-    data = Images(holdout=0.5)
+    data = Images(FASHION_MNIST, holdout=0.5)
     data.setup("fit")
     rows = []
     for seed in range(seeds):

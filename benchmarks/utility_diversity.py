@@ -147,8 +147,9 @@ def fit_seconds(module: LightningModule, loader: DataLoader, steps: int, *callba
 def step() -> None:
     """Candidates per second against the ideal, on 6 layers of SmolLM2-135M, 32 candidates of 128 tokens."""
     from curation.recipes.chat import SupervisedFineTuning
+    from curation.recipes.smollm2 import SMOLLM2
 
-    original = SupervisedFineTuning(num_layers=6)
+    original = SupervisedFineTuning(SMOLLM2, num_layers=6)
     original.configure_model()
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 49_000, (256, 128), generator=g)
@@ -187,11 +188,12 @@ def step() -> None:
 def real_model() -> tuple[LightningModule, list[dict[str, Tensor]]]:
     """SmolLM2-135M and twelve batches of 32 conversations."""
     from curation.recipes.chat import Conversations, SupervisedFineTuning
+    from curation.recipes.smollm2 import SMOLLM2
 
-    module = SupervisedFineTuning()
+    module = SupervisedFineTuning(SMOLLM2)
     module.configure_model()
     module.model.eval()
-    data = Conversations(max_samples=1000, val_samples=8)
+    data = Conversations("chitchat", max_samples=1000, val_samples=8)
     data.setup("fit")
     return module, list(itertools.islice(data.train_dataloader(), 12))
 

@@ -180,7 +180,7 @@ def test_commands_of_a_page_are_accepted(page, tmp_path, monkeypatch, capsys):
             select.make_selector(options)
             select.make_object("probe", options.probe, {}, {})
             assert arms.resolve(with_recipe_files(rest))["data"]["class_path"]
-        elif subcommand == "recipes":
+        elif subcommand in ("recipes", "doctor", "--version"):
             cli.main([subcommand, *args])
             assert capsys.readouterr().out
         elif subcommand == "ledger":

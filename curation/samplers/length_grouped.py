@@ -66,14 +66,13 @@ class LengthGroupedSampler(GlobalBatchSampler):
 class TokenBudgetSampler(BatchSampler):
     """Yields batches of as many samples of like length as fit into a number of tokens, padding included.
 
-    For ``DataLoader(batch_sampler=...)``. Windows of about ``window`` global batches of a random order are sorted, and
-    cut into batches of ``c`` samples for each process with the largest ``c`` of which ``c`` times the longest is at
-    most ``max_tokens``. All processes have as many samples in each batch, and as many batches in each epoch: where
+    For ``DataLoader(batch_sampler=...)``. Windows of about ``window`` global batches of a random order are sorted,
+    and cut into batches of ``c`` samples for each process with the largest ``c`` of which ``c`` times the longest is
+    at most ``max_tokens``. All processes have as many samples in each batch, and as many batches in each epoch: where
     an order makes fewer, large batches are cut in two.
 
-    Under DDP Lightning makes a batch sampler anew with a sampler of its own, which is ignored here. It can do so where
-    the data loader is made in ``train_dataloader`` of a module or data module; elsewhere set
-    ``Trainer(use_distributed_sampler=False)``.
+    Under DDP Lightning makes a batch sampler anew with a sampler of its own, which is ignored here. It can do so
+    where the data loader is made in ``train_dataloader`` of a module or data module; elsewhere set ``Trainer(use_distributed_sampler=False)``.
 
     Args:
         lengths: Integers ``[N]``, or the data set.

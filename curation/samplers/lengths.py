@@ -32,7 +32,7 @@ def lengths_of(
     Args:
         dataset: A map-style data set; ``SampleIds`` around one, too.
         length: Name of the field whose length is meant, or a function of a sample.
-        cache: An Arrow file that keeps them: it is read where it is of this data set, and written where there is none.
+        cache: An Arrow file that keeps them, which is written where there is none.
         num_workers: Processes that read samples; 0 reads them in this one.
 
     Returns:
@@ -146,7 +146,7 @@ def _read(cache: str | PathLike[str], dataset: Any) -> np.ndarray:
         raise ValueError(f"Argument `cache` must name a file of lengths, but {str(cache)!r}: {error}") from error
     if len(lengths) != len(dataset) or kept != _key(dataset):
         raise ValueError(
-            f"Argument `cache` must be of this data set of {len(dataset)} samples, but {str(cache)!r} has the lengths "
-            f"of other {len(lengths)}. Remove it to have it written anew."
+            f"Argument `cache` must be of this data set of {len(dataset)} samples, but {str(cache)!r} is of other "
+            f"{len(lengths)}. Remove it to have it written anew."
         )
     return check_lengths(lengths)

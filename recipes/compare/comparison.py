@@ -46,6 +46,7 @@ def collect(workload: Workload, options: Options) -> dict[str, Any]:
     runs = sorted(workload.runs, key=lambda run: (run.seed, order[run.arm]))
     content = {
         "name": workload.name,
+        "sources": workload.sources,
         "metric": workload.metric,
         "mode": workload.mode,
         "budget": {"unit": options.budget[0], "amount": workload.amount},

@@ -4,6 +4,7 @@ import argparse
 import itertools
 import math
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from curation.recipes.compare.arms import METHODS
 
 BUDGETS = ("steps", "samples", "flops", "seconds")
 WANTED_BUDGETS = 4  # of a sweep; fewer say little of the curves between them
+OF_FIT = ("arms", "config", "data", "lr_scheduler", "model", "optimizer", "trainer")  # and not those of `compare`
 BACKENDS = ("threading", "dask", "ray", "loky")  # the last is the old name of the first
 
 
@@ -151,11 +153,16 @@ def parse(args: list[str]) -> tuple[Options, list[str]]:
     """The options of the command, and the overrides of the recipe.
 
     Raises:
-        ValueError: If an option is out of its range.
+        ValueError: If an option is out of its range, or seems to be misspelt.
     """
     given, overrides = parser().parse_known_args(args)
     if any(word.startswith("--seed_everything") for word in overrides):
         raise ValueError("Argument `--seed_everything` must be left out: every run has its own; see `--seeds`.")
+    own = [name.replace("_", "-") for name in vars(given)]
+    for name in (word.partition("=")[0].removeprefix("--") for word in overrides if word.startswith("--")):
+        near = get_close_matches(name, own, 1, 0.7) if "." not in name and name not in OF_FIT else []
+        if near:
+            raise ValueError(f"`--{name}` is no option; the nearest is `--{near[0]}`.")
     out = given.out or Path("runs/compare") / "-".join(Path(recipe).stem for recipe in given.recipes)
     options = Options(
         given.recipes,

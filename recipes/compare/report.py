@@ -125,9 +125,8 @@ def _settings_html(workload: dict[str, Any]) -> list[str]:
     if not names:
         return []
     parts = [f'<h3>Settings</h3><div class="wide"><table>{_row("th", ["", *settings])}']
-    for name in names:
-        parts.append(_row("td", [name, *(values.get(name, "-") for values in settings.values())]))
-    return [*parts, "</table></div>"]
+    rows = [_row("td", [name, *(values.get(name, "-") for values in settings.values())]) for name in names]
+    return [*parts, *rows, "</table></div>"]
 
 
 def _sweep_html(workload: dict[str, Any]) -> list[str]:

@@ -73,7 +73,9 @@ def notes(workload: dict[str, Any]) -> list[str]:
     places = sorted({f"{run['device']}, torch {run['torch']}" for run in workload["runs"] if run["device"]})
     other = " (short: as many samples as uniform)" if "short" in workload["arms"] else ""
     estimated = ", by the cost of an arm's first steps" if unit in ("samples", "flops") else ""
+    sources = ", ".join(f"{name}={value}" for name, value in workload.get("sources", {}).items())
     return [
+        *([f"Data and models: {sources}."] if sources else []),
         f"Every run had {number(amount)} {unit}{other}{estimated}; {seeds} seed{'s' * (seeds > 1)}; "
         f"{'; '.join(places)}; {duration(workload['summary']['hours'])} of runs, {workload['jobs']} side by side.",
         "Intervals are 95 % Student t intervals of differences between runs with the same seed, not corrected for "

@@ -20,6 +20,7 @@ from curation.recipes.compare.arms import (
 )
 from curation.recipes.compare.options import Options
 from curation.recipes.compare.run import Run
+from curation.recipes.sources import AUTO, find_source, named_sources, with_sources
 
 BASELINES = ("full", "uniform")
 MODES = {"loss": "min", "nll": "min", "acc": "max", "accuracy": "max"}  # words of a metric's name
@@ -88,6 +89,11 @@ class Workload:
         except ValueError as error:
             raise ValueError(f"{self.name}, arm {arm.name!r}: {error}") from error
 
+    @property
+    def sources(self) -> dict[str, Any]:
+        """The data and models that the recipe names, by the dotted names of their options."""
+        return named_sources(self.recipe)
+
     def arm(self, name: str) -> Arm:
         """The arm of a name."""
         return next(arm for arm in self.arms if arm.name == name)
@@ -137,7 +143,31 @@ def make_workload(config: str, overrides: list[str], options: Options) -> Worklo
     name = Path(file).stem
     arms = [make_arm(arm, recipe, kept_fraction(callbacks, options.keep)) for arm in names]
     folder, swept = (options.out / name).resolve(), swept_arms(config, names, options)
+    refuse_auto(config, recipe)
     return Workload(name, folder, args, recipe, arms, options.keep, metric, mode, swept=swept)
+
+
+def refuse_auto(config: str, recipe: dict[str, Any]) -> None:
+    """Refuse a recipe that leaves data or a model to what the machine has: a comparison says what it ran on.
+
+    Args:
+        config: Name of the recipe, or a file.
+        recipe: The resolved configuration.
+
+    Raises:
+        ValueError: If ``auto`` is in the recipe; the message has the options that take its place.
+    """
+    options = {}
+    for path, arguments, sources in with_sources(recipe):
+        for argument in (name for name in sources if arguments.get(name) == AUTO):
+            source = find_source(argument, sources[argument], bool(arguments.get("download")))
+            options[f"--{path}.{argument}"] = source.name
+    if options:
+        given = " ".join(f"{name}={value}" for name, value in options.items())
+        raise ValueError(
+            f"Argument `{next(iter(options))}` must be given, since a comparison says what it ran on, but in "
+            f"{config} it is 'auto'. A fit takes {given} on this machine."
+        )
 
 
 def arm_names(

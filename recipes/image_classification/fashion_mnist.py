@@ -8,9 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curation.recipes.sources import require_extra
+from curation.recipes.sources import Source, installed, online, require_extra
 
-FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # where Debian's package dataset-fashion-mnist puts it
+FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
+IMAGES = (
+    Source(FASHION_MNIST, "Debian's package dataset-fashion-mnist", lambda: Path(FASHION_MNIST).is_dir()),
+    Source("zalando-datasets/fashion_mnist", "Fashion-MNIST on the hub, 30 MB", online),
+    Source("digits", "1,797 handwritten digits of scikit-learn", installed("sklearn")),
+)
 
 
 def load_images(data: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The data module of labelled images, with wrong labels and a long tail of classes where asked."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from curation.batch import SampleIds
 from curation.checks import check_flag, check_integer, check_number, check_path, check_seed
-from curation.recipes.image_classification.fashion_mnist import FASHION_MNIST, load_images
+from curation.recipes.image_classification.fashion_mnist import IMAGES, load_images
 from curation.recipes.label_noise import corrupt_labels
-from curation.recipes.sources import sampled
+from curation.recipes.sources import AUTO, found, sampled
 from curation.samplers.concept_index import ConceptIndex
 
 
@@ -22,7 +22,9 @@ class Images(LightningDataModule):
 
     Args:
         data: ``"digits"`` (1,797 images of scikit-learn), a folder with the four ``idx`` files of MNIST or
-            Fashion-MNIST (gzipped or not), or a hub name with the columns ``image`` and ``label``.
+            Fashion-MNIST (gzipped or not), or a hub name with the columns ``image`` and ``label``; ``"auto"`` is
+            Fashion-MNIST in the folder of Debian's package, or else on the hub where ``download`` allows it, or else
+            ``"digits"``.
         label_noise: Share of the training labels that are drawn anew from the other classes, in [0, 1).
         holdout: Share of the training images that are held out with right labels, in (0, 1): for validation, and for
             training where ``swap`` is True.
@@ -30,12 +32,14 @@ class Images(LightningDataModule):
         holdout_noise: Share of wrong labels among the held-out images where ``swap`` trains on them, in [0, 1).
         imbalance: How many times as many training images the first class has as the last, with an exponential in
             between, as in long-tailed CIFAR (arXiv 1901.05555); 1 for all images.
+        rarest: Fewest training images of a class with ``imbalance``, which small data reach sooner.
         batch_size: Candidates per training batch and device.
         sampler: Makes the sampler of the training batches from ``concepts`` and the batch size, such as
             :class:`~curation.samplers.concept_aware.ConceptAwareSampler` or
             :class:`~curation.samplers.hard_batches.HardBatchSampler`; None reshuffles every epoch.
         num_workers: Worker processes of each data loader.
         seed: Seed of the split and of the wrong labels.
+        download: Whether ``"auto"`` may download from the hub, unless ``HF_HUB_OFFLINE`` is 1.
 
     Attributes:
         concepts: Index of the training labels, by sample id.
@@ -46,26 +50,32 @@ class Images(LightningDataModule):
         ValueError: If an argument is out of its range, or ``data`` holds no images.
     """
 
+    auto_sources: ClassVar = {"data": IMAGES}
+
     def __init__(
         self,
-        data: str = FASHION_MNIST,
+        data: str = AUTO,
         label_noise: float = 0.0,
         holdout: float = 0.1,
         swap: bool = False,
         holdout_noise: float = 0.0,
         imbalance: float = 1.0,
+        rarest: int = 1,
         batch_size: int = 128,
         sampler: Callable[[Any, int], Sampler] | None = None,
         num_workers: int = 0,
         seed: int = 0,
+        download: bool = False,
     ) -> None:
         super().__init__()
-        self.data = check_path("data", data)
+        check_flag("download", download)
+        self.data = found(self.auto_sources, {"data": check_path("data", data), "download": download})["data"]
         check_number("label_noise", label_noise, "[0, 1)")
         check_number("holdout", holdout, "(0, 1)")
         check_flag("swap", swap)
         check_number("holdout_noise", holdout_noise, "[0, 1)")
         check_number("imbalance", imbalance, "[1, inf)")
+        check_integer("rarest", rarest, 1)
         check_integer("batch_size", batch_size, 1)
         check_integer("num_workers", num_workers, 0)
         check_seed(seed)
@@ -74,6 +84,7 @@ class Images(LightningDataModule):
         self.swap = swap
         self.holdout_noise = holdout_noise
         self.imbalance = imbalance
+        self.rarest = rarest
         self.batch_size = batch_size
         self.sampler = sampler
         self.num_workers = num_workers
@@ -100,7 +111,7 @@ class Images(LightningDataModule):
         if self.swap:
             train, held_out, val_labels = held_out, train, noisy_labels
         if self.imbalance > 1:
-            train = train[long_tailed(labels[train], self.imbalance)]
+            train = train[long_tailed(labels[train], self.imbalance, self.rarest)]
         images, test_images = (images - mean) / deviation, (test_images - mean) / deviation
         self.corrupted = corrupted[train]
         self.train = SampleIds(TensorDataset(images[train], noisy_labels[train]))
@@ -124,12 +135,13 @@ class Images(LightningDataModule):
         return DataLoader(self.test, 1000, num_workers=self.num_workers)
 
 
-def long_tailed(labels: Tensor, imbalance: float) -> Tensor:
-    """The first ``max(1, n imbalance^(-c / (C - 1)))`` samples of each class ``c`` (arXiv 1901.05555).
+def long_tailed(labels: Tensor, imbalance: float, rarest: int = 1) -> Tensor:
+    """The first ``max(rarest, n imbalance^(-c / (C - 1)))`` samples of each class ``c`` (arXiv 1901.05555).
 
     Args:
         labels: int64 ``[N]`` in ``[0, C)``; ``n`` is the size of the largest class.
         imbalance: Size of the first class over that of the last, at least 1.
+        rarest: Fewest samples of a class that has as many.
 
     Returns:
         Positions, int64 ``[M]``, ascending.
@@ -141,7 +153,7 @@ def long_tailed(labels: Tensor, imbalance: float) -> Tensor:
     counts = labels.bincount()
     last = max(len(counts) - 1, 1)
     kept = [
-        (labels == c).nonzero().flatten()[: max(1, round(int(counts.max()) * imbalance ** (-c / last)))]
+        (labels == c).nonzero().flatten()[: max(rarest, round(int(counts.max()) * imbalance ** (-c / last)))]
         for c in range(len(counts))
     ]
     return torch.cat(kept).sort().values

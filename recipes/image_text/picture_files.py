@@ -1,4 +1,4 @@
-"""Where tagged pictures are read: emoji, a folder, or the Hugging Face hub; and how one is decoded."""
+"""Where tagged pictures are read: emoji, glyphs, a folder, or the Hugging Face hub; and how one is decoded."""
 
 from io import BytesIO
 from pathlib import Path
@@ -8,9 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curation.recipes.image_text.emoji import load_emoji
-from curation.recipes.sources import require_extra
+from curation.recipes.image_text.emoji import EMOJI, load_emoji
+from curation.recipes.image_text.glyphs import load_glyphs
+from curation.recipes.sources import Source, require_extra
 
+PICTURES = (
+    Source(EMOJI, "emoji of two artists, in packages of npm", lambda: Path(EMOJI, "emojibase-data").is_dir()),
+    Source("glyphs", "letters and signs of two fonts of matplotlib"),
+)
 HELD_OUT = {"val": "validation", "test": "test"}
 _COLUMNS = ("image", "text", "tags")
 
@@ -19,7 +24,7 @@ def load_tagged_pictures(data: str, seed: int = 0) -> dict[str, Any]:
     """Tagged pictures by split: ``train``, ``validation`` and ``test``.
 
     Args:
-        data: A ``node_modules`` folder, a folder of pictures or a hub name, as in
+        data: A ``node_modules`` folder, ``"glyphs"``, a folder of pictures or a hub name, as in
             :class:`~curation.recipes.image_text.TaggedPictures`.
         seed: Seed of what is held out.
 
@@ -34,7 +39,9 @@ def load_tagged_pictures(data: str, seed: int = 0) -> dict[str, Any]:
     import datasets
 
     folder = Path(data)
-    if folder.name == "node_modules":
+    if data == "glyphs":
+        parts = load_glyphs(seed)
+    elif folder.name == "node_modules":
         parts = load_emoji(folder, seed)
     elif folder.is_dir():
         try:

@@ -4,7 +4,7 @@ import re
 import zlib
 from collections.abc import Callable
 from io import BytesIO
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,9 +14,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from curation.batch import SampleIds
 from curation.checks import check_integer, check_path, check_seed
-from curation.recipes.image_text.emoji import EMOJI
-from curation.recipes.image_text.picture_files import HELD_OUT, decode, load_tagged_pictures
-from curation.recipes.sources import sampled
+from curation.recipes.image_text.picture_files import HELD_OUT, PICTURES, decode, load_tagged_pictures
+from curation.recipes.sources import AUTO, found, sampled
 from curation.samplers.concept_index import ConceptIndex
 
 _WORDS = 32  # words of a text; the rest is cut off
@@ -30,7 +29,9 @@ class TaggedPictures(LightningDataModule):
             of its skin tones, validates and tests on Twitter's pictures of disjoint halves of the emoji. Or a folder
             in the form of Hugging Face's ``imagefolder``, its ``metadata.jsonl`` with the columns ``file_name``,
             ``text`` and ``tags`` (a list). Or a hub name, with ``image``, ``text`` and ``tags``. A tenth of the
-            training pictures is held out for each of ``validation`` and ``test`` that is not there.
+            training pictures is held out for each of ``validation`` and ``test`` that is not there. Or ``"glyphs"``:
+            letters and signs of two fonts of matplotlib, with the words of their names as tags. ``"auto"`` is the
+            emoji of ``.venv/node_modules`` where they are installed, or else ``"glyphs"``.
         batch_size: Pictures per training batch and process.
         sampler: Makes the sampler of the training batches from ``concepts`` and the batch size, such as
             :class:`~curation.samplers.concept_aware.ConceptAwareSampler`; None reshuffles every epoch.
@@ -51,9 +52,11 @@ class TaggedPictures(LightningDataModule):
         ImportError: If a package is missing in the ``node_modules`` folder; the message has the command.
     """
 
+    auto_sources: ClassVar = {"data": PICTURES}
+
     def __init__(
         self,
-        data: str = EMOJI,
+        data: str = AUTO,
         batch_size: int = 64,
         sampler: Callable[[Any, int], Sampler] | None = None,
         num_workers: int = 0,
@@ -61,7 +64,7 @@ class TaggedPictures(LightningDataModule):
         image_size: int = 64,
     ) -> None:
         super().__init__()
-        self.data = check_path("data", data)
+        self.data = found(self.auto_sources, {"data": check_path("data", data)})["data"]
         check_integer("batch_size", batch_size, 1)
         check_integer("num_workers", num_workers, 0)
         check_seed(seed)

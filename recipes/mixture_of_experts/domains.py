@@ -1,11 +1,10 @@
 """Real text in several domains from files that a machine already has, such as manual pages in many languages."""
 
-import glob
 import gzip
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -14,9 +13,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from curation.checks import check_flag, check_integer, check_number, check_seed
+from curation.checks import check_choice, check_flag, check_integer, check_number, check_seed
+from curation.recipes.mixture_of_experts.text_sources import DOMAINS, NAMED, places
 from curation.recipes.seeds import global_seed
-from curation.recipes.sources import resolve
+from curation.recipes.sources import AUTO, found
 from curation.samplers.global_batch import GlobalBatchSampler
 
 
@@ -29,7 +29,9 @@ class Domains(LightningDataModule):
 
     Args:
         domains: A folder or a glob for the name of each domain; ``package:NAME/PATH`` begins in the folder of an
-            installed module. Files that end in ``.gz`` are unpacked.
+            installed module. Files that end in ``.gz`` are unpacked. Or ``"manual_pages"`` (in five languages, with
+            the documentation and the sources of Python and the headers of torch), ``"packages"`` (five domains that
+            installed packages bring along), or ``"auto"``, the first of these that the machine has all of.
         length: Number ``T`` of bytes in a piece, at least 2.
         batch_size: Number of pieces in a micro-batch, per process.
         single_domain: Whether all pieces of a micro-batch come from one domain that is drawn for it; otherwise a
@@ -60,9 +62,11 @@ class Domains(LightningDataModule):
         (['ab', 'cd'], torch.Size([4, 8]), 1)
     """
 
+    auto_sources: ClassVar = {"domains": DOMAINS}
+
     def __init__(
         self,
-        domains: dict[str, str],
+        domains: dict[str, str] | str = AUTO,
         length: int = 128,
         batch_size: int = 4,
         single_domain: bool = True,
@@ -72,7 +76,10 @@ class Domains(LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        self.domains = domains
+        domains = found(self.auto_sources, {"domains": domains})["domains"]
+        if isinstance(domains, str):
+            check_choice("domains", domains, (AUTO, *NAMED))
+        self.domains: dict[str, str] = NAMED[domains] if isinstance(domains, str) else domains
         self.length = check_integer("length", length, 2)
         self.batch_size = check_integer("batch_size", batch_size, 1)
         self.single_domain = check_flag("single_domain", single_domain)
@@ -200,14 +207,8 @@ def read(source: str) -> list[bytes]:
     Returns:
         The contents; empty where the source does not exist.
     """
-    if source.startswith("package:"):
-        package, _, path = source.partition("/")
-        try:
-            source = os.path.join(glob.escape(resolve(package)), path)
-        except ImportError:
-            return []
     files: dict[Path, None] = {}  # links to the same file are common among manual pages
-    for place in map(Path, glob.glob(os.path.expanduser(source), recursive=True)):
+    for place in places(source):
         files.update((file.resolve(), None) for file in (place.rglob("*") if place.is_dir() else [place]))
     contents = {}
     for file in files:

@@ -6,6 +6,7 @@ from curation.recipes.rollouts.policy import PolicyModule
 from curation.recipes.rollouts.prompts import Prompts
 from curation.recipes.rollouts.rewards import final_answer, number, score
 from curation.recipes.rollouts.solve_picture import SolvePicture
+from curation.recipes.rollouts.sums import Sums
 from curation.recipes.rollouts.tasks import Expression, FinalNumber, Puzzles, ReasoningGym, Task
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "ReasoningGym",
     "Rollouts",
     "SolvePicture",
+    "Sums",
     "Task",
     "Text",
     "final_answer",

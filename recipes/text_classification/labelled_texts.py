@@ -1,10 +1,15 @@
-"""Where labelled texts are read: reasoning-gym's questions, a folder, a file, or the Hugging Face hub."""
+"""Where labelled texts are read: reasoning-gym's questions, Python's library, a folder, a file, or the hub."""
 
 import os
 from typing import Any
 
-from curation.recipes.sources import require_extra, resolve
+from curation.recipes.library_texts import paragraphs
+from curation.recipes.sources import Source, installed, require_extra, resolve
 
+TEXTS = (
+    Source("reasoning_gym", "questions of 40 task families of the package reasoning-gym", installed("reasoning_gym")),
+    Source("library", "paragraphs of 40 modules of Python's standard library"),
+)
 HELD_OUT = ("validation", "test")
 _COLUMNS = ("text", "label")
 FAMILIES = (  # whose questions do not depend on Python's hash seed
@@ -22,9 +27,9 @@ def load_texts(data: str, samples_per_class: int = 125) -> dict[str, Any]:
     """Labelled texts by split: ``train``, and ``validation`` and ``test`` where there are any.
 
     Args:
-        data: ``"reasoning_gym"``, a folder, a file or a hub name, as in
+        data: ``"reasoning_gym"``, ``"library"``, a folder, a file or a hub name, as in
             :class:`~curation.recipes.text_classification.TextEmbeddings`.
-        samples_per_class: Questions of each family, in ``"reasoning_gym"``.
+        samples_per_class: Texts of each class, in ``"reasoning_gym"`` and ``"library"``.
 
     Returns:
         A ``datasets.Dataset`` for each split, with the columns ``text`` and ``label``.
@@ -39,6 +44,10 @@ def load_texts(data: str, samples_per_class: int = 125) -> dict[str, Any]:
 
     if data == "reasoning_gym":
         return {"train": datasets.Dataset.from_list(_questions(samples_per_class))}
+    if data == "library":
+        texts = paragraphs(len(FAMILIES), samples_per_class)
+        rows = [{"text": text, "label": module} for module in texts for text in texts[module]]
+        return {"train": datasets.Dataset.from_list(rows)}
     if data.endswith((".json", ".jsonl")):
         if not os.path.isfile(data):
             raise FileNotFoundError(f"Argument `data` must name a file with rows, but there is no {data!r}.")

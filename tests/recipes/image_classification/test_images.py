@@ -17,6 +17,7 @@ from curation.recipes import cli
 from curation.recipes.image_classification import CorruptedShare, ImageClassifier, Images
 from curation.recipes.image_classification.fashion_mnist import load_images
 from curation.recipes.image_classification.image_classifier import varied
+from curation.recipes.image_classification.images import long_tailed
 from curation.recipes.irreducible_losses import irreducible_losses
 from curation.scoring import per_sample_loss
 
@@ -73,6 +74,12 @@ def test_a_long_tail_is_of_the_training_images_only():
     assert torch.equal(whole.val.tensors[0], tailed.val.tensors[0])
     assert tailed.concepts.ids.tolist() == labels.tolist()
     assert tailed.concepts.names == range(10)
+
+
+def test_a_long_tail_leaves_the_fewest_that_are_asked_for():
+    labels = torch.arange(60) % 3
+    for rarest, counts in ((1, [20, 2, 1]), (4, [20, 4, 4]), (50, [20, 20, 20])):
+        assert labels[long_tailed(labels, 100.0, rarest)].bincount().tolist() == counts
 
 
 def test_the_long_tail_is_trained_on_evenly_and_drawn():
@@ -201,6 +208,7 @@ def test_bad_data_arguments_are_named(tmp_path):
         {"batch_size": 0},
         {"seed": -1},
         {"imbalance": 0.5},
+        {"rarest": 0},
     ):
         ((name, value),) = bad.items()
         with pytest.raises(ValueError, match=f"Argument `{name}` must be .* but got {value}"):
