@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curation.checks import check_integer, check_number, check_text
 from curation.recipes.causal_lm import OwnLogits, keep_layers, own_logits
+from curation.recipes.lora import Lora, add_adapters, check_lora
 from curation.recipes.mean_loss import MeanLoss
 from curation.recipes.smollm2 import SMOLLM2, SMOLLM2_GGUF
 from curation.recipes.sources import require_extra, resolve
@@ -30,9 +31,13 @@ class SupervisedFineTuning(LightningModule):
         lr: Learning rate of AdamW after the warm-up.
         weight_decay: Weight decay of AdamW.
         warmup_steps: Number of optimizer steps over which the learning rate rises linearly; constant afterwards.
+        lora: Train adapters of low rank, as ``{"rank": 8, "targets": ["q_proj", "v_proj"], "alpha": 16}``, and
+            nothing else (:class:`~curation.recipes.lora.Lora`); None trains all weights.
 
     Raises:
-        ValueError: If an argument is out of its range, or the model has fewer layers than ``num_layers``.
+        ValueError: If an argument is out of its range, the model has fewer layers than ``num_layers``, or none of a
+            name in ``lora``.
+        ImportError: If ``lora`` is given and peft is missing.
         TypeError: If the model is none that can be trained so, see :func:`~curation.recipes.causal_lm.own_logits`.
     """
 
@@ -44,6 +49,7 @@ class SupervisedFineTuning(LightningModule):
         lr: float = 1e-4,
         weight_decay: float = 0.0,
         warmup_steps: int = 0,
+        lora: Lora | None = None,
     ) -> None:
         super().__init__()
         check_text("model", model)
@@ -52,6 +58,7 @@ class SupervisedFineTuning(LightningModule):
         check_number("lr", lr, "(0, inf)")
         check_number("weight_decay", weight_decay, "[0, inf)")
         check_integer("warmup_steps", warmup_steps, 0)
+        self._lora = check_lora(lora)
         self.save_hyperparameters()
         self.model: Any = None
         self._logits: OwnLogits
@@ -70,6 +77,7 @@ class SupervisedFineTuning(LightningModule):
             resolve(self.hparams["model"]), gguf_file=self.hparams["gguf_file"], dtype=torch.float32
         )
         keep_layers(model, self.hparams["num_layers"])
+        model = add_adapters(model, self._lora)
         self._logits = own_logits(model)
         self.model = model.train()  # `from_pretrained` returns it in evaluation mode
 
@@ -119,8 +127,9 @@ class SupervisedFineTuning(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with a linear warm-up; a schedule over all steps would break a resume in the middle of an epoch."""
+        trained = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            self.parameters(), lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"], fused=True
+            trained, lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"], fused=True
         )
         warmup = max(1, self.hparams["warmup_steps"])
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
