@@ -28,7 +28,7 @@ LOADER_OPTIONS = (
 
 
 def features_and_labels(
-    trainer: Trainer, loader: DataLoader, samples: np.ndarray, layer: str | None
+    trainer: Trainer, loader: DataLoader, samples: np.ndarray, layer: str | None, classes: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Features and labels of training samples, computed by all processes.
 
@@ -37,22 +37,25 @@ def features_and_labels(
         loader: The training data loader.
         samples: int64 ``[N]``, the samples, ascending.
         layer: Path of the submodule whose outputs are the features; None for the inputs themselves.
+        classes: Whether the labels must be classes; else they may be numbers, or missing.
 
     Returns:
-        Features fp32 ``[N, D]`` and labels int64 ``[N]`` on the CPU of the first process, in the order of
-        ``samples``; what the other processes get has no meaning.
+        Features fp32 ``[N, D]`` and labels ``[N]`` (int64, or floating and NaN where they are missing) on the CPU of
+        the first process, in the order of ``samples``; what the other processes get has no meaning.
 
     Raises:
         ValueError: If a batch has not one feature and one label for each sample.
         TypeError: If a batch has no labels, or without a ``layer`` not one tensor of inputs.
         RuntimeError: If the pass failed on another process.
     """
-    batches = agree(trainer, lambda: _share(trainer, loader, samples, layer))
+    batches = agree(trainer, lambda: _share(trainer, loader, samples, layer, classes))
     features, labels = (_gather_interleaved(trainer, part)[: len(samples)] for part in zip(*batches, strict=True))
     return features, labels
 
 
-def _share(trainer: Trainer, loader: Any, samples: np.ndarray, layer: str | None) -> list[tuple[Tensor, Tensor]]:
+def _share(
+    trainer: Trainer, loader: Any, samples: np.ndarray, layer: str | None, classes: bool
+) -> list[tuple[Tensor, Tensor]]:
     """Features ``[B, D]`` and labels ``[B]`` of each batch of this process: every W-th of the samples."""
     module, size = trainer.lightning_module, loader.batch_sampler.batch_size
     sampler = SubsetSampler(loader.dataset, samples, shuffle=False)
@@ -67,7 +70,7 @@ def _share(trainer: Trainer, loader: Any, samples: np.ndarray, layer: str | None
         stack.enter_context(trainer.precision_plugin.forward_context())
         for step, batch in enumerate(batches):
             batch = move_to_device(trainer, batch)
-            inputs, labels = inputs_and_labels(batch)
+            inputs, labels = inputs_and_labels(batch, classes)
             if layer is None:
                 features = flatten_inputs(inputs)
             else:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curation.batch import batch_size
+
 LABELS = ("labels", "label", "y")
 
 
@@ -47,21 +49,27 @@ def row_vectors(source: str, outputs: list[Any], batch: Any) -> Tensor:
     return vectors
 
 
-def inputs_and_labels(batch: Any) -> tuple[Any, Tensor]:
+def inputs_and_labels(batch: Any, classes: bool = True) -> tuple[Any, Tensor]:
     """The inputs and the labels of a batch.
 
     Args:
-        batch: A pair ``(x, y)``, or a mapping with ``labels``, ``label`` or ``y``.
+        batch: A pair ``(x, y)``, or a mapping with ``labels``, ``label`` or ``y``; where the labels need not be
+            classes, also one without labels, a tensor ``x`` or a tuple ``(x,)``.
+        classes: Whether the labels must be classes. Else they may be numbers, ``[B]`` or ``[B, 1]``, and where there
+            is not one for each sample they are missing.
 
     Returns:
-        The inputs, None where a mapping has not exactly one other tensor; the labels, int64 ``[B]``.
+        The inputs, None where a mapping has not exactly one other tensor; the labels ``[B]``, int64, or floating and
+        NaN where they are missing.
 
     Raises:
-        TypeError: If there are no integer labels ``[B]``.
+        TypeError: If there are no integer labels ``[B]``, and they must be classes.
 
     Example:
         >>> inputs_and_labels({"x": torch.zeros(2, 3), "y": torch.tensor([0, 1])})[1]
         tensor([0, 1])
+        >>> inputs_and_labels(torch.zeros(2, 3), classes=False)[1]
+        tensor([nan, nan])
     """
     inputs = labels = None
     if isinstance(batch, Mapping):
@@ -70,13 +78,20 @@ def inputs_and_labels(batch: Any) -> tuple[Any, Tensor]:
         inputs = tensors[0] if len(tensors) == 1 else None
     elif isinstance(batch, (list, tuple)) and len(batch) == 2:
         inputs, labels = batch
-    if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point() or labels.is_complex():
-        kind = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(
-            "A selector needs one integer label per sample, the second element of batches (x, y), or `labels`, "
-            f"`label` or `y` of mappings, but the labels of a {type(batch).__name__} are {kind}."
-        )
-    return inputs, labels.long()
+    elif not classes:
+        inputs = batch[0] if isinstance(batch, (list, tuple)) and len(batch) == 1 else batch
+    if isinstance(labels, Tensor) and not labels.is_complex():
+        if labels.dim() == 1 and not labels.is_floating_point():
+            return inputs, labels.long()
+        if not classes and (labels.dim() == 1 or labels.shape[1:] == (1,)):
+            return inputs, labels.flatten().float()
+    if not classes:
+        return inputs, torch.full((batch_size(batch),), torch.nan)
+    kind = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+    raise TypeError(
+        "A selector needs one integer label per sample, the second element of batches (x, y), or `labels`, "
+        f"`label` or `y` of mappings, but the labels of a {type(batch).__name__} are {kind}."
+    )
 
 
 def flatten_inputs(inputs: Any) -> Tensor:

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,14 +26,15 @@ from curation.callbacks.lightning.loop import (
     restart_epoch,
 )
 from curation.callbacks.lightning.seam import BatchSeam, SeamClient, check_one_loader, refuse_strategies
-from curation.checks import check_integer, check_path, check_text
-from curation.instances.selection_index import SelectionIndex, Selector
+from curation.checks import check_integer, check_text
+from curation.instances.selection import Selection, check_selection, read_selection
+from curation.instances.selection_index import Selector
 from curation.samplers.subset import SubsetSampler
 from curation.scoring import side_effect_free
 
 
 class InstanceSelection(SeamClient):
-    """Trains on a part of the training samples: those of an index file, or those that a selector keeps.
+    """Trains on a part of the training samples: those of an index, or those that a selector keeps.
 
     For the fit, a copy of the data loader takes its place that draws from a
     :class:`~curation.samplers.subset.SubsetSampler`, shuffled if the sampler of the loader shuffles. Sample ids are
@@ -47,9 +47,12 @@ class InstanceSelection(SeamClient):
     ``estimated_stepping_batches`` takes every epoch to be as long as the first.
 
     Args:
-        index: The file that :meth:`~curation.instances.selection_index.SelectionIndex.save` wrote.
+        index: The samples: integers ``[n]``, a mask bool ``[N]``, a fitted selector, a
+            :class:`~curation.instances.selection_index.SelectionIndex`, or a file of one
+            (:func:`~curation.instances.selection.check_selection`).
         selector: Any object with ``fit(X, y)`` and then ``sample_indices_``; in the place of ``index``. Labels are
-            ``y`` of batches ``(x, y)``, or ``labels``, ``label`` or ``y`` of mappings.
+            ``y`` of batches ``(x, y)``, or ``labels``, ``label`` or ``y`` of mappings. A selector with
+            ``needs_classes = False`` gets numbers, too, and None of batches without one label for each sample.
         layer: Path of the submodule whose outputs are the features, such as ``"net.5"``, averaged as in
             :func:`~curation.callbacks.instances.embed.embed`; None for the inputs themselves.
         warmup_epochs: Epochs on all samples before the first selection.
@@ -74,13 +77,13 @@ class InstanceSelection(SeamClient):
 
     def __init__(
         self,
-        index: str | Path | None = None,
+        index: Selection | None = None,
         selector: Selector | None = None,
         layer: str | None = None,
         warmup_epochs: int = 0,
         every_n_epochs: int | None = None,
     ) -> None:
-        self.index: str | None = check_path("index", index, optional=True)
+        self.index = None if index is None else check_selection("index", index)
         self.selector = selector
         self.layer: str | None = check_text("layer", layer, optional=True)
         self.warmup_epochs: int = check_integer("warmup_epochs", warmup_epochs, 0)
@@ -197,12 +200,9 @@ class InstanceSelection(SeamClient):
 
     # ------------------------------------------------------------------ what
 
-    def _read(self, path: str) -> np.ndarray:
-        index = SelectionIndex.load(path)
-        if index.size != self._samples:
-            raise ValueError(
-                f"Argument `index` must be of the {self._samples} training samples, but got {path!r} of {index.size}."
-            )
+    def _read(self, selection: Any) -> np.ndarray:
+        assert self._samples is not None
+        index = read_selection("index", selection, self._samples)
         if not np.isin(index.indices, self._candidates).all():
             raise ValueError("Argument `index` must hold samples of the loader's SubsetSampler only, but has others.")
         warn_of_other_data(index, self._loader.dataset)
@@ -215,12 +215,16 @@ class InstanceSelection(SeamClient):
         rank_zero_info(f"InstanceSelection: {name} selects of {count} samples.")
         with self._without_a_trace(trainer):
             rng.seed(0, epoch)  # for augmentations and selectors without a seed, resumed or not
-            features, labels = features_and_labels(trainer, self._loader, np.sort(self._candidates), self.layer)
+            classes = getattr(selector, "needs_classes", True)
+            features, y = features_and_labels(trainer, self._loader, np.sort(self._candidates), self.layer, classes)
+            labels = None if y.isnan().all() else y.numpy()
+            if labels is None:
+                rank_zero_info(f"InstanceSelection: {name} selects without labels.")
 
             def fit() -> Any:
                 if not trainer.is_global_zero:
                     return None
-                selector.fit(features.numpy(), labels.numpy())
+                selector.fit(features.numpy(), labels)
                 if not hasattr(selector, "sample_indices_"):
                     raise TypeError(
                         f"Argument `selector` must have `sample_indices_` after `fit`, but {name} has not."

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from curation.instances.selection import Selection, check_selection, read_selection
     from curation.instances.selection_index import SelectionIndex, Selector, fingerprint
     from curation.instances.selector import InstanceSelector, class_budgets
     from curation.instances.selectors import (
@@ -18,13 +19,17 @@ __all__ = [
     "EditedNearestNeighboursFilter",
     "GraphAttentionInstanceSelector",
     "InstanceSelector",
+    "Selection",
     "SelectionIndex",
     "Selector",
     "StratifiedRandomSelector",
+    "check_selection",
     "class_budgets",
     "fingerprint",
+    "read_selection",
 ]
 _MODULES = {
+    **dict.fromkeys(("Selection", "check_selection", "read_selection"), "selection"),
     **dict.fromkeys(("SelectionIndex", "Selector", "fingerprint"), "selection_index"),
     **dict.fromkeys(("InstanceSelector", "class_budgets"), "selector"),
 }

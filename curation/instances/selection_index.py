@@ -23,6 +23,8 @@ SAMPLES = 64  # samples that a fingerprint hashes
 class Selector(Protocol):
     """Interface of instance selectors, with the conventions of scikit-learn; a selector need not inherit from it.
 
+    One with an attribute ``needs_classes`` that is False is given numbers as labels, too, or None.
+
     Attributes:
         sample_indices_: int64 ``[n]``, the samples that stay, after :meth:`fit`.
     """

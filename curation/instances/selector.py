@@ -11,14 +11,16 @@ from torch import Tensor
 try:
     from sklearn.base import BaseEstimator
     from sklearn.utils import _safe_indexing
-    from sklearn.utils.multiclass import check_classification_targets
+    from sklearn.utils.multiclass import check_classification_targets, type_of_target
     from sklearn.utils.validation import check_random_state, validate_data
 except ImportError as error:
     raise ImportError("Selectors need scikit-learn: `pip install 'lightning-curation[select]'`.") from error
 
-from curation.checks import check_flag, check_number
+from curation.checks import check_choice, check_flag, check_number
 
 Strategy = Literal["proportional", "equal"] | dict[Any, int]
+Targets = Literal["auto", "classes", "numbers"]
+STRATA = 10  # of targets that are numbers
 
 
 class InstanceSelector(BaseEstimator):
@@ -27,6 +29,7 @@ class InstanceSelector(BaseEstimator):
     A subclass defines ``_select``, which gets standardised features and class codes.
 
     Attributes:
+        needs_classes: Whether :meth:`fit` takes classes alone; else also numbers, or None for unlabelled samples.
         sample_indices_: int64 ``[n]``, the samples that stay, ascending.
         ranking_: int64 ``[n]``, the samples that stay, best first. Its first ``m`` are a selection of ``m`` samples
             without another fit. A fit with a smaller budget may choose others, since coverage then considers more
@@ -47,26 +50,27 @@ class InstanceSelector(BaseEstimator):
         [0, 2]
     """
 
+    needs_classes = True
     budget: float
     sampling_strategy: Strategy
     random_state: Any
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
-        tags.target_tags.required = True
+        tags.target_tags.required = self.needs_classes
         return tags
 
-    def fit(self, X: Any, y: Any) -> Self:
+    def fit(self, X: Any, y: Any = None) -> Self:
         """Select.
 
         Args:
             X: Features ``[N, D]``: an array, a tensor, a memory map, a data frame; dates are numbers. Standardised in
                 their own precision, so that a common offset changes nothing, and computed in fp32.
-            y: Classes ``[N]``.
+            y: Classes ``[N]``; or of a selector that does not need classes numbers ``[N]``, or None.
 
         Raises:
-            ValueError: If there is nothing to select from, a value is missing or not finite, or a parameter is out of
-                its range.
+            ValueError: If there is nothing to select from, a value is missing or not finite, there are no classes and
+                the selector needs them, or a parameter is out of its range.
 
         Warns:
             UserWarning: If more samples stay than the budget asks for, one of each class.
@@ -74,16 +78,18 @@ class InstanceSelector(BaseEstimator):
         start = perf_counter()
         X, y = (v.detach().cpu() if isinstance(v, Tensor) else v for v in (X, y))
         X = X.float() if isinstance(X, Tensor) else X  # NumPy has no bf16
-        X, y = validate_data(self, X, y, dtype="numeric")
+        if y is None and not self.needs_classes:
+            X = validate_data(self, X, dtype="numeric")
+        else:
+            X, y = validate_data(self, X, y, dtype="numeric")
         X, resolution = _floating(X)
         largest = float(np.abs(X).max())
         if largest > 1e35:
             raise ValueError(
                 f"Argument `X` must hold values of at most 1e35, since it is computed in fp32, but has {largest}."
             )
-        check_classification_targets(y)
-        self.classes_, codes = np.unique(y, return_inverse=True)
         self._check()
+        self.classes_, codes = self._strata(y, len(X))
         x = _standardised(X, resolution)
         del X
         order, gains = self._select(x, codes)
@@ -100,11 +106,14 @@ class InstanceSelector(BaseEstimator):
         }
         return self
 
-    def fit_resample(self, X: Any, y: Any) -> tuple[Any, Any]:
-        """Select, and return the features and classes that stay, with the types of ``X`` and ``y``."""
+    def fit_resample(self, X: Any, y: Any = None) -> tuple[Any, Any]:
+        """Select, and return the features and targets that stay, with the types of ``X`` and ``y``."""
         rows = self.fit(X, y).sample_indices_
-        features, classes = (v[rows] if isinstance(v, Tensor) else _safe_indexing(v, rows) for v in (X, y))
-        return features, classes
+
+        def stay(values: Any) -> Any:
+            return values[rows] if isinstance(values, Tensor) else _safe_indexing(values, rows)
+
+        return stay(X), None if y is None else stay(y)
 
     def get_support(self, indices: bool = False) -> np.ndarray:
         """The samples that stay, as a mask bool ``[N]``, or as indices int64 ``[n]``."""
@@ -118,6 +127,11 @@ class InstanceSelector(BaseEstimator):
     def _check(self) -> None:
         check_number("budget", self.budget, "(0, 1]")
 
+    def _strata(self, y: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """What has budgets of its own, here classes: names ``[C]``, and the code of each sample, int64 ``[N]``."""
+        check_classification_targets(y)
+        return np.unique(y, return_inverse=True)
+
     def _seed(self) -> int:
         return int(check_random_state(self.random_state).randint(2**31 - 1))
 
@@ -129,6 +143,37 @@ class InstanceSelector(BaseEstimator):
             y: int64 ``[N]``, class codes in ``[0, C)``.
         """
         raise NotImplementedError
+
+
+class AnyTargetSelector(InstanceSelector):
+    """Base class of selectors that need no classes: numbers are put into strata, and unlabelled samples into one.
+
+    Numbers are sorted and cut into ``min(10, m)`` strata of as many samples, give or take one, for a budget of ``m``
+    samples. So the budget is kept exactly, and every part of the range of the targets has its share of it.
+    """
+
+    needs_classes = False
+    targets: Targets
+
+    def _check(self) -> None:
+        super()._check()
+        check_choice("targets", self.targets, ("auto", "classes", "numbers"))
+
+    def _strata(self, y: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
+        if y is None:
+            return np.zeros(1, np.int64), np.zeros(n, np.int64)
+        continuous = self.targets == "auto" and type_of_target(y) == "continuous"
+        if not continuous and self.targets != "numbers":
+            return super()._strata(y, n)
+        if y.dtype.kind not in "iuf":
+            raise ValueError(
+                f"Argument `targets` must be 'auto' or 'classes' for {y.dtype}, but got {self.targets!r}."
+            )
+        values = y.astype(np.float64)
+        count = min(STRATA, max(round(self.budget * n), 1))
+        codes = np.empty(n, np.int64)
+        codes[np.argsort(values, kind="stable")] = np.arange(n) * count // n
+        return np.arange(count), codes
 
 
 def class_budgets(y: np.ndarray, budget: float, strategy: Strategy, classes: np.ndarray) -> np.ndarray:
@@ -191,7 +236,7 @@ def class_budgets(y: np.ndarray, budget: float, strategy: Strategy, classes: np.
     if total > max(asked, 1):
         warnings.warn(
             f"Argument `budget` of {budget} asks for {asked} of {len(y)} samples, but {total} stay, one of each "
-            "class. The targets of a regression are no classes: put them in bins first.",
+            "class. Where the targets are numbers and no classes, `targets='numbers'` keeps the budget.",
             stacklevel=2,
         )
     whole = np.maximum(np.floor(ideal + 1e-9).astype(np.int64), 1)

@@ -12,7 +12,7 @@ from curation.instances import hashing
 from curation.instances.attention import Training, train
 from curation.instances.coverage import cover
 from curation.instances.graph import Graph
-from curation.instances.selector import InstanceSelector, Strategy, class_budgets
+from curation.instances.selector import AnyTargetSelector, InstanceSelector, Strategy, Targets, class_budgets
 
 CAPACITY = 256  # samples of a hash bucket at most
 GRAPHS = ("multiview", "multilevel", "lsh", "minibatch", "hnsw", "exact")
@@ -75,12 +75,13 @@ def _copies(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return point_of, copy
 
 
-class StratifiedRandomSelector(InstanceSelector):
+class StratifiedRandomSelector(AnyTargetSelector):
     """Random samples of each class: the baseline of every other selector.
 
     Args:
         budget: Fraction of the samples that stay, in (0, 1]; at least one sample of each class stays.
         sampling_strategy: Budgets of the classes, see :func:`~curation.instances.selector.class_budgets`.
+        targets: What the targets are, as for :class:`CoverageInstanceSelector`.
         random_state: Seed or generator of the choice, as in scikit-learn.
 
     Raises:
@@ -93,10 +94,16 @@ class StratifiedRandomSelector(InstanceSelector):
     """
 
     def __init__(
-        self, budget: float = 0.04, *, sampling_strategy: Strategy = "proportional", random_state: Any = None
+        self,
+        budget: float = 0.04,
+        *,
+        sampling_strategy: Strategy = "proportional",
+        targets: Targets = "auto",
+        random_state: Any = None,
     ) -> None:
         self.budget = budget
         self.sampling_strategy = sampling_strategy
+        self.targets = targets
         self.random_state = random_state
 
     def _select(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -105,8 +112,12 @@ class StratifiedRandomSelector(InstanceSelector):
         return _best_of_classes(scores, y, budgets), scores
 
 
-class CoverageInstanceSelector(InstanceSelector):
+class CoverageInstanceSelector(AnyTargetSelector):
     """The samples of each class that cover the other samples of their class best.
+
+    Targets that are numbers are sorted and cut into ``min(10, m)`` strata of as many samples, for a budget of ``m``
+    samples, and these are treated as classes; so are all samples together where there are no targets
+    (``fit(X)``). Either way exactly ``m`` samples stay, at least one.
 
     Greedy facility location (:func:`~curation.instances.coverage.cover`) on a graph of nearest neighbours by hashing
     (:func:`~curation.instances.hashing.multi_view`). The scores are the gains, 0 for samples that do not stay. Copies
@@ -116,6 +127,7 @@ class CoverageInstanceSelector(InstanceSelector):
     Args:
         budget: Fraction of the samples that stay, in (0, 1]; at least one sample of each class stays.
         sampling_strategy: Budgets of the classes, see :func:`~curation.instances.selector.class_budgets`.
+        targets: ``"classes"``, ``"numbers"``, or ``"auto"``: numbers where one is not whole, else classes.
         n_neighbors: Number of neighbours in the graph; None for ``1 / budget``, clipped to [10, 25].
         n_views: Number of independent hashes.
         random_state: Seed or generator of the hashing, as in scikit-learn.
@@ -129,6 +141,9 @@ class CoverageInstanceSelector(InstanceSelector):
         >>> x, y = np.array([[0.0], [1.0], [2.0]]), np.zeros(3, int)
         >>> CoverageInstanceSelector(budget=0.34, random_state=0).fit(x, y).sample_indices_.tolist()
         [1]
+        >>> ages = np.array([20.5, 31.0, 44.5, 52.0])
+        >>> CoverageInstanceSelector(budget=0.5, random_state=0).fit(np.arange(4.0)[:, None], ages).report_["kept"]
+        2
     """
 
     def __init__(
@@ -136,6 +151,7 @@ class CoverageInstanceSelector(InstanceSelector):
         budget: float = 0.04,
         *,
         sampling_strategy: Strategy = "proportional",
+        targets: Targets = "auto",
         n_neighbors: int | None = None,
         n_views: int = 4,
         random_state: Any = None,
@@ -143,6 +159,7 @@ class CoverageInstanceSelector(InstanceSelector):
     ) -> None:
         self.budget = budget
         self.sampling_strategy = sampling_strategy
+        self.targets = targets
         self.n_neighbors = n_neighbors
         self.n_views = n_views
         self.random_state = random_state

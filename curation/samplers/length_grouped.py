@@ -72,7 +72,8 @@ class TokenBudgetSampler(BatchSampler):
     an order makes fewer, large batches are cut in two.
 
     Under DDP Lightning makes a batch sampler anew with a sampler of its own, which is ignored here. It can do so
-    where the data loader is made in ``train_dataloader`` of a module or data module; elsewhere set ``Trainer(use_distributed_sampler=False)``.
+    where the data loader is made in ``train_dataloader`` of a module or data module; elsewhere set
+    ``Trainer(use_distributed_sampler=False)``.
 
     Args:
         lengths: Integers ``[N]``, or the data set.
@@ -100,14 +101,9 @@ class TokenBudgetSampler(BatchSampler):
                 f"{longest} has {self.lengths[longest]}."
             )
         self.window: int = check_integer("window", window, 1)
-        self._order = _Order(self.lengths, seed)
+        self.sampler = self._order = _Order(self.lengths, seed)  # Lightning gives it the epoch
         self._planned: tuple[int, int] | None = None
         self._count = 0
-
-    @property
-    def sampler(self) -> GlobalBatchSampler:
-        """What Lightning gives the epoch to."""
-        return self._order
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that is iterated next; Lightning does."""

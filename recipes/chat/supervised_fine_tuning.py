@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curation.checks import check_flag, check_integer, check_number, check_text
 from curation.recipes.causal_lm import OwnLogits, keep_layers, own_logits
+from curation.recipes.lora import Lora, add_adapters, check_lora
 from curation.recipes.mean_loss import MeanLoss
 from curation.recipes.pretrained import MODELS, load_model
 from curation.recipes.sources import AUTO, found
@@ -34,9 +35,13 @@ class SupervisedFineTuning(LightningModule):
         weight_decay: Weight decay of AdamW.
         warmup_steps: Number of optimizer steps over which the learning rate rises linearly; constant afterwards.
         download: Whether ``"auto"`` may download from the hub, unless ``HF_HUB_OFFLINE`` is 1.
+        lora: Train adapters of low rank, as ``{"rank": 8, "targets": ["q_proj", "v_proj"], "alpha": 16}``, and
+            nothing else (:class:`~curation.recipes.lora.Lora`); None trains all weights.
 
     Raises:
-        ValueError: If an argument is out of its range, or the model has fewer layers than ``num_layers``.
+        ValueError: If an argument is out of its range, the model has fewer layers than ``num_layers``, or none of a
+            name in ``lora``.
+        ImportError: If ``lora`` is given and peft is missing.
         TypeError: If the model is none that can be trained so, see :func:`~curation.recipes.causal_lm.own_logits`.
     """
 
@@ -51,6 +56,7 @@ class SupervisedFineTuning(LightningModule):
         weight_decay: float = 0.0,
         warmup_steps: int = 0,
         download: bool = False,
+        lora: Lora | None = None,
     ) -> None:
         super().__init__()
         check_text("model", model)
@@ -61,6 +67,7 @@ class SupervisedFineTuning(LightningModule):
         check_integer("warmup_steps", warmup_steps, 0)
         check_flag("download", download)
         model = found(self.auto_sources, {"model": model, "download": download})["model"]
+        self._lora = check_lora(lora)
         self.save_hyperparameters()
         self.model: Any = None
         self._logits: OwnLogits
@@ -74,6 +81,7 @@ class SupervisedFineTuning(LightningModule):
             return
         model = load_model(self.hparams["model"], self.hparams["gguf_file"])
         keep_layers(model, self.hparams["num_layers"])
+        model = add_adapters(model, self._lora)
         self._logits = own_logits(model)
         self.model = model.train()  # `from_pretrained` returns it in evaluation mode
 
@@ -123,8 +131,9 @@ class SupervisedFineTuning(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with a linear warm-up; a schedule over all steps would break a resume in the middle of an epoch."""
+        trained = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            self.parameters(), lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"], fused=True
+            trained, lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"], fused=True
         )
         warmup = max(1, self.hparams["warmup_steps"])
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))

@@ -1,11 +1,13 @@
 """``curation select``: the samples of a recipe's training set that are worth training on, in an index file.
 
 ``curation select --config RECIPE --output FILE.parquet`` keeps 4 %, and says what a probe that is trained on them
-retains, beside as many at random. ``curation.callbacks.InstanceSelection(index="FILE.parquet")`` trains on them. The
-same command again, after it was interrupted, goes on with the index that is there.
+retains, beside as many at random; both are drawn anew for every seed. The file holds the selection of the first seed,
+and ``curation.callbacks.InstanceSelection(index="FILE.parquet")`` trains on it. The same command again, after it was
+interrupted, goes on with the index that is there.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -21,14 +23,17 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from curation.callbacks.lightning.loggers import log_image, takes_media
 from curation.checks import check_integer, check_number
 from curation.evaluation.retention import Part, Retention, retention
+from curation.instances.selection import index_of_selector, read_selection
 from curation.instances.selection_index import SelectionIndex, fingerprint
 from curation.recipes.cli.lightning_cli import run
 from curation.recipes.instance_selection.features import features_and_labels, in_order, load_weights, read_features
-from curation.recipes.instance_selection.retention_report import draw_retention, retention_report
-from curation.recipes.instance_selection.selecting import make_object, selection_index
+from curation.recipes.instance_selection.retention_report import draw_retention, kept_report, retention_report
+from curation.recipes.instance_selection.selecting import make_object, takes
 from curation.recipes.pictures import save_picture
 
 BUDGET = 0.04
+SELECTOR = "curation.instances.GraphAttentionInstanceSelector"
+PROBE, REGRESSION_PROBE = "sklearn.ensemble.RandomForestClassifier", "sklearn.ensemble.RandomForestRegressor"
 REPORT = ("output", "picture", "probe", "repeats")  # options that change the report, but not the selection
 
 
@@ -40,7 +45,7 @@ def main(args: list[str]) -> None:
         OSError: If a file to write exists or cannot be written.
     """
     options, overrides = parse(args)
-    selector = make_selector(options)
+    selector = None if options.index else make_selector(options)
     make_object("probe", options.probe, {}, {})
     if options.output.exists():
         made_before(options, overrides, selector)  # raises now
@@ -52,23 +57,41 @@ def main(args: list[str]) -> None:
         load_weights(module, options.ckpt_path)
     elif options.layer is not None:
         print(f"layer {options.layer} of the model as the recipe makes it; --ckpt_path takes a trained one")
-    train_loader, val_loader = (in_order(loader(data, part)) for part in ("train", "val"))
-    train = features_and_labels(trainer, module, train_loader, options.layer, "training")
-    validation = features_and_labels(trainer, module, val_loader, options.layer, "validation")
-    features = train[0] if options.features is None else read_features(options.features, len(train[1]))
-    read = time.perf_counter()
+    needs_classes = selector is not None and getattr(selector, "needs_classes", True)
+
+    def read(part: str, title: str) -> tuple[Any, Part]:
+        samples = in_order(loader(data, part))
+        return samples, features_and_labels(trainer, module, samples, options.layer, title, needs_classes)
+
+    train_loader, train = read("train", "training")
+    x, y = train
+    labels = None if np.isnan(y).all() else y
+    validation = None if labels is None else read("val", "validation")[1]
+    features = x if options.features is None else read_features(options.features, len(y))
+    seconds = time.perf_counter() - began
     if options.output.exists():
         index = made_before(options, overrides, selector, train_loader.dataset)
         print(f"index: {options.output}, made before by this command", flush=True)
     else:
-        index = select(options, overrides, selector, features, train[1], train_loader.dataset)
-        print(f"{options.selector}: features in {read - began:.1f} s, selected in {time.perf_counter() - read:.1f} s")
+        began = time.perf_counter()
+        index = select(options, overrides, selector, features, labels, train_loader.dataset)
+        print(
+            f"{options.index or options.selector}: features in {seconds:.1f} s, selected in "
+            f"{time.perf_counter() - began:.1f} s"
+        )
         print(f"index: {options.output}", flush=True)
-    retained = measure(options, train, validation, index)
-    name = f"{options.probe}, on {len(validation[1]):,} validation samples"
-    print(retention_report(train[1], index.indices, retained, name))
+    retained = None
+    if validation is None:
+        print("\n".join([*kept_report(y, index.indices), "no labels, so no probe says what is retained"]))
+    else:
+        if y.dtype.kind == "f" and options.probe == PROBE:
+            options.probe = REGRESSION_PROBE
+        retained = measure(options, train, validation, selections(options, index, features, labels))
+        name = f"{options.probe}, on {len(validation[1]):,} validation samples"
+        print(retention_report(y, index.indices, retained, name))
     if options.picture is not None or takes_media(trainer):
-        figure = draw_retention(features, train[1], index.indices, retained)
+        colours = np.zeros(len(y), np.int64) if labels is None else y
+        figure = draw_retention(features, colours, index.indices, retained)
         log(trainer, figure, retained)
         if options.picture is not None:
             save_picture(figure, options.picture)
@@ -85,12 +108,17 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     options, overrides = parser().parse_known_args(args)
     if options.picture is not None and options.picture.exists():
         raise FileExistsError(f"Argument `--picture` must name a new file, but {str(options.picture)!r} exists.")
-    for name in ("ckpt_path", "features"):
+    for name in ("ckpt_path", "features", "index"):
         file = getattr(options, name)
         if file is not None and not Path(file).is_file():
             raise ValueError(f"Argument `--{name}` must name a file, but there is no {file!r}.")
     if options.ckpt_path is not None and options.layer is None:
         raise ValueError("Argument `--layer` must be given with `--ckpt_path`, but got None.")
+    if options.index is not None and (options.selector, options.budget, options.options) != (SELECTOR, None, "{}"):
+        raise ValueError(
+            "Argument `--index` must be left out with `--selector`, `--budget` and `--options`, but got "
+            f"{options.index!r}."
+        )
     if options.budget is not None:
         check_number("--budget", options.budget, "(0, 1)")
     check_integer("--repeats", options.repeats, 2)
@@ -109,32 +137,37 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--budget", type=float, help=f"share of the samples to keep (default {BUDGET})")
     parser.add_argument(
         "--selector",
-        default="curation.instances.GraphAttentionInstanceSelector",
+        default=SELECTOR,
         metavar="CLASS_PATH",
         help="class of the selector (%(default)s)",
     )
     parser.add_argument(
         "--options", default="{}", metavar="JSON", help="its other arguments, as '{\"n_neighbors\": 5}'"
     )
+    parser.add_argument(
+        "--index",
+        metavar="FILE",
+        help="a selection to measure in the place of a selector's: .npy with indices or a mask, or an index",
+    )
     parser.add_argument("--layer", help="submodule whose output are the features (default: the inputs, flattened)")
     parser.add_argument("--ckpt_path", help="checkpoint of the module, for --layer")
     parser.add_argument("--features", metavar="FILE.npy", help="[N, D], to select by in the place of the probe's")
     parser.add_argument(
         "--probe",
-        default="sklearn.ensemble.RandomForestClassifier",
+        default=PROBE,
         metavar="CLASS_PATH",
-        help="class of the classifier that says what the selection retains (%(default)s)",
+        help="class of what says what the selection retains (%(default)s; of numbers the regressor)",
     )
-    parser.add_argument("--repeats", type=int, default=5, help="probes and random selections (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the selector, and the first of the probes")
+    parser.add_argument("--repeats", type=int, default=5, help="selections, and as many random ones (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="first seed of the selector and of the probes")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw what was kept, and what it retains")
     return parser
 
 
-def make_selector(options: argparse.Namespace) -> Any:
-    """The selector that the options name, with the budget and the seed where it takes them."""
+def make_selector(options: argparse.Namespace, repeat: int = 0) -> Any:
+    """The selector of a repeat, with the budget and the seed where it takes them."""
     required = options.options | ({} if options.budget is None else {"budget": options.budget})
-    defaults = {"budget": BUDGET, "random_state": options.seed}
+    defaults = {"budget": BUDGET, "random_state": options.seed + repeat}
     accepted = {name: value for name, value in defaults.items() if name not in required}
     return make_object("selector", options.selector, accepted, required)
 
@@ -162,27 +195,51 @@ def select(
     overrides: list[str],
     selector: Any,
     features: np.ndarray,
-    labels: np.ndarray,
+    labels: np.ndarray | None,
     dataset: Any,
 ) -> SelectionIndex:
-    """Fit the selector and save the index of what it selects.
+    """Fit the selector, or read ``--index``, and save the index of what is selected.
 
     Raises:
-        ValueError: If the selector has no ``sample_indices_`` after ``fit``.
+        ValueError: If the selector has no ``sample_indices_`` after ``fit``, or the file holds no selection of the
+            data.
     """
-    selector.fit(features, labels)
-    if not hasattr(selector, "sample_indices_"):
-        raise ValueError(
-            f"Argument `--selector` must have `sample_indices_` after `fit`, but {options.selector} has not."
-        )
-    index = selection_index(selector, dataset, configuration(options, overrides, selector))
+    config = json.dumps(configuration(options, overrides, selector), default=str)  # paths
+    if selector is None:
+        index = read_selection("--index", options.index, len(dataset))
+        index = dataclasses.replace(index, fingerprint=fingerprint(dataset), config=config)
+    else:
+        selector.fit(features, labels)
+        if not hasattr(selector, "sample_indices_"):
+            raise ValueError(
+                f"Argument `--selector` must have `sample_indices_` after `fit`, but {options.selector} has not."
+            )
+        index = index_of_selector(selector, len(dataset), fingerprint(dataset), config)
     index.save(options.output)
     return index
 
 
+def selections(
+    options: argparse.Namespace, index: SelectionIndex, features: np.ndarray, labels: np.ndarray | None
+) -> list[np.ndarray]:
+    """The selection of each repeat: of a selector with a seed, which the options leave open, one with each seed."""
+    if options.index or "random_state" in options.options or not takes(options.selector, "random_state"):
+        return [index.indices] * options.repeats
+    from rich.progress import track
+
+    selected = [index.indices]
+    for repeat in track(range(1, options.repeats), "selecting"):
+        selector = make_selector(options, repeat)
+        selector.fit(features, labels)
+        selected.append(np.unique(selector.sample_indices_))
+    return selected
+
+
 def configuration(options: argparse.Namespace, overrides: list[str], selector: Any) -> dict[str, Any]:
     """How a selection is made: options, recipe, and hashes of the files that they name."""
-    named = [text.rpartition("=")[2] for text in (*overrides, options.ckpt_path, options.features) if text]
+    named = [
+        text.rpartition("=")[2] for text in (*overrides, options.ckpt_path, options.features, options.index) if text
+    ]
     hashes = {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in named if os.path.isfile(file)}
     return vars(options) | {"budget": getattr(selector, "budget", None), "recipe": overrides, "files": hashes}
 
@@ -195,7 +252,7 @@ def made_before(
     Args:
         options: Options of the command.
         overrides: Arguments for the recipe.
-        selector: The selector, which has not been fitted.
+        selector: The selector, which has not been fitted; None with ``--index``.
         dataset: The training set; None where it is not made yet.
 
     Raises:
@@ -228,8 +285,8 @@ def loader(data: LightningDataModule, part: str) -> Any:
         raise ValueError(f"{type(data).__name__} must have a `{part}_dataloader`. {error}") from error
 
 
-def measure(options: argparse.Namespace, train: Part, validation: Part, index: SelectionIndex) -> Retention:
-    """What probes retain that are trained on the selected samples, and on as many random ones."""
+def measure(options: argparse.Namespace, train: Part, validation: Part, selected: list[np.ndarray]) -> Retention:
+    """What probes retain that are trained on the selection of each repeat, and on as many random samples."""
     from rich.progress import track
 
     def probe(seed: int) -> Any:
@@ -238,7 +295,7 @@ def measure(options: argparse.Namespace, train: Part, validation: Part, index: S
     return retention(
         train,
         validation,
-        index.indices,
+        selected,
         probe,
         options.repeats,
         options.seed,
@@ -246,11 +303,11 @@ def measure(options: argparse.Namespace, train: Part, validation: Part, index: S
     )
 
 
-def log(trainer: Trainer, figure: Any, retained: Retention) -> None:
+def log(trainer: Trainer, figure: Any, retained: Retention | None) -> None:
     """Log the picture and the numbers to W&B, where the recipe has it."""
     log_image(trainer, "instances/selection", figure)
     for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
+        if isinstance(logger, WandbLogger) and retained is not None:
             logger.log_metrics(
                 {
                     "instances/retention": retained.of_selected.mean(),

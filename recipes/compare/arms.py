@@ -131,7 +131,7 @@ def _recipe_arm(name: str, options: Any, keep: float | None) -> Arm:
             f"Argument `arms` must map a name to options, with `callbacks` a list of class paths, but {name!r} "
             f"is {options!r}."
         )
-    overrides = {key: value for key, value in options.items() if key != "callbacks"}
+    overrides = {key: value for key, value in options.items() if key not in ("callbacks", "by_default")}
     return Arm(name, [_with_defaults(c, keep) for c in callbacks], overrides)
 
 

@@ -50,7 +50,8 @@ def _draw(content: dict[str, Any]) -> Any:
     count = len(workloads) + sum("sweep" in workload for workload in workloads) + profiled
     figure = Figure(figsize=(14, 4.3 * count), layout="constrained")
     grid = figure.subplots(count, 3, squeeze=False)
-    rows, named = iter(grid), {}
+    rows = iter(grid)
+    named: dict[str, Any] = {}
     for workload in workloads:
         left, middle, right = next(rows)
         unit = workload["budget"]["unit"]
@@ -66,7 +67,7 @@ def _draw(content: dict[str, Any]) -> Any:
         for axes in grid[-1][1:]:
             axes.axis("off")
     if named:  # above everything, where no line is
-        figure.legend(named.values(), named, loc="outside upper center", ncols=8, frameon=False)
+        figure.legend(list(named.values()), list(named), loc="outside upper center", ncols=8, frameon=False)  # type: ignore[call-overload]
     return figure
 
 

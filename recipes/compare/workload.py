@@ -173,13 +173,15 @@ def refuse_auto(config: str, recipe: dict[str, Any]) -> None:
 def arm_names(
     config: str, recipe: dict[str, Any], callbacks: list[dict[str, Any]], methods: list[str] | None
 ) -> list[str]:
-    """Names of the arms: the baselines, and the methods or what the recipe has.
+    """Names of the arms: the baselines, and the methods or what the recipe has, but for ``by_default: false``.
 
     Raises:
         ValueError: If a name cannot be the name of a folder, or there is nothing to compare.
     """
     if methods is None:
-        methods = list(recipe.get("arms") or {}) or ["recipe"]
+        arms = recipe.get("arms") or {}
+        methods = [name for name, arm in arms.items() if not isinstance(arm, dict) or arm.get("by_default", True)]
+        methods = methods or ["recipe"]
     names = list(dict.fromkeys([*BASELINES, *(str(name).strip() for name in methods)]))
     for name in names:
         if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):

@@ -1,4 +1,4 @@
-"""A small convolutional network for images, trained with cross-entropy."""
+"""A small convolutional network for images, trained with cross-entropy or focal loss."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from torchmetrics import Accuracy
 
 from curation.checks import check_choice, check_flag, check_integer, check_number
+from curation.scoring import per_sample_loss
 
 
 class ImageClassifier(LightningModule):
-    """Two convolutions and two linear layers, trained with cross-entropy.
+    """Two convolutions and two linear layers, trained with cross-entropy or focal loss.
+
+    The validation loss is the plain cross-entropy, whatever the training loss is.
 
     Args:
         channels: Output channels of the first convolution; the second has twice as many.
@@ -25,9 +28,19 @@ class ImageClassifier(LightningModule):
         shift: Largest shift of a training image in pixels, at random in each direction; edges are repeated.
         mirror: Whether half of the training images are mirrored.
         schedule: ``"linear"`` lets the learning rate rise over 2 % of the steps and fall to 0 at the end of the fit.
+        class_weights: True weighs the classes by ``n / (C n_c)``, from the ``concepts`` of the data module: ``n``
+            training labels, of which ``n_c`` are of class ``c``. Or the weights, ``[C]``; a batch's loss is divided
+            by their sum over its rows. False weighs all alike.
+        label_smoothing: Share of the target that is spread over all classes, in [0, 1).
+        focal_gamma: Exponent of focal loss (arXiv 1708.02002, eq. 4), ``(1 - p)^gamma`` times the cross-entropy, with
+            ``p`` the probability of the target; its mean over the rows. 0 for cross-entropy.
+
+    Attributes:
+        sample_losses: Losses of the rows of the last step, ``[B]``; with ``focal_gamma`` alone.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of its range, or the data module does not tell the frequencies of the
+            classes.
 
     Example:
         >>> ImageClassifier()(torch.zeros(2, 1, 28, 28)).shape
@@ -45,6 +58,9 @@ class ImageClassifier(LightningModule):
         shift: int = 0,
         mirror: bool = False,
         schedule: Literal["constant", "linear"] = "constant",
+        class_weights: bool | list[float] = False,
+        label_smoothing: float = 0.0,
+        focal_gamma: float = 0.0,
     ) -> None:
         super().__init__()
         check_integer("channels", channels, 1)
@@ -56,7 +72,15 @@ class ImageClassifier(LightningModule):
         check_integer("shift", shift, 0)
         check_flag("mirror", mirror)
         check_choice("schedule", schedule, ("constant", "linear"))
+        check_number("label_smoothing", label_smoothing, "[0, 1)")
+        self.focal_gamma: float = check_number("focal_gamma", focal_gamma, "[0, inf)")
         self.save_hyperparameters()
+        self._counted = class_weights is True
+        weights = class_weight_list(class_weights, classes)
+        self.criterion = nn.CrossEntropyLoss(weights, label_smoothing=label_smoothing)
+        if focal_gamma:  # callbacks ask whether a module has these
+            self.sample_losses: Tensor | None = None
+            self.score_step = self._focal_losses
         stride, pool = (2, nn.Identity()) if strides else (1, nn.MaxPool2d(2))
         self.net = nn.Sequential(
             nn.LazyConv2d(channels, 5 if strides else 3, stride, 2 if strides else 1), nn.ReLU(), pool,
@@ -67,22 +91,46 @@ class ImageClassifier(LightningModule):
         self.test_accuracy = Accuracy("multiclass", num_classes=classes)
 
     def setup(self, stage: str) -> None:
-        """Take the size of the images from the data."""
+        """Take the size of the images from the data, and in a fit the weights of the classes."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if data is not None:
             self.net(torch.zeros(1, *data.shape))
+        if self._counted and stage == "fit":
+            self._count_classes(getattr(data, "concepts", None))
+
+    def _count_classes(self, concepts: Any) -> None:
+        weight = self.criterion.weight
+        assert weight is not None
+        if concepts is None or len(concepts.frequencies) != len(weight):
+            raise ValueError(
+                f"Argument `class_weights` must be a list of {len(weight)} numbers or False where the data module "
+                "has no `concepts` with the frequencies of as many classes, but got True."
+            )
+        counts = torch.from_numpy(concepts.frequencies)
+        weight.copy_(counts.sum() / (len(counts) * counts.clamp(min=1)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[B, classes]`` of images ``[B, C, H, W]``."""
         return self.net(x)
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        """Mean cross-entropy."""
+        """The loss of a batch."""
         x, y = batch[:2]  # ids follow where no callback strips them
         x = varied(x, self.hparams.get("shift", 0), self.hparams.get("mirror", False))  # not of a subclass
-        loss = F.cross_entropy(self(x), y)
+        if self.focal_gamma:
+            self.sample_losses = self._focal_losses((x, y))
+            loss = self.sample_losses.mean()
+        else:
+            loss = self.criterion(self(x), y)
         self.log("train_loss", loss, prog_bar=True)
         return loss
+
+    def _focal_losses(self, batch: Sequence[Tensor]) -> Tensor:
+        """Focal losses of the rows, fp32 ``[B]``."""
+        logits, y = self(batch[0]).float(), batch[1]
+        losses = per_sample_loss(logits, y, self.criterion.weight, self.criterion.label_smoothing)
+        others = 1 - logits.softmax(1).gather(1, y[:, None])[:, 0]
+        return others.clamp(min=1e-6) ** self.focal_gamma * losses  # the slope of a root at 0 is infinite
 
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         """Loss and accuracy."""
@@ -118,6 +166,21 @@ class ImageClassifier(LightningModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def class_weight_list(class_weights: Any, classes: int) -> Tensor | None:
+    """Weights of the classes, fp32 ``[classes]``: ones for True, None for False.
+
+    Raises:
+        ValueError: If the weights are not one number > 0 for each class.
+    """
+    if isinstance(class_weights, bool):
+        return torch.ones(classes) if class_weights else None
+    if not isinstance(class_weights, (list, tuple)) or len(class_weights) != classes:
+        raise ValueError(
+            f"Argument `class_weights` must be True, False or a list of {classes} numbers, but got {class_weights!r}."
+        )
+    return torch.tensor([check_number("class_weights", weight, "(0, inf)") for weight in class_weights])
 
 
 def varied(x: Tensor, shift: int, mirror: bool) -> Tensor:

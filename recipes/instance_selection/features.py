@@ -33,7 +33,7 @@ def in_order(loader: Any) -> DataLoader:
 
 
 def features_and_labels(
-    trainer: Trainer, module: LightningModule, loader: DataLoader, layer: str | None, title: str
+    trainer: Trainer, module: LightningModule, loader: DataLoader, layer: str | None, title: str, classes: bool = True
 ) -> Part:
     """Features and labels of all samples, in order.
 
@@ -43,9 +43,10 @@ def features_and_labels(
         loader: An unshuffled loader of all samples.
         layer: Name of the submodule whose output are the features; None for the flattened inputs.
         title: What the samples are called in the progress bar.
+        classes: Whether the labels must be classes; else they may be numbers, or missing.
 
     Returns:
-        Features fp32 ``[N, D]`` and labels int64 ``[N]``.
+        Features fp32 ``[N, D]`` and labels ``[N]``, int64, or floating and NaN where they are missing.
 
     Raises:
         ValueError: If there are no samples, a batch has no labels, its inputs are not one tensor and there is no
@@ -58,7 +59,7 @@ def features_and_labels(
     features, labels = [], []
     for batch in track(loader, f"reading {title} samples"):
         try:
-            inputs, y = inputs_and_labels(split_sample_ids(batch)[0])
+            inputs, y = inputs_and_labels(split_sample_ids(batch)[0], classes)
             if layer is None:
                 features.append(flatten_inputs(inputs))
         except TypeError as error:

@@ -10,20 +10,33 @@ LARGEST_TSNE = 5000  # samples
 NAMED_CLASSES = 20  # more classes are summed up
 
 
-def retention_report(y: np.ndarray, indices: np.ndarray, retained: Retention, probe: str) -> str:
-    """What was kept, per class, and what a probe that is trained on it retains, beside random samples.
+def kept_report(y: np.ndarray, indices: np.ndarray) -> list[str]:
+    """How many samples were kept, and of which classes.
 
     Args:
-        y: Labels of all samples, int64 ``[N]``.
+        y: Labels of all samples, int64 ``[N]``, or numbers, of which nothing more is said.
         indices: Positions of the kept samples, int64 ``[m]``.
-        retained: The accuracies that :func:`curation.evaluation.retention.retention` measured.
-        probe: Name of the probe.
     """
+    lines = [f"{len(indices):,} of {len(y):,} samples kept, reduction {1 - len(indices) / len(y):.1%}"]
+    if y.dtype.kind == "f":
+        return lines
     classes, sizes = np.unique(y, return_counts=True)
     counts = (y[indices][:, None] == classes).sum(0)
     kept = ", ".join(f"{c}: {count} of {size}" for c, count, size in zip(classes, counts, sizes, strict=True))
     if len(classes) > NAMED_CLASSES:
         kept = f"{counts.min()} to {counts.max()} of {sizes.min()} to {sizes.max()}, in {len(classes)} classes"
+    return [*lines, f"kept per class: {kept}"]
+
+
+def retention_report(y: np.ndarray, indices: np.ndarray, retained: Retention, probe: str) -> str:
+    """What was kept, per class, and what a probe that is trained on it retains, beside random samples.
+
+    Args:
+        y: Labels of all samples, int64 ``[N]``, or numbers.
+        indices: Positions of the kept samples, int64 ``[m]``.
+        retained: The accuracies that :func:`curation.evaluation.retention.retention` measured.
+        probe: Name of the probe.
+    """
     mean, low, high = retained.difference()
     verdict = "better than random" if low > 0 else "worse than random" if high < 0 else "no different from random"
     rows = [("all samples", [retained.full], retained.of_selected * 0 + 1, 0.0)] + [
@@ -33,40 +46,40 @@ def retention_report(y: np.ndarray, indices: np.ndarray, retained: Retention, pr
             ("stratified random", retained.random, retained.of_random),
         )
     ]
+    interval = f"interval of {len(retained.selected)} selections" if retained.redrawn else "prediction interval"
     lines = [
-        f"{len(indices):,} of {len(y):,} samples kept, reduction {retained.reduction:.1%}",
-        f"kept per class: {kept}",
+        *kept_report(y, indices),
         f"{probe}, mean and standard deviation of {len(retained.selected)} seeds:",
-        f"{'trained on':18} {'accuracy':>8} {'retention':>16} {'effectiveness':>14}",
+        f"{'trained on':18} {'R²' if y.dtype.kind == 'f' else 'accuracy':>8} {'retention':>16} {'effectiveness':>14}",
         *(
             f"{name:18} {np.mean(accuracies):8.4f} {shares.mean():7.4f} ± {shares.std(ddof=1):.4f} "
             f"{np.mean(accuracies) * reduction:14.4f}"
             for name, accuracies, shares, reduction in rows
         ),
-        f"retention, selected minus random: {mean:+.4f}, 95 % prediction interval {low:+.4f} to {high:+.4f}: "
-        f"{verdict}",
+        f"retention, selected minus random: {mean:+.4f}, 95 % {interval} {low:+.4f} to {high:+.4f}: {verdict}",
     ]
     return "\n".join(lines)
 
 
-def draw_retention(x: np.ndarray, y: np.ndarray, indices: np.ndarray, retained: Retention) -> Any:
+def draw_retention(x: np.ndarray, y: np.ndarray, indices: np.ndarray, retained: Retention | None) -> Any:
     """Kept samples among those left out, in two dimensions, beside what they retain.
 
     Args:
         x: Features ``[N, D]``; up to 5,000 samples are drawn by t-SNE, more by their two principal components.
-        y: Labels, int64 ``[N]``.
+        y: Labels, int64 ``[N]``, or numbers.
         indices: Positions of the kept samples, int64 ``[m]``.
-        retained: The accuracies of the probes.
+        retained: The accuracies of the probes; None where there are none.
 
     Returns:
         A ``matplotlib.figure.Figure``.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    scatter, bars = figure.subplots(1, 2, width_ratios=[2.6, 1])
+    figure = Figure(figsize=(11 if retained else 8, 5), layout="constrained")
+    scatter, *bars = figure.subplots(1, 2, width_ratios=[2.6, 1]) if retained else [figure.subplots()]
     _draw_samples(scatter, x, y, np.isin(np.arange(len(y)), indices))
-    _draw_shares(bars, retained)
+    if retained:
+        _draw_shares(bars[0], retained)
     return figure
 
 

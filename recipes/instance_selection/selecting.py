@@ -1,13 +1,8 @@
-"""Fitting a selector that a user names by its class path, and the index file of what it selects."""
+"""Objects of classes that a user names by their paths, such as selectors."""
 
 import inspect
-import json
 from importlib import import_module
 from typing import Any
-
-import numpy as np
-
-from curation.instances.selection_index import SelectionIndex, fingerprint
 
 
 def make_object(option: str, class_path: str, accepted: dict[str, Any], required: dict[str, Any]) -> Any:
@@ -35,23 +30,12 @@ def make_object(option: str, class_path: str, accepted: dict[str, Any], required
         raise ValueError(f"Argument `--{option}` must be a class with its arguments, but {error}.") from error
 
 
-def selection_index(selector: Any, dataset: Any, config: dict[str, Any]) -> SelectionIndex:
-    """The index of a selector that was fitted to all samples of a data set.
+def takes(class_path: str, argument: str) -> bool:
+    """Whether the constructor of a class, which can be made, has an argument.
 
-    Args:
-        selector: A fitted selector: ``sample_indices_`` int64 ``[m]``, and where it has them ``scores_`` ``[N]`` (NaN
-            otherwise) and ``ranking_`` ``[m]`` (the order of the samples otherwise).
-        dataset: The data set, of ``N`` samples.
-        config: How the selection was made; it is stored in the index as JSON.
+    Example:
+        >>> takes("fractions.Fraction", "numerator")
+        True
     """
-    indices = np.unique(selector.sample_indices_)
-    scores = getattr(selector, "scores_", np.full(len(dataset), np.nan))
-    ranks = np.argsort(getattr(selector, "ranking_", indices))  # position of each index, ascending, in the ranking
-    return SelectionIndex(
-        indices,
-        np.asarray(scores)[indices],
-        ranks,
-        len(dataset),
-        fingerprint(dataset),
-        json.dumps(config, default=str),  # paths
-    )
+    module, _, name = class_path.rpartition(".")
+    return argument in inspect.signature(getattr(import_module(module), name)).parameters

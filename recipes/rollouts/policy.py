@@ -18,6 +18,7 @@ from curation.callbacks.lightning.loggers import log_table
 from curation.callbacks.lightning.loop import wait_for
 from curation.checks import check_choice, check_integer, check_number, check_seed
 from curation.recipes.causal_lm import OwnLogits, evaluation_mode, own_logits
+from curation.recipes.lora import Lora, add_adapters, check_lora
 from curation.recipes.rollouts.answers import Rollouts, answer_log_probs, check_sampling, packed
 from curation.recipes.rollouts.evaluation import SolvedPrompts
 from curation.recipes.rollouts.language_models import LanguageModelSource, Text
@@ -57,7 +58,8 @@ class PolicyModule(LightningModule):
         normalizer: Denominator of the loss, see :func:`~curation.rollouts.advantages.loss_weights`.
         clip_low: The importance ratio is clipped at ``1 - clip_low``.
         clip_high: The importance ratio is clipped at ``1 + clip_high``.
-        kl: Weight of the KL divergence from the initial policy (k3), of which a copy is kept; 0 for no copy.
+        kl: Weight of the KL divergence from the initial policy (k3), of which a copy is kept, frozen weights
+            excepted; 0 for no copy.
         epochs: Number of passes over the answers of a step.
         mini_batches: Number of updates of a pass; 1 takes all answers at once (breadth, arXiv 2508.13755).
         token_budget: Largest number of tokens that are generated or trained on at a time.
@@ -67,6 +69,8 @@ class PolicyModule(LightningModule):
         warmup_lr: Learning rate of the supervised steps.
         seed: Seed of sampling and of the warm-up; None for that of ``seed_everything``.
         reward_seconds: Time limit in seconds for scoring an answer; an answer that exceeds it has reward 0.
+        lora: Train adapters of low rank, as ``{"rank": 8, "targets": ["q_proj", "v_proj"], "alpha": 16}``, and
+            nothing else, in the warm-up too (:class:`~curation.recipes.lora.Lora`); None trains all weights.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -96,6 +100,7 @@ class PolicyModule(LightningModule):
         warmup_lr: float = 1e-3,
         seed: int | None = None,
         reward_seconds: float = 5.0,
+        lora: Lora | None = None,
     ) -> None:
         super().__init__()
         for name, least in (
@@ -111,6 +116,7 @@ class PolicyModule(LightningModule):
         check_choice("baseline", baseline, get_args(Baseline))
         check_choice("normalizer", normalizer, get_args(Normalizer))
         self._seed = None if seed is None else check_seed(seed)
+        self._lora = check_lora(lora)
         self.save_hyperparameters(ignore="source")
         self.automatic_optimization = False
         self.source = source
@@ -152,7 +158,8 @@ class PolicyModule(LightningModule):
                 f"PolicyModule supports one device and DDP, but not {type(self.trainer.strategy).__name__}."
             )
         if self.model is None:
-            self.model, self.text = self.source.build()
+            model, self.text = self.source.build()
+            self.model = add_adapters(model, self._lora)
             self.logits = own_logits(self.model)
             check_sampling(self.logits, self.text.pad_id)
         if self.trainer.training and not self._warmed_up:
@@ -165,11 +172,13 @@ class PolicyModule(LightningModule):
                 )  # fmt: skip
                 rank_zero_info(f"PolicyModule: loss {loss:.3f} per token after its warm-up.")
         if self.hparams["kl"] and self.reference is None:
-            self.reference = copy.deepcopy(self.model).requires_grad_(False).eval()
+            frozen = {id(p): p for p in self.model.parameters() if not p.requires_grad}  # the same in both
+            self.reference = copy.deepcopy(self.model, frozen).requires_grad_(False).eval()
 
     def configure_optimizers(self) -> Any:
         """AdamW without weight decay."""
-        return torch.optim.AdamW(self.model.parameters(), lr=self.hparams["lr"], weight_decay=0.0)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        return torch.optim.AdamW(trained, lr=self.hparams["lr"], weight_decay=0.0)
 
     # ------------------------------------------------------------------ answers
 

@@ -42,7 +42,7 @@ def warm_up(
     evaluating = [m for m in model.modules() if not m.training]
     model.train()
     generator = np.random.default_rng(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     for _ in range(steps):
         pairs = [solved(int(i)) for i in generator.integers(2**31, size=BATCH_SIZE)]
         questions = [text.prompt(question) for question, _ in pairs]

@@ -23,7 +23,8 @@ from torch.utils.data import (
 
 import curation.instances
 from curation.batch import SampleIds
-from curation.callbacks import InstanceSelection, SelectionLedger, UniformSelection
+from curation.callbacks import InstanceSelection, SelectedDataModule, SelectionLedger, UniformSelection
+from curation.instances import CoverageInstanceSelector, SelectionIndex
 from curation.instances.selection_index import fingerprint
 from curation.records.ledger import Ledger
 from curation.samplers.subset import SubsetSampler
@@ -48,6 +49,76 @@ def test_a_fit_trains_on_the_samples_of_the_index(ids):
     assert rows.validated == [8, 8]
     assert callback.indices.tolist() == kept
     assert callback.indices.dtype == torch.int64
+
+
+@pytest.mark.parametrize("way", ["list", "array", "mask", "tensor", "selector", "file of a mask", "index"])
+def test_the_index_may_be_anything_that_names_samples(way):
+    kept = list(range(3, 64, 3))
+    mask = np.isin(np.arange(64), kept)
+    np.save("mask.npy", mask)
+    selector = EverySecond(3)
+    selector.fit(np.zeros((64, 1)))
+    selector.sample_indices_ = np.array(kept)
+    index = {
+        "list": kept[::-1], "array": np.array(kept), "mask": mask, "tensor": torch.from_numpy(mask),
+        "selector": selector, "file of a mask": "mask.npy", "index": SelectionIndex.load(saved()),
+    }[way]  # fmt: skip
+    rows, inner, callback = Rows(), LightningDataModule(), InstanceSelection(index)
+    trainer(callback, rows, max_epochs=1).fit(Classifier(), loader(ids=False))
+    assert sorted(rows.epochs[0]) == kept
+    inner.train_dataloader = lambda: loader(ids=False)
+    assert SelectedDataModule(inner, index).train_dataloader().sampler.indices.tolist() == kept
+    with pytest.raises(ValueError, match="`index` must"):
+        trainer(InstanceSelection(index)).fit(Classifier(), loader(n=16, ids=False))
+
+
+class Numbers(EverySecond):
+    needs_classes = False
+
+
+def regression(kind):
+    """A data loader whose labels are no classes."""
+    return {
+        "numbers": unlike(lambda x, y: (x, y + 0.5)),
+        "column": unlike(lambda x, y: {"x": x, "y": y[:, None] + 0.5}),
+        "several": unlike(lambda x, y: (x, torch.stack([y, y], 1) + 0.5)),
+        "mapping": unlike(lambda x, y: {"x": x}),
+        "one": unlike(lambda x, y: [x]),
+        "tensor": unlike(lambda x, y: x),
+        "classes": unlike(lambda x, y: (x, y)),
+    }[kind]
+
+
+class Anything(Classifier):
+    def training_step(self, batch, batch_idx):
+        x = batch["x"] if isinstance(batch, dict) else batch[0] if isinstance(batch, (list, tuple)) else batch
+        self.seen = [*self.seen, *x[:, 0].tolist()]
+        return self(x).square().mean()
+
+
+@pytest.mark.parametrize("kind", ["numbers", "column", "several", "mapping", "one", "tensor", "classes"])
+def test_a_selector_that_needs_no_classes_gets_numbers_or_none(kind):
+    selector, module = Numbers(), Anything()
+    trainer(InstanceSelection(selector=selector), max_epochs=1).fit(module, regression(kind))
+    ((features, labels),) = selector.given
+    np.testing.assert_array_equal(features, X)
+    if kind in ("numbers", "column"):
+        np.testing.assert_array_equal(labels, Y + 0.5)
+    elif kind == "classes":
+        assert labels.dtype == np.int64
+        np.testing.assert_array_equal(labels, Y)
+    else:
+        assert labels is None
+    assert sorted(module.seen) == sorted(X[::2, 0].tolist())
+
+
+@pytest.mark.parametrize("kind", ["numbers", "tensor"])
+def test_coverage_keeps_the_budget_of_numbers_and_of_unlabelled_samples(kind):
+    callback = InstanceSelection(selector=CoverageInstanceSelector(0.25, random_state=0))
+    trainer(callback, max_epochs=1).fit(Anything(), regression(kind))
+    assert len(callback.indices) == 16
+    expected = CoverageInstanceSelector(0.25, random_state=0).fit(X, Y + 0.5 if kind == "numbers" else None)
+    assert callback.indices.tolist() == expected.sample_indices_.tolist()
 
 
 @pytest.mark.parametrize("sampler", ["sequential", "distributed"])

@@ -37,7 +37,8 @@ def folder_of_its_own(tmp_path, monkeypatch):
         ({"selector": EverySecond(), "every_n_epochs": 0}, "`every_n_epochs` must be .* or None, but got 0"),
         ({"selector": EverySecond(), "every_n_epochs": True}, "`every_n_epochs` must be .* or None, but got True"),
         ({"selector": EverySecond(), "layer": 3}, "`layer` must be a string or None, but got 3"),
-        ({"index": 3}, "`index` must be a string or None, but got 3"),
+        ({"index": 3}, "`index` must be a path, integers, a mask, a fitted selector or an index, but got 3"),
+        ({"index": EverySecond()}, "`index` must be fitted, with `sample_indices_`, but got"),
     ],
 )
 def test_a_bad_argument_is_named_with_its_value(arguments, message):

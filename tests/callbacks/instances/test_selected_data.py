@@ -89,10 +89,12 @@ def test_a_data_module_is_copied_and_has_no_loaders_that_the_inner_one_has_not()
 
 
 def test_a_data_module_refuses_what_the_callback_refuses():
-    with pytest.raises(ValueError, match="Argument `index` must be a string, but got 3"):
+    with pytest.raises(ValueError, match=r"Argument `index` must be a path, .* but got 3"):
         SelectedDataModule(Data(), 3)
     with pytest.raises(ValueError, match="there is no such file: 'nowhere'"):
         SelectedDataModule(Data(), "nowhere")
+    with pytest.raises(ValueError, match=r"'nowhere\.npy': there is no such file"):
+        SelectedDataModule(Data(), "nowhere.npy")
     with pytest.raises(ValueError, match="`index` must be of the 64 training samples, but got 'other' of 65"):
         SelectedDataModule(Data(), saved("other", of=65)).train_dataloader()
     with pytest.warns(UserWarning, match="The index was made of other samples"):
@@ -103,11 +105,12 @@ def test_a_data_module_refuses_what_the_callback_refuses():
         module.train_dataloader()
 
 
-def test_a_data_module_comes_through_the_command_line():
+@pytest.mark.parametrize("index", ["file", "list"])
+def test_a_data_module_comes_through_the_command_line(index):
     from lightning.pytorch.cli import LightningCLI
 
     inner = {"class_path": "lightning.pytorch.demos.boring_classes.BoringDataModule"}
-    init = {"datamodule": inner, "index": saved()}
+    init = {"datamodule": inner, "index": saved() if index == "file" else list(range(3, 64, 3))}
     Path("config.yaml").write_text(
         yaml.safe_dump({"data": {"class_path": "curation.callbacks.SelectedDataModule", "init_args": init}})
     )

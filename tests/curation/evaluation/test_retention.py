@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from curation.evaluation.retention import Retention, random_forest, retention
 
@@ -104,6 +105,53 @@ def test_the_difference_and_its_interval():
         Retention(1.0, (0.5,), (0.3,), 0.9).difference()
     with pytest.raises(ValueError, match=r"`confidence` must be in \(0, 1\), but got 95"):
         Retention(1.0, (0.5, 0.6), (0.3, 0.4), 0.9).difference(95)
+
+
+def test_selections_of_every_seed_are_a_comparison_of_the_selector(digits):
+    train, test = digits
+    drawn = [stratified_random(train[1], 0.05, seed) for seed in (3, 4, 5)]
+    found = retention(train, test, drawn, nearest, repeats=3, seed=3)
+    assert found.redrawn
+    assert found.selected == found.random
+    assert found.difference() == (0.0, -np.inf, np.inf)  # nothing is known of the spread of what never differs
+    others = [np.arange(60 * i, 60 * i + 60) for i in range(3)]
+    found = retention(train, test, others, nearest, repeats=3, seed=3)
+    paired = (np.array(found.selected) - np.array(found.random)) / found.full
+    interval = stats.ttest_1samp(paired, 0).confidence_interval()
+    assert found.difference() == pytest.approx((paired.mean(), interval.low, interval.high))
+    once, thrice = (retention(train, test, rows, nearest, repeats=3, seed=3) for rows in (others[0], [others[0]] * 3))
+    assert once == thrice
+    assert not once.redrawn
+    with pytest.raises(ValueError, match="`indices` must be one selection or 3, but got 2"):
+        retention(train, test, others[:2], nearest, repeats=3)
+
+
+def test_the_verdict_on_a_selector_that_is_random_itself_is_seldom_wrong():
+    draw = np.random.default_rng(0)
+    told, n = 0, 4000
+    for _ in range(n):
+        selected, random = (tuple(50 + row) for row in draw.normal(size=(2, 5)))
+        _, low, high = Retention(50.0, selected, random, 0.9, redrawn=True).difference()
+        told += low > 0 or high < 0
+    assert told / n == pytest.approx(0.05, abs=3 * (0.05 * 0.95 / n) ** 0.5)
+
+
+def test_random_samples_of_a_regression_are_stratified_by_its_targets():
+    from sklearn.neighbors import KNeighborsRegressor
+
+    y = np.random.default_rng(0).random(400)
+    x = y[:, None]
+    seen = []
+
+    def track(fits):
+        for rows, seed in fits:
+            seen.append(rows)
+            yield rows, seed
+
+    found = retention((x, y), (x, y), np.arange(40), lambda seed: KNeighborsRegressor(1), repeats=2, track=track)
+    assert found.full == 1
+    for rows in (seen[2], seen[4]):
+        assert np.bincount(np.argsort(np.argsort(y))[rows] // 40).tolist() == [4] * 10
 
 
 def test_random_samples_are_as_many_as_those_of_a_selection_smaller_than_the_classes(digits):

@@ -1,4 +1,5 @@
 import pickle
+import warnings
 from fractions import Fraction
 from itertools import pairwise
 
@@ -203,6 +204,73 @@ def test_a_feature_that_is_constant_but_for_rounding_counts_for_nothing():
         noise = 1 + np.random.default_rng(1).integers(0, 2, (60, 1)) * np.finfo(dtype).eps
         with_noise, with_zeros = (np.hstack([x.astype(dtype), c.astype(dtype)]) for c in (noise, noise * 0))
         assert clone(s).fit(with_noise, y).ranking_.tolist() == clone(s).fit(with_zeros, y).ranking_.tolist()
+
+
+ANY_TARGETS = [StratifiedRandomSelector(random_state=0), CoverageInstanceSelector(random_state=0)]
+each_of_any_targets = pytest.mark.parametrize("selector", ANY_TARGETS, ids=lambda s: type(s).__name__)
+
+
+@each_of_any_targets
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 300), st.floats(0.001, 1), st.sampled_from(["none", "numbers", "ties", "whole"]), st.integers(0, 9)
+)
+def test_numbers_and_unlabelled_samples_keep_the_budget_exactly(selector, n, budget, kind, seed):
+    rng = np.random.default_rng(seed)
+    X = rng.normal(size=(n, 2))
+    values = {"none": None, "numbers": rng.normal(size=n), "ties": np.full(n, 0.5), "whole": rng.integers(0, 90, n)}
+    s = clone(selector).set_params(budget=budget, targets="numbers" if kind == "whole" else "auto")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        s.fit(X, values[kind])
+    assert len(s.sample_indices_) == len(set(s.ranking_)) == s.report_["kept"] == max(round(budget * n), 1)
+
+
+@each_of_any_targets
+def test_every_stratum_of_the_targets_has_its_share(selector):
+    rng = np.random.default_rng(0)
+    y = rng.exponential(size=400)
+    X = np.column_stack([rng.normal(size=400), y])
+    s = clone(selector).set_params(budget=0.1).fit(X, y)
+    tenth = np.argsort(np.argsort(y)) // 40
+    assert np.bincount(tenth[s.sample_indices_]).tolist() == [4] * 10
+    assert s.report_["kept_per_class"] == dict.fromkeys(range(10), 4)
+    few = clone(selector).set_params(budget=3 / 400).fit(X, y).sample_indices_
+    assert sorted(np.argsort(np.argsort(y))[few] * 3 // 400) == [0, 1, 2]
+
+
+def test_unlabelled_samples_are_covered_as_those_of_one_class(digits):
+    s = CoverageInstanceSelector(0.1, random_state=0)
+    alone, one = clone(s).fit(digits[0]), clone(s).fit(digits[0], np.zeros(len(digits[0]), int))
+    assert alone.ranking_.tolist() == one.ranking_.tolist()
+    rows, targets = clone(s).fit_resample(digits[0])
+    assert targets is None
+    np.testing.assert_array_equal(rows, digits[0][alone.sample_indices_])
+    y = np.linspace(0, 1, len(digits[0]))
+    rows, targets = clone(s).fit_resample(digits[0], y)
+    assert np.isin(targets, y).all()
+    assert len(rows) == len(targets) == round(0.1 * len(y))
+
+
+def test_numbers_are_taken_for_what_is_asked_for():
+    rng = np.random.default_rng(0)
+    X, ages = rng.normal(size=(200, 2)), rng.integers(20, 30, 200).astype(float)
+    s = CoverageInstanceSelector(0.1, random_state=0)
+    assert set(clone(s).fit(X, ages).classes_) == set(ages)
+    assert clone(s).set_params(targets="numbers").fit(X, ages).classes_.tolist() == list(range(10))
+    with pytest.raises(ValueError, match="Unknown label type: continuous"):
+        clone(s).set_params(targets="classes").fit(X, ages + 0.5 * rng.random(200))
+    with pytest.raises(ValueError, match=r"`targets` must be 'auto' or 'classes' for .*, but got 'numbers'"):
+        clone(s).set_params(targets="numbers").fit(X, np.repeat(["young", "old"], 100))
+
+
+@pytest.mark.parametrize("selector", [ALL[2], ALL[3]], ids=lambda s: type(s).__name__)
+def test_selectors_that_learn_classes_need_them(selector):
+    X = np.random.default_rng(0).normal(size=(40, 2))
+    with pytest.raises(ValueError, match="requires y to be passed, but the target y is None"):
+        clone(selector).fit(X)
+    with pytest.raises(ValueError, match="Unknown label type: continuous"):
+        clone(selector).fit(X, X[:, 0])
 
 
 @settings(max_examples=40, deadline=None)

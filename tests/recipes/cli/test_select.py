@@ -1,6 +1,7 @@
 """`curation select`: what is selected by, what is written, and what is said of it."""
 
 import json
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -31,6 +32,8 @@ class Longest:
         self.budget, self.power, self.random_state = budget, power, random_state
 
     def fit(self, X, y):
+        with open("seeds.txt", "a") as file:
+            print(self.random_state, file=file)
         np.savez("given.npz", X=X, y=y, seed=self.random_state)
         self.scores_ = (np.abs(X) ** self.power).sum(1).astype(np.float32)
         self.ranking_ = np.argsort(-self.scores_)[: round(self.budget * len(X))]
@@ -41,6 +44,14 @@ class Longest:
 class Half:
     def fit(self, X, y):
         self.sample_indices_ = np.arange(0, len(X), 2)
+
+
+class Draws(Longest):
+    needs_classes = False
+
+    def fit(self, X, y):
+        draws = np.random.default_rng(self.random_state)
+        self.sample_indices_ = draws.choice(len(X), round(self.budget * len(X)), replace=False)
 """
 
 
@@ -72,7 +83,8 @@ def test_the_index_is_what_the_selector_chose_by_the_inputs(digits, capsys):
     train, test = parts(digits)
     np.testing.assert_array_equal(given["X"], train[0])
     np.testing.assert_array_equal(given["y"], train[1])
-    assert given["seed"] == 5
+    assert given["seed"] == 6  # the last of the two
+    assert Path("seeds.txt").read_text().split() == ["5", "6"]
     length = (np.abs(train[0]) ** 3).sum(1)
     best = np.argsort(-length)[: round(0.1 * len(length))]
     np.testing.assert_array_equal(index.indices, np.sort(best))
@@ -131,6 +143,72 @@ def test_a_selector_needs_no_more_than_indices_and_the_probe_may_be_another(digi
     assert "KNeighborsClassifier, on 143 validation samples" in capsys.readouterr().out
 
 
+def drawn(seeds, n, budget):
+    return [np.random.default_rng(s).choice(n, round(budget * n), replace=False) for s in seeds]
+
+
+def test_a_selection_is_drawn_anew_for_every_seed_and_the_first_is_saved(digits, capsys):
+    select("--seed=3", "--budget=0.1", "--repeats=3", selector="selectors_of_mine.Draws")
+    train, test = parts(digits)
+    selections = drawn((3, 4, 5), len(train[1]), 0.1)
+    index = SelectionIndex.load("out/index.parquet")
+    np.testing.assert_array_equal(index.indices, np.sort(selections[0]))
+    retained = retention(train, test, [np.unique(s) for s in selections], repeats=3, seed=3)
+    printed = capsys.readouterr().out
+    name = f"sklearn.ensemble.RandomForestClassifier, on {len(test[1])} validation samples"
+    assert retention_report(train[1], index.indices, retained, name) in printed
+    assert "95 % interval of 3 selections" in printed
+
+
+def test_a_seed_that_is_given_is_one_selection(digits, capsys):
+    select("--options", '{"random_state": 9}', "--budget=0.1", selector="selectors_of_mine.Draws")
+    n = len(parts(digits)[0][1])
+    np.testing.assert_array_equal(SelectionIndex.load("out/index.parquet").indices, np.sort(drawn([9], n, 0.1)[0]))
+    assert "95 % prediction interval" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("way", ["indices", "mask", "index"])
+def test_a_selection_made_elsewhere_is_measured_and_saved(way, digits, capsys):
+    train, test = parts(digits)
+    n, kept = len(train[1]), np.arange(5, 500, 5)
+    file = "kept.parquet" if way == "index" else "kept.npy"
+    if way == "index":
+        SelectionIndex(kept, kept / n, np.arange(len(kept))[::-1], n).save(file)
+    else:
+        np.save(file, np.isin(np.arange(n), kept) if way == "mask" else kept[::-1])
+    command_line = ["select", *DIGITS, "--output=out/index.parquet", f"--index={file}", "--repeats=2"]
+    cli.main(command_line)
+    index = SelectionIndex.load("out/index.parquet")
+    np.testing.assert_array_equal(index.indices, kept)
+    assert (index.size, index.fingerprint) == (n, fingerprint(digits.train))
+    assert index.first(1).tolist() == ([5] if way == "mask" else [495])
+    printed = capsys.readouterr().out
+    name = f"sklearn.ensemble.RandomForestClassifier, on {len(test[1])} validation samples"
+    assert retention_report(train[1], kept, retention(train, test, kept, repeats=2), name) in printed
+    cli.main(command_line)
+    assert "made before by this command" in capsys.readouterr().out
+    np.save("few.npy", np.ones(7, bool))
+    with pytest.raises(SystemExit, match=r"`--index` must be of the \d+ training samples, but got 'few.npy' of 7"):
+        cli.main(["select", *DIGITS, "--output=o.parquet", "--index=few.npy"])
+
+
+def test_numbers_are_scored_by_a_regressor_and_nothing_of_unlabelled_samples(tmp_path, capsys):
+    (tmp_path / "data_of_mine.py").write_text(DATA)
+    for data in ("Numbers", "Bare"):
+        (tmp_path / f"{data}.yaml").write_text(RECIPE % data)
+        cli.main(
+            ["select", f"--config={data}.yaml", f"--output={data}.parquet", "--budget=0.3", "--repeats=2",
+             "--selector=curation.instances.CoverageInstanceSelector", f"--picture={data}.png"]
+        )  # fmt: skip
+        assert len(SelectionIndex.load(f"{data}.parquet")) == 12
+        assert matplotlib.image.imread(f"{data}.png").std() > 0.02
+        printed = capsys.readouterr().out
+        assert "12 of 40 samples kept, reduction 70.0%" in printed
+        assert "kept per class" not in printed
+        assert ("RandomForestRegressor, on 40 validation samples" in printed) == (data == "Numbers")
+        assert ("no labels, so no probe says what is retained" in printed) == (data == "Bare")
+
+
 def test_the_numbers_and_the_picture_go_to_wandb(monkeypatch):
     numbers, pictures = {}, []
     monkeypatch.setattr(WandbLogger, "log_metrics", lambda self, metrics, step=None: numbers.update(metrics))
@@ -187,6 +265,8 @@ def test_few_samples_are_drawn_by_their_neighbours_and_many_by_components(n, cla
         (["--ckpt_path=here"], "Argument `--layer` must be given with `--ckpt_path`, but got None"),
         (["--budget=1"], r"Argument `--budget` must be in \(0, 1\), but got 1.0"),
         (["--budget=nan"], r"Argument `--budget` must be in \(0, 1\), but got nan"),
+        (["--index=none.npy"], "Argument `--index` must name a file, but there is no 'none.npy'"),
+        (["--index=here"], "Argument `--index` must be left out with `--selector`, .* but got 'here'"),
         (["--repeats=1"], "Argument `--repeats` must be an integer >= 2, but got 1"),
         (["--seed=-1"], r"Argument `--seed` must be an integer in \[0, 2\^63\), but got -1"),
         (["--options=k"], "Argument `--options` must be a JSON object, but got 'k'"),
@@ -223,6 +303,14 @@ class Labelled(LightningDataModule):
 class Bare(Labelled):
     def train_dataloader(self):
         return DataLoader(torch.randn(40, 32))
+
+
+class Numbers(Labelled):
+    def train_dataloader(self):
+        x = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
+        return DataLoader(TensorDataset(x, x[:, 0]), batch_size=20)
+
+    val_dataloader = train_dataloader
 
 
 class Lists(Labelled):
@@ -306,7 +394,8 @@ def test_an_interrupted_command_goes_on_with_its_index(tmp_path, monkeypatch, ca
     (tmp_path / "given.npz").unlink()
     run("--probe=sklearn.neighbors.KNeighborsClassifier", "--picture=p.png")
     assert "8 of 40 samples kept" in capsys.readouterr().out
-    assert not (tmp_path / "given.npz").exists()  # not selected again
+    assert np.load("given.npz")["seed"] == 1
+    assert Path("seeds.txt").read_text().split() == ["0", "1", "1"]  # that of the index is not made again
     assert (tmp_path / "out" / "index.parquet").read_bytes() == made
     refused = pytest.raises(
         SystemExit, match=r"must name a new file, but .* exists, and this command did not make it"

@@ -1,6 +1,7 @@
 """Image recipes on scikit-learn's digits, and files in the format of MNIST."""
 
 import gzip
+import re
 import struct
 from pathlib import Path
 
@@ -12,13 +13,22 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, Subset
 
-from curation.callbacks import HardSampleSelection, SampleRecord, UniformSelection
+from curation.callbacks import (
+    DynamicDataPruning,
+    HardSampleSelection,
+    SampleRecord,
+    UniformSelection,
+)
 from curation.recipes import cli
+from curation.recipes.catalogue import find_recipe
+from curation.recipes.compare.arms import configure, make_arm, resolve
+from curation.recipes.compare.workload import arm_names
 from curation.recipes.image_classification import CorruptedShare, ImageClassifier, Images
 from curation.recipes.image_classification.fashion_mnist import load_images
 from curation.recipes.image_classification.image_classifier import varied
 from curation.recipes.image_classification.images import long_tailed
 from curation.recipes.irreducible_losses import irreducible_losses
+from curation.samplers import DynamicDataPruningSampler
 from curation.scoring import per_sample_loss
 
 QUIET = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -288,3 +298,159 @@ def test_a_schedule_to_the_end_of_a_fit_without_an_end_is_refused():
     run = trainer(max_epochs=-1, max_time={"seconds": 1})
     with pytest.raises(ValueError, match="`schedule` must be 'constant' in a fit without `max_epochs` or"):
         run.fit(ImageClassifier(schedule="linear"), Images(data="digits", batch_size=64))
+
+
+# ---------------------------------------------------------------------- other losses
+
+
+def rows(n=12):
+    generator = torch.Generator().manual_seed(4)
+    return torch.randn(n, 1, 8, 8, generator=generator), torch.randint(10, (n,), generator=generator)
+
+
+def classifier(**options):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = ImageClassifier(**options)
+        module.net(torch.zeros(1, 1, 8, 8))
+    return module
+
+
+def written_out(module, x, y, weights, smoothing, gamma):
+    """The losses by their formula, one row after the other, in double precision."""
+    losses = []
+    for logits, target in zip(module(x).double(), y.tolist(), strict=True):
+        p = logits.exp() / logits.exp().sum()
+        share = torch.full((10,), smoothing / 10, dtype=torch.float64)
+        share[target] += 1 - smoothing
+        losses.append((1 - p[target]) ** gamma * -(weights * share * p.log()).sum())
+    return torch.stack(losses)
+
+
+WEIGHTS = [0.5 + c / 3 for c in range(10)]
+LOSSES = {
+    "plain": {},
+    "smoothed": {"label_smoothing": 0.2},
+    "weighted": {"class_weights": WEIGHTS},
+    "focal": {"focal_gamma": 2.0},
+    "root": {"focal_gamma": 0.5},
+    "all": {"class_weights": WEIGHTS, "label_smoothing": 0.2, "focal_gamma": 1.5},
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_the_training_loss_and_its_gradient_are_those_of_the_formula(kind, monkeypatch):
+    module, (x, y) = classifier(**LOSSES[kind]), rows()
+    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+    weights = torch.tensor(LOSSES[kind].get("class_weights", [1.0] * 10), dtype=torch.float64)
+    gamma = LOSSES[kind].get("focal_gamma", 0.0)
+    losses = written_out(module, x, y, weights, LOSSES[kind].get("label_smoothing", 0.0), gamma)
+    expected = losses.mean() if gamma or kind == "plain" else losses.sum() / weights[y].sum()
+    loss = module.training_step([x, y], 0)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    parameters = list(module.net.parameters())
+    for got, wanted in zip(
+        torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_row_that_is_surely_right_has_no_gradient_and_no_nan():
+    module, (x, y) = classifier(focal_gamma=0.5), rows()
+    module.net[-1].bias.data[int(y[0])] = 200.0
+    module._focal_losses((x[:1], y[:1])).sum().backward()
+    assert all(p.grad.isfinite().all() for p in module.net.parameters())
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_selections_score_by_the_losses_that_are_trained_on(kind, recwarn):
+    module, (x, y) = classifier(**LOSSES[kind]), rows()
+    weights = torch.tensor(LOSSES[kind].get("class_weights", [1.0] * 10), dtype=torch.float64)
+    expected = written_out(
+        module, x, y, weights, LOSSES[kind].get("label_smoothing", 0.0), LOSSES[kind].get("focal_gamma", 0.0)
+    )
+    seen = []
+
+    class Watched(HardSampleSelection):
+        def score(self, *args):
+            seen.append(super().score(*args))
+            return seen[-1]
+
+    selection = Watched(keep=0.5)
+    trainer(selection, max_epochs=1).fit(module, DataLoader(list(zip(x, y, strict=True)), 12))
+    torch.testing.assert_close(seen[0].double(), expected.detach(), rtol=1e-4, atol=1e-5)
+    assert ("score_step" in selection.describe()) == ("focal_gamma" in LOSSES[kind])
+    assert not [w for w in recwarn if "which is scored" in str(w.message)]
+
+
+def test_losses_of_training_and_weights_of_rows_reach_a_focal_loss():
+    module, (x, y) = classifier(focal_gamma=2.0), rows()
+    before = written_out(module, x, y, torch.ones(10), 0.0, 2.0).detach()
+    data = list(zip(x, y, strict=True))
+    sampler = DynamicDataPruningSampler(data, batch_size=12)
+    module.hparams["lr"] = 1e-12
+    pruning = DynamicDataPruning()
+    trainer(pruning, max_epochs=1).fit(module, DataLoader(data, 12, sampler=sampler))
+    torch.testing.assert_close(sampler.losses.double(), before, rtol=1e-4, atol=1e-5)
+    weighted = classifier(focal_gamma=2.0)
+    importance = HardSampleSelection(keep=0.5, rule="importance", score="loss")
+    trainer(importance, max_epochs=1).fit(weighted, DataLoader(data, 12))
+    assert importance.samples_trained == 6
+
+
+def test_class_weights_are_those_of_the_training_labels_and_of_the_checkpoint(tmp_path):
+    save, data = ModelCheckpoint(tmp_path, save_last=True), Images(data="digits", imbalance=10, batch_size=64)
+    module = ImageClassifier(class_weights=True)
+    trainer(save, max_epochs=1, enable_checkpointing=True).fit(module, data)
+    counts = data.train.dataset.tensors[1].bincount().double()
+    torch.testing.assert_close(module.criterion.weight.double(), counts.sum() / (10 * counts))
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert torch.equal(state["state_dict"]["criterion.weight"], module.criterion.weight)
+    loaded = ImageClassifier(**state["hyper_parameters"])
+    trainer().test(loaded, Images(data="digits"), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    assert torch.equal(loaded.criterion.weight, module.criterion.weight)
+    with pytest.raises(ValueError, match=r"`class_weights` must be a list of 10 numbers or False where .* got True"):
+        trainer().fit(classifier(class_weights=True), DataLoader(list(zip(*rows(), strict=True)), 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("class_weights", [1.0] * 9),
+        ("class_weights", "yes"),
+        ("label_smoothing", 1.0),
+        ("label_smoothing", True),
+        ("focal_gamma", -0.1),
+        ("focal_gamma", None),
+    ],
+)
+def test_bad_settings_of_the_loss_are_named(name, value):
+    with pytest.raises(ValueError, match=f"^Argument `{name}` must be .* but got {re.escape(repr(value))}"):
+        ImageClassifier(**{name: value})
+
+
+def test_a_class_without_weight_is_named():
+    with pytest.raises(ValueError, match=r"Argument `class_weights` must be in \(0, inf\), but got 0.0"):
+        ImageClassifier(class_weights=[0.0, *WEIGHTS[1:]])
+
+
+def test_arms_of_other_losses_run_where_they_are_asked_for():
+    found = {}
+    for name, arms in {
+        "fashion_mnist_noisy": ["label_smoothing"],
+        "fashion_mnist_long_tail": ["class_weights", "focal"],
+    }.items():
+        args = [f"--config={find_recipe(name)}"]
+        recipe = resolve(args)
+        assert not set(arms) & set(arm_names(name, recipe, [], None))
+        assert set(arms) < set(arm_names(name, recipe, [], arms))
+        for arm in arms:
+            found[arm] = configure(args, make_arm(arm, recipe, 0.1), 3, None, Path("out"), "", {})
+    noisy, weighted, focal = (
+        found[arm]["model"]["init_args"] for arm in ("label_smoothing", "class_weights", "focal")
+    )
+    assert (noisy["label_smoothing"], weighted["class_weights"], focal["focal_gamma"]) == (0.1, True, 2.0)
+    assert [found[arm]["data"]["init_args"]["sampler"] for arm in ("class_weights", "focal")] == [None, None]
+    (selection,) = (c for c in found["label_smoothing"]["trainer"]["callbacks"] if "Selection" in c["class_path"])
+    assert selection["class_path"].endswith(".UniformSelection")
+    assert selection["init_args"]["keep"] == 0.1

@@ -13,10 +13,11 @@ import torch
 import wandb
 from helpers import assert_same_weights, trainer, weights
 from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from processes import on_two_ranks
 
-from curation.callbacks import DifficultyAdaptiveRollouts
+from curation.callbacks import DifficultyAdaptiveRollouts, ExactResume
 from curation.recipes import cli
 from curation.recipes.catalogue import find_recipe
 from curation.recipes.compare.arms import configure, make_arm, resolve
@@ -230,6 +231,43 @@ def test_adapters_are_learned_from_and_trained():
     module.source = Adapted(lambda m: peft.get_peft_model(m, virtual))
     with pytest.raises(TypeError, match="PeftModelForCausalLM has virtual tokens"):
         fit(module)
+
+
+def test_a_policy_trains_its_adapters_alone_and_shares_frozen_weights_with_its_reference(tmp_path):
+    pytest.importorskip("peft", reason="needs peft, from the [lora] extra")
+    options = {"lora": {"rank": 2, "targets": ["q_proj"]}, "kl": 0.1, "warmup_steps": 2, "lr": 2e-2}
+    source = FromScratch("abcdefghijklmnopqrstuvwxyz=", hidden=16, layers=1, heads=2, context=32)
+
+    def made():
+        module = policy(**options)
+        module.source = source
+        return module
+
+    module, ratios, save = made(), Ratios(), ModelCheckpoint(tmp_path, filename="first")
+    run = fit(module, ratios, save, ExactResume(), max_epochs=1, enable_checkpointing=True)
+    assert ratios.values == pytest.approx([1.0] * len(ratios.values), abs=1e-4)
+    adapters = {n: p for n, p in module.model.named_parameters() if ".lora_" in n}
+    (group,) = run.optimizers[0].param_groups
+    assert list(map(id, group["params"])) == list(map(id, adapters.values()))
+    plain = dict(source.build()[0].named_parameters())
+    reference = dict(module.reference.named_parameters())
+    for name, parameter in module.model.named_parameters():
+        assert (reference[name] is parameter) == (name not in adapters)
+        if name in adapters:
+            assert not torch.equal(reference[name], parameter)
+            assert reference[name].any()  # from the warm-up
+        else:
+            name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            assert torch.equal(plain.pop(name), parameter)
+    assert not plain
+
+    whole, resumed = made(), made()
+    fit(whole, ExactResume())
+    seed_everything(3, verbose=False)
+    trainer(ExactResume(), max_epochs=2, num_sanity_val_steps=0).fit(
+        resumed, Prompts(Letters(), batch_size=6), ckpt_path=tmp_path / "first.ckpt"
+    )
+    assert_same_weights(weights(whole), weights(resumed))
 
 
 class Unscored(Letters):
