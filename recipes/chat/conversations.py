@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, Sampler
 
 from curation.batch import SAMPLE_ID, SampleIds
 from curation.checks import check_choice, check_integer, check_seed, check_text
-from curation.recipes.chat.merging import merge_turns
 from curation.recipes.library_texts import questions
 from curation.recipes.pretrained import load_tokenizer
 from curation.recipes.smollm2 import SMOLLM2, SMOLLM2_GGUF
@@ -48,7 +47,7 @@ class Conversations(LightningDataModule):
         context_turns: Largest number of turns before the answer, in ``"chitchat"``.
         replies: What a training sample is: ``"last"`` is a reply with its context, of which the reply is labelled;
             ``"all"`` is a conversation with every reply labelled, as far as ``max_length`` goes, so that no context
-            is computed twice (:func:`~curation.recipes.chat.merging.merge_turns`). Validation is by reply.
+            is computed twice. Validation is by reply.
         max_samples: Largest number of training samples, before the long ones are left out; None takes all.
         val_samples: Number of validation samples, and of test samples, before the long ones are left out.
         sampler: Makes the sampler of the training batches from the data set and ``batch_size``; None reshuffles every
@@ -111,9 +110,8 @@ class Conversations(LightningDataModule):
             raise ValueError(f"Argument `tokenizer` must have a chat template, but {name!r} has none.")
         self.vocabulary, self.text = len(tokenizer), tokenizer
         parts = self.split()
-        encoded = [encode(part, tokenizer, self.max_length) for part in parts]
-        if self.replies == "all":
-            encoded[0] = whole_conversations(encoded[0])
+        ways = (self.replies, "last", "last")
+        encoded = [encode(part, tokenizer, self.max_length, way) for part, way in zip(parts, ways, strict=True)]
         kept = ", ".join(
             f"{len(used)} of {len(part)} {name} samples"
             for used, part, name in zip(encoded, parts, ("training", "validation", "test"), strict=True)
@@ -129,7 +127,6 @@ class Conversations(LightningDataModule):
     def split(self) -> tuple[Any, Any, Any]:
         """A ``Dataset`` of ``{"conversation": int, "messages": [...]}`` for training, validation and test."""
         samples = load(self.data, self.subset, self.context_turns)
-        whole = samples if self.replies == "last" else load(self.data, self.subset, None)  # of the same replies
         conversations = samples.with_format("numpy")["conversation"][:]
         rank = np.random.default_rng(self.seed).permutation(conversations.max() + 1)[conversations]
         rest = np.argsort(rank, kind="stable")  # whole conversations, shuffled
@@ -138,7 +135,11 @@ class Conversations(LightningDataModule):
             part, rest = rest[: self.val_samples], rest[self.val_samples :]
             rest = rest[rank[rest] > rank[part].max(initial=-1)]
             held_out.append(part)
-        return whole.select(rest[: self.max_samples]), *map(samples.select, held_out)
+        train = samples
+        if self.replies == "all":  # the last reply of a conversation, with all that was said before
+            train = load(self.data, self.subset, None)
+            rest = rest[np.diff(rank[rest], append=-1) != 0]
+        return train.select(rest[: self.max_samples]), *map(samples.select, held_out)
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Right-padded tensors int64 ``[B, T]``, ``T`` the longest sample, and the ids ``[B]`` in training."""
@@ -266,52 +267,59 @@ def _chitchat(file: Path, context_turns: int | None) -> Iterable[dict[str, Any]]
                 yield {"conversation": i, "messages": messages[begin : end + 1]}
 
 
-def encode(samples: Any, tokenizer: Any, max_length: int) -> Any:
+def encode(samples: Any, tokenizer: Any, max_length: int, replies: str = "last") -> Any:
     """A ``Dataset`` of ``input_ids``, ``attention_mask`` and ``labels``, without samples over ``max_length`` tokens.
 
-    The column ``conversation`` says which a sample is of.
-
-    The answer is tokenised apart from the text before it, as it is when the model generates it. Its end-of-turn token
+    An answer is tokenised apart from the text before it, as it is when the model generates it. Its end-of-turn token
     is labelled; the white space that the template puts after it is left out.
 
     Args:
         samples: A ``Dataset`` with the column ``messages``, the last of which is the assistant's.
         tokenizer: A tokenizer with a chat template.
         max_length: Largest number of tokens of a sample.
+        replies: ``"last"`` labels the last message; ``"all"`` every one of the assistant's, and cuts a conversation
+            after the last that fits.
 
     Raises:
-        ValueError: If the chat template writes earlier messages differently once the answer follows.
+        ValueError: If the chat template writes earlier messages differently once an answer follows.
     """
 
-    def encode_batch(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        prompts, answers = [], []
-        for messages in batch["messages"]:
-            prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
-            if not text.startswith(prompt):
-                raise ValueError("The chat template does not repeat the prompt before the answer.")
-            prompts.append(prompt)
-            answers.append(text[len(prompt) :].rstrip())
-        rows: dict[str, list[Any]] = {"input_ids": [], "attention_mask": [], "labels": [], "conversation": []}
-        tokens = (tokenizer(texts, add_special_tokens=False)["input_ids"] for texts in (prompts, answers))
-        for prompt, answer, conversation in zip(*tokens, batch["conversation"], strict=True):
-            length = len(prompt) + len(answer)
-            if length <= max_length:
-                rows["input_ids"].append(prompt + answer)
-                rows["attention_mask"].append([1] * length)
-                rows["labels"].append([IGNORED] * len(prompt) + answer)
-                rows["conversation"].append(conversation)
+    def encode_batch(batch: Mapping[str, list[Any]]) -> dict[str, list[list[int]]]:
+        parts = [_parts(messages, tokenizer, replies) for messages in batch["messages"]]
+        tokens = iter(tokenizer([text for row in parts for text in row], add_special_tokens=False)["input_ids"])
+        rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+        for row in parts:
+            ids: list[int] = []
+            labels: list[int] = []
+            for prompt, answer in [(next(tokens), next(tokens)) for _ in row[::2]]:
+                if len(ids) + len(prompt) + len(answer) > max_length:
+                    break
+                ids += prompt + answer
+                labels += [IGNORED] * len(prompt) + answer
+            if ids:
+                rows["input_ids"].append(ids)
+                rows["attention_mask"].append([1] * len(ids))
+                rows["labels"].append(labels)
         return rows
 
     return samples.map(encode_batch, batched=True, remove_columns=samples.column_names)
 
 
-def whole_conversations(encoded: Any) -> Any:
-    """The samples of :func:`encode` with the replies of a conversation in one, in the order of conversations."""
-    import datasets
-
-    rows: dict[int, list[Any]] = {}
-    for row in encoded:
-        rows.setdefault(row["conversation"], []).append(row)
-    merged = [{**row, "conversation": name} for name, part in rows.items() for row in merge_turns(part)]
-    return datasets.Dataset.from_list(merged)
+def _parts(messages: list[dict[str, Any]], tokenizer: Any, replies: str) -> list[str]:
+    """The text of a conversation, cut before and after each answer: prompt, answer, prompt, answer."""
+    ends = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m["content"].strip()]
+    parts, done = [], ""
+    for end in ends if replies == "all" else [len(messages) - 1]:
+        prompt = tokenizer.apply_chat_template(messages[:end], tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(messages[: end + 1], tokenize=False)
+        if not (text.startswith(prompt) and prompt.startswith(done)):
+            raise ValueError(
+                "The chat template does not repeat the prompt before the answer."
+                if replies == "last" or not text.startswith(prompt)
+                else "Argument `replies` must be 'last' with this chat template, which writes earlier turns anew "
+                "once others follow, so that a conversation is no one sample."
+            )
+        answer = text[len(prompt) :].rstrip()
+        parts += [prompt[len(done) :], answer]
+        done = prompt + answer
+    return parts

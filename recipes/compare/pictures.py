@@ -67,7 +67,7 @@ def _draw(content: dict[str, Any]) -> Any:
         for axes in grid[-1][1:]:
             axes.axis("off")
     if named:  # above everything, where no line is
-        figure.legend(list(named.values()), list(named), loc="outside upper center", ncols=8, frameon=False)  # type: ignore[call-overload]
+        figure.legend(list(named.values()), list(named), loc="outside upper center", ncols=8, frameon=False)
     return figure
 
 
