@@ -161,7 +161,7 @@ def test_ids(ids, kind, mapping, seed):
     assert got is None or repr(got) == repr(({"x": "x"} if mapping else ["x"], tag(ids)))
 
 
-SELECTIONS = [name for name, entry in CALLBACKS.items() if entry.selects and not entry.modules]
+SELECTIONS = [name for name, entry in CALLBACKS.items() if entry.selects and not entry.modules and entry.joined == 1]
 LOGITS = lists(st.tuples(*[st.floats(-30, 30, width=16)] * 2), min_size=1, max_size=MOST)
 
 

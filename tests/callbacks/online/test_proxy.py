@@ -193,7 +193,8 @@ def test_a_proxy_that_ranks_otherwise_is_told(monkeypatch):
         def training_step(self, batch):
             return -super().training_step(batch)
 
-    monkeypatch.setattr(proxy_module, "COMPARED_EVERY", 5)
+    monkeypatch.setattr(proxy_module, "COMPARED_EVERY", 20)
+    seed_everything(1, verbose=False)
     message = "does not rank rows as the model does"
     with pytest.warns(UserWarning, match=message):
         trainer(ProxySelection(0.5, Opposite(), update_every=1), max_epochs=10).fit(Classifier(), loader())

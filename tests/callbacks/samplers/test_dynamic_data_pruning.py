@@ -168,7 +168,7 @@ def as_mapping(samples):
 @pytest.mark.parametrize(
     ("module", "collate", "says"),
     [
-        (ScoreStep, as_mapping, r"taken from ScoreStep .* attribute `sample_losses` \(None\)"),
+        (ScoreStep, as_mapping, r"(?s)not certain for `ScoreStep`.* attribute `sample_losses` \(None\)"),
         (Elsewhere, None, r"`Elsewhere\.training_step` shows no losses of its rows"),
         (Penalised, None, "a part of it is not made of the logits"),
         (PenalisedRegression, None, "a part of it is not made of the logits"),

@@ -388,3 +388,73 @@ def test_the_packaged_recipe_runs_on_the_real_model(gguf_read_once, tmp_path, mo
     answer = tokenizer.decode([t for t in sample["labels"] if t != -100])
     assert re.fullmatch(r"[^<]+<\|im_end\|>", answer)
     assert tokenizer.decode(sample["input_ids"]).endswith("<|im_start|>assistant\n" + answer)
+
+
+TURNS = ["hi", "hello", "who are you?", "I am a bot.", "bye", "see you"]
+
+
+def test_a_conversation_is_one_sample_with_every_answer_labelled(write_rows):
+    rows = load(write_rows([{"messages": _alternate(TURNS)}]))
+    (row,) = encode(rows, CharacterTokenizer(), 1000, "all")
+    text = "".join(map(chr, row["input_ids"]))
+    assert text.endswith("<u>bye|\n<a>see you|")
+    labelled = "".join(chr(t) if t != -100 else " " for t in row["labels"])
+    assert labelled.split() == ["hello|", "I", "am", "a", "bot.|", "see", "you|"]
+    assert row["attention_mask"] == [1] * len(text)
+
+
+def test_a_conversation_is_cut_after_the_last_answer_that_fits(write_rows):
+    rows = load(write_rows([{"messages": _alternate(TURNS)}]))
+    whole = encode(rows, CharacterTokenizer(), 1000, "all")[0]["input_ids"]
+    for fits in (len(whole), len(whole) - 1, 30, 16):
+        cut = encode(rows, CharacterTokenizer(), fits, "all")
+        ids = cut[0]["input_ids"]
+        assert len(ids) <= fits
+        assert ids == whole[: len(ids)]
+        assert chr(ids[-1]) == "|"
+    assert not len(encode(rows, CharacterTokenizer(), 10, "all"))
+
+
+def test_a_template_that_strips_earlier_turns_is_refused_for_whole_conversations(write_rows):
+    class Strips(CharacterTokenizer):
+        def apply_chat_template(self, messages, tokenize, add_generation_prompt=False):
+            return super().apply_chat_template(
+                messages[-2 - (not add_generation_prompt) :], tokenize, add_generation_prompt
+            )
+
+    rows = load(write_rows([{"messages": _alternate(TURNS)}]))
+    with pytest.raises(ValueError, match="`replies` must be 'last' with this chat template"):
+        encode(rows, Strips(), 1000, "all")
+
+
+def test_every_label_of_a_conversation_has_the_probability_that_it_has_in_its_own_row(write_rows, gguf_read_once):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(resolve(SMOLLM2), gguf_file=SMOLLM2_GGUF)
+    rows = load(write_rows([{"messages": _alternate(TURNS)[:end]} for end in (2, 4, 6)]))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        resolve(SMOLLM2), gguf_file=SMOLLM2_GGUF, dtype=torch.float32
+    ).eval()
+
+    def log_probs(row):
+        ids, labels = (torch.tensor(row[name]) for name in ("input_ids", "labels"))
+        with torch.no_grad():
+            predicted = model(ids[None]).logits[0, :-1].log_softmax(-1)
+        scored = labels[1:] != -100
+        return predicted[scored].gather(1, labels[1:][scored][:, None])[:, 0]
+
+    apart = torch.cat([log_probs(row) for row in encode(rows, tokenizer, 512)])
+    (whole,) = encode(rows.select([2]), tokenizer, 512, "all")
+    torch.testing.assert_close(log_probs(whole), apart, rtol=1e-5, atol=1e-5)
+
+
+def test_training_samples_are_conversations_and_validation_is_by_reply(monkeypatch):
+    shown = {}
+    for replies in ("last", "all"):
+        data = Conversations("chitchat", replies=replies, max_samples=40, val_samples=8, max_length=256)
+        monkeypatch.setattr(conversations, "load_tokenizer", lambda *_: CharacterTokenizer())
+        train, val, test = data.split()
+        shown[replies] = val["messages"], test["messages"]
+        if replies == "all":
+            assert len(set(train["conversation"])) == len(train) == 40
+            assert min(len(messages) for messages in train["messages"]) >= 2
+            assert max(len(messages) for messages in train["messages"]) > 4  # more than three turns of context
+    assert shown["last"] == shown["all"]

@@ -239,7 +239,8 @@ def test_a_rule_of_the_current_folder_takes_the_place_of_the_recipes(tmp_path, m
         cli.main(["fit", "--config", RECIPE, option, "--print_config"])
     assert done.value.code == 0
     callbacks = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
-    assert [c["class_path"].split(".")[-1] for c in callbacks] == ["ExactResume", "ModelCheckpoint", "HighLoss"]
+    names = [c["class_path"].split(".")[-1] for c in callbacks]
+    assert names == ["ExactResume", "ModelCheckpoint", "FinalCheckpoint", "HighLoss"]
     assert callbacks[-1]["init_args"]["keep"] == 0.25
 
 
