@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from curation.checks import check_number
 from curation.online.top import keep_count
 
 
@@ -68,3 +69,20 @@ class Budget:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
         self.candidates, self.k, self._fixed_for = state["candidates"], state["k"], state["k_is_for"]
+
+
+def checked_keep(keep: float | None, candidate_batches: int) -> float:
+    """The argument ``keep`` of a selection, which follows from ``candidate_batches`` where these are several.
+
+    Raises:
+        ValueError: If it is out of its range, or another than 1 over ``candidate_batches``.
+    """
+    if candidate_batches == 1:
+        return check_number("keep", keep, "(0, 1]")
+    check_number("keep", keep, "(0, 1]", optional=True)
+    if keep is not None and abs(keep * candidate_batches - 1) > 1e-6:
+        raise ValueError(
+            f"Argument `keep` must be None, or 1/{candidate_batches} with `candidate_batches={candidate_batches}`, "
+            f"so that as many rows are trained on as a batch of the data loader has, but got {keep!r}."
+        )
+    return 1 / candidate_batches

@@ -24,13 +24,13 @@ from curation.callbacks.lightning.seam import (
     refuse_strategies,
     warn_of_mixing,
 )
-from curation.callbacks.online.budget import Budget
+from curation.callbacks.online.budget import Budget, checked_keep
 from curation.callbacks.online.choice import Choice, SelectionListener
 from curation.callbacks.online.loss_check import LossCheck
 from curation.callbacks.online.scoring_pass import Scoring, ScoringPass
 from curation.callbacks.online.statistics import SelectionStatistics
 from curation.callbacks.online.step_timer import StepTimer
-from curation.checks import check_choice, check_flag, check_integer, check_number, check_seed
+from curation.checks import check_choice, check_flag, check_integer, check_seed
 from curation.online.top import keep_count, top_rows
 from curation.scoring import side_effect_free
 
@@ -89,7 +89,7 @@ class OnlineSelection(SeamClient, ABC):
         candidate_batches: int = 1,
     ) -> None:
         self.candidate_batches = check_integer("candidate_batches", candidate_batches, 1)
-        self.keep = self._check_keep(keep)
+        self.keep = checked_keep(keep, candidate_batches)
         self.when = check_choice("when", when, ("always", "pays"))
         if when == "pays" and candidate_batches > 1:
             raise ValueError(
@@ -99,18 +99,6 @@ class OnlineSelection(SeamClient, ABC):
         self.seed = check_seed(seed)
         self.trim = check_flag("trim", trim)
         self._reset()
-
-    def _check_keep(self, keep: float | None) -> float:
-        count = self.candidate_batches
-        if count == 1:
-            return check_number("keep", keep, "(0, 1]")
-        check_number("keep", keep, "(0, 1]", optional=True)
-        if keep is not None and abs(keep * count - 1) > 1e-6:
-            raise ValueError(
-                f"Argument `keep` must be None, or 1/{count} with `candidate_batches={count}`, so that as many rows "
-                f"are trained on as a batch of the data loader has, but got {keep!r}."
-            )
-        return 1 / count
 
     def _reset(self) -> None:
         """Forget an earlier fit."""

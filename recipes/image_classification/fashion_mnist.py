@@ -2,6 +2,7 @@
 
 import gzip
 import zlib
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ IMAGES = (
     Source("zalando-datasets/fashion_mnist", "Fashion-MNIST on the hub, 30 MB", online),
     Source("digits", "1,797 handwritten digits of scikit-learn", installed("sklearn")),
 )
+
+CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 
 def load_images(data: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -85,3 +88,17 @@ def _read_idx(folder: Path, name: str) -> Tensor:
         return torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy())
     except (gzip.BadGzipFile, zlib.error, EOFError, ValueError, IndexError) as error:
         raise ValueError(f"The file {str(file)!r} is damaged, or another: {error}") from error
+
+
+def class_names(data: str, classes: int) -> Sequence[Hashable]:
+    """Names of the classes: those of Fashion-MNIST where the name of the source says that it is that, or numbers.
+
+    Args:
+        data: The source, as for :func:`load_images`.
+        classes: Number of classes.
+
+    Example:
+        >>> class_names(FASHION_MNIST, 10)[0], list(class_names("digits", 2))
+        ('T-shirt', [0, 1])
+    """
+    return CLASSES if "fashion" in str(data).lower() and classes == len(CLASSES) else range(classes)

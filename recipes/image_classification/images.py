@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from curation.batch import SampleIds
 from curation.checks import check_flag, check_integer, check_number, check_path, check_seed
-from curation.recipes.image_classification.fashion_mnist import IMAGES, load_images
+from curation.recipes.image_classification.fashion_mnist import IMAGES, class_names, load_images
 from curation.recipes.label_noise import corrupt_labels
 from curation.recipes.sources import AUTO, found, sampled
 from curation.samplers.concept_index import ConceptIndex
@@ -115,7 +115,7 @@ class Images(LightningDataModule):
         images, test_images = (images - mean) / deviation, (test_images - mean) / deviation
         self.corrupted = corrupted[train]
         self.train = SampleIds(TensorDataset(images[train], noisy_labels[train]))
-        self.concepts = ConceptIndex.from_labels(noisy_labels[train], range(classes))
+        self.concepts = ConceptIndex.from_labels(noisy_labels[train], class_names(self.data, classes))
         self.val = TensorDataset(images[held_out], val_labels[held_out])
         self.test = TensorDataset(test_images, test_labels)
 

@@ -1,6 +1,7 @@
 """What a logger is told of a fit."""
 
 import functools
+import json
 import pickle
 
 import pytest
@@ -116,11 +117,27 @@ def test_a_logger_that_fails_stops_no_fit(tmp_path, monkeypatch):
     assert len(calls) == 1  # once a fit
 
 
+def written_config(file):
+    """The configuration that an offline run has written."""
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    store, config = DataStore(), {}
+    store.open_for_scan(str(file))
+    while (data := store.scan_data()) is not None:
+        record = Record()
+        record.ParseFromString(data)
+        for update in (*record.run.config.update, *record.config.update):
+            config[update.key or ".".join(update.nested_key)] = json.loads(update.value_json)
+    return config
+
+
 def test_two_runs_are_told_apart_in_wandb(tmp_path):
     configs = []
     for keep in (0.25, 0.5):
-        logger = WandbLogger(project="settings", save_dir=tmp_path, offline=True)
+        logger = WandbLogger(project="settings", save_dir=tmp_path / str(keep), offline=True)
         trainer(UniformSelection(keep), logger=logger, max_epochs=1).fit(Classifier(), loader())
-        configs.append(dict(logger.experiment.config))
         logger.experiment.finish()
+        (file,) = (tmp_path / str(keep)).rglob("*.wandb")
+        configs.append(written_config(file))
     assert [config["UniformSelection"]["keep"] for config in configs] == [0.25, 0.5]
