@@ -186,8 +186,10 @@ def batch_size(batch: Any) -> int:
         raise TypeError(f"The batch holds no tensor with a batch dimension, but is {type(batch).__name__}.")
     size = sizes[0][1]
     if any(rows != size for _, rows in sizes):
-        listed = ", ".join(f"{path} has {rows}" for path, rows in sizes)
-        raise ValueError(f"The tensors of the batch disagree on the number of rows: {listed}.")
+        listed = ", ".join(f"{path} has {rows}" for path, rows in sizes[:4]) + (", ..." if len(sizes) > 4 else "")
+        hint = " If it is a list of samples, let `collate_fn` make tensors [B, ...] of them."
+        hint = hint if isinstance(batch, list) else ""
+        raise ValueError(f"The tensors of the batch disagree on the number of rows: {listed}.{hint}")
     if size == 0:
         raise ValueError("The batch has no rows.")
     return size

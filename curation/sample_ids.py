@@ -35,7 +35,10 @@ class SampleIds(Dataset):
     def __init__(self, dataset: Any) -> None:
         sized = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
         if not sized or isinstance(dataset, IterableDataset):
-            raise TypeError(f"Argument `dataset` must be a map-style data set, but got {type(dataset).__name__}.")
+            raise TypeError(
+                f"Argument `dataset` must be a map-style data set, but got {type(dataset).__name__}. An iterable one "
+                "yields the ids itself: mappings with a `sample_id`, or tuples that end with {'sample_id': number}."
+            )
         self.dataset = dataset
 
     def __len__(self) -> int:

@@ -23,7 +23,7 @@ from curation.recipes.compare.workload import make_workload
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-TUTORIALS = [DOCS / "quickstart.md", *sorted((DOCS / "tutorials").glob("*.md"))]
+TUTORIALS = [DOCS / "quickstart.md", DOCS / "faq.md", *sorted((DOCS / "tutorials").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 by_name = pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
 

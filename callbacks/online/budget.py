@@ -78,6 +78,8 @@ def checked_keep(keep: float | None, candidate_batches: int) -> float:
         ValueError: If it is out of its range, or another than 1 over ``candidate_batches``.
     """
     if candidate_batches == 1:
+        if keep is None:
+            raise ValueError("Argument `keep` must be in (0, 1] without `candidate_batches`, but got None.")
         return check_number("keep", keep, "(0, 1]")
     check_number("keep", keep, "(0, 1]", optional=True)
     if keep is not None and abs(keep * candidate_batches - 1) > 1e-6:

@@ -104,7 +104,8 @@ class ConceptAwareSelection(OnlineSelection):
         if sample_ids is None:
             raise TypeError(
                 "ConceptAwareSelection needs sample ids: wrap the training data set in "
-                "`curation.sample_ids.SampleIds`."
+                "`curation.sample_ids.SampleIds`, "
+                "and keep its key `sample_id` in a `collate_fn` of your own."
             )
         assert self._index is not None
         size = batch_size(batch)

@@ -126,6 +126,11 @@ class HardSampleSelection(WeighsRows, OnlineSelection):
                 "Argument `score` must not be negative with `rule='importance'`, but got 'reducible_loss'."
             )
         super().__init__(keep, when, seed, trim, candidate_batches)
+        if rule == "drop_high" and 1 - self.drop + 1e-9 < self.keep < 1:
+            raise ValueError(
+                f"Argument `drop` must be at most 1 - keep, or what is left out would be kept, but got {drop!r} with "
+                f"keep={keep!r}."
+            )
 
     def _reset(self) -> None:
         super()._reset()
@@ -171,8 +176,8 @@ class HardSampleSelection(WeighsRows, OnlineSelection):
         outputs, targets = self.outputs(trainer, scorer, batch, head)
         if targets is None and self.score_name == "grad_norm":
             raise TypeError(
-                f"`score='grad_norm'` needs logits, but `{type(scorer).__name__}.score_step` returns losses. Let it "
-                "return `(logits, targets)`, or use `score='loss'`."
+                f"`score='grad_norm'` needs logits, but of `{type(scorer).__name__}` there are losses only, from "
+                f"{self.scoring_pass.name}. Use `score='loss'`, or let `score_step` return `(logits, targets)`."
             )
         if self.rule == "importance" and self.row_weights is None:
             over_positions = isinstance(batch, Mapping) and len(hugging_face_models(pl_module)) == 1
@@ -196,7 +201,8 @@ class HardSampleSelection(WeighsRows, OnlineSelection):
             if sample_ids is None:
                 raise TypeError(
                     "`score='reducible_loss'` needs sample ids: wrap the training data set in "
-                    "`curation.sample_ids.SampleIds`."
+                    "`curation.sample_ids.SampleIds`, "
+                    "and keep its key `sample_id` in a `collate_fn` of your own."
                 )
             if (self._unsized or sample_ids.device.type == "cpu") and int(sample_ids.max()) >= len(self._irreducible):
                 raise ValueError(
@@ -209,6 +215,8 @@ class HardSampleSelection(WeighsRows, OnlineSelection):
 
     def describe(self) -> str:
         """The rule, and the route of the scores."""
+        if self.head_route.of_losses:
+            return f"{self.rule} {self.score_name}, {super().describe()}"
         positions = "at scored positions only" if self.head_route.used else "from logits"
         return f"{self.rule} {self.score_name}, {super().describe()}, {positions}{self.head_route.reason}"
 

@@ -22,12 +22,14 @@ class HeadRoute:
     Attributes:
         used: Whether the head's input is used; None before it was tried.
         reason: Reason why it is not, for the log line at the start of the fit; empty where it is.
+        of_losses: Whether the module gives losses in place of logits.
     """
 
     def __init__(self, head: str) -> None:
         self.head = head
         self.used: bool | None = None
         self.reason = ""
+        self.of_losses = False
         self._layer: nn.Linear | None = None
 
     def find(
@@ -73,7 +75,7 @@ class HeadRoute:
             if (
                 selection.outputs(trainer, pl_module, first)[1] is None
             ):  # without logits there is no head to leave out
-                self.reason = " (`score_step` returns losses)"
+                self.of_losses = True
                 return False
             _, targets = selection.outputs(trainer, pl_module, batch, head)
             scored = targets.ne(IGNORED)

@@ -146,7 +146,8 @@ class ReplaySelection(OnlineSelection):
         """1 for the rows that were chosen, 0 for the others: fp32 ``[B]``."""
         if sample_ids is None:
             raise TypeError(
-                "ReplaySelection needs sample ids: wrap the training data set in `curation.sample_ids.SampleIds`."
+                "ReplaySelection needs sample ids: wrap the training data set in `curation.sample_ids.SampleIds`, "
+                "and keep its key `sample_id` in a `collate_fn` of your own."
             )
         if self._probing:
             raise RuntimeError("ReplaySelection cannot be tuned: the batches of a trial are not those of its ledger.")

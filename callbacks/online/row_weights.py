@@ -155,7 +155,8 @@ class RowWeights:
     def _refuse(self, detail: str = "") -> None:
         raise TypeError(
             f"The weights of the rows did not reach the loss of {type(self._module).__name__}{detail}. Add an "
-            "attribute `sample_weights` (None) to it, and multiply the per-sample losses by it where it is set."
+            "attribute `sample_weights` (None) to it, and multiply the per-sample losses by it where it is set. Or "
+            "add `sample_losses` (None), and set it to the losses of the rows, [B], in every `training_step`."
         )
 
     def remove(self) -> None:

@@ -108,7 +108,9 @@ class ScoringPass:
                     try:
                         outputs, targets = route(batch)
                     except TypeError as uncertain:
-                        raise (error if uncertain.__cause__ is not None else uncertain) from None
+                        if uncertain.__cause__ is None:
+                            raise uncertain from error
+                        raise error from uncertain.__cause__
                     self.route = route
             if first:
                 self.name = self.route.name + ("" if targets is None else self.criterion.describe())

@@ -26,7 +26,8 @@ def candidate_entries(callback: Callback, choice: Choice) -> tuple[Tensor, Tenso
     if choice.sample_ids is None:
         raise TypeError(
             f"{type(callback).__name__} needs sample ids: wrap the training data set in "
-            "`curation.sample_ids.SampleIds`."
+            "`curation.sample_ids.SampleIds`, "
+            "and keep its key `sample_id` in a `collate_fn` of your own."
         )
     ids = choice.sample_ids
     unscored = torch.full(ids.shape, torch.nan, device=ids.device)

@@ -56,7 +56,8 @@ class SampleTable(FitCallback, SelectionListener):
         """Remember the candidates of a logging step; the first batch is checked."""
         if choice.sample_ids is None:
             raise TypeError(
-                "SampleTable needs sample ids: wrap the training data set in `curation.sample_ids.SampleIds`."
+                "SampleTable needs sample ids: wrap the training data set in `curation.sample_ids.SampleIds`, "
+                "and keep its key `sample_id` in a `collate_fn` of your own."
             )
         if not any(self._table.values()) and step == 0:
             self._shown(trainer, int(choice.sample_ids[0]))

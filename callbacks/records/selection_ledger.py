@@ -77,7 +77,8 @@ class SelectionLedger(FitCallback, SelectionListener):
         run = mark.read_text() if mark.is_file() else None
         if run != (self._resumed["run"] if self._resumed is not None else None):
             raise ValueError(
-                f"Argument `path` must be a new folder, or that of the run that is resumed, but got {self.path!r}."
+                f"Argument `path` must be a new folder, or that of the run that is resumed, but {self.path!r} has "
+                "the ledger of another: remove it, or name another folder."
             )
         return run
 

@@ -233,7 +233,13 @@ class ExactResume(SeamClient):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let Lightning go on at the place that the counters here tell."""
         state = checkpoint["callbacks"].get(self.state_key)
-        if not self.fitting or state is None:
+        if not self.fitting:
+            return
+        if state is None:
+            rank_zero_warn(
+                "The checkpoint was saved without ExactResume: if it is from inside an epoch, the epoch may begin "
+                "again, with samples that were trained on."
+            )
             return
         counted = state.get("counted")  # checkpoints of earlier versions have none
         self._uncounted = 0 if counted is None else uncounted_batches(checkpoint, counted)

@@ -126,7 +126,8 @@ class ConceptCoverageMonitor(SeamClient, SelectionListener):
         if ids is None:
             raise TypeError(
                 "ConceptCoverageMonitor needs sample ids: wrap the training data set in "
-                "`curation.sample_ids.SampleIds`."
+                "`curation.sample_ids.SampleIds`, "
+                "and keep its key `sample_id` in a `collate_fn` of your own."
             )
         assert self.visits is not None
         ids = gather_rows(trainer, ids)

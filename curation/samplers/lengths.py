@@ -31,7 +31,7 @@ def lengths_of(
 
     Args:
         dataset: A map-style data set; ``SampleIds`` around one, too.
-        length: Name of the field whose length is meant, or a function of a sample.
+        length: Name of the field whose length is meant, or a function of a sample: ``len`` for bare lists of tokens.
         cache: An Arrow file that keeps them, which is written where there is none.
         num_workers: Processes that read samples; 0 reads them in this one.
 
@@ -115,13 +115,15 @@ class _Lengths(Dataset):
         sample = self.dataset[place]
         if callable(self.length):
             return int(self.length(sample))
-        if not isinstance(sample, Mapping) or self.length not in sample:
-            fields = ", ".join(map(str, sample)) if isinstance(sample, Mapping) else type(sample).__name__
-            raise ValueError(
-                f"Argument `length` must name a field of the samples, {fields}, or be a function of one, but got "
-                f"{self.length!r}."
-            )
-        return len(sample[self.length])
+        if isinstance(sample, Mapping) and self.length in sample:
+            return len(sample[self.length])
+        fields = (
+            f"with {', '.join(map(str, sample))}" if isinstance(sample, Mapping) else f"a {type(sample).__name__}"
+        )
+        raise ValueError(
+            f"Argument `length` must name a field of the samples or be a function of one, such as `len`, but got "
+            f"{self.length!r} for a sample {fields}."
+        )
 
 
 def _key(dataset: Any) -> str:

@@ -156,12 +156,13 @@ def find_route(module: nn.Module, batch: Any, score_step: bool = True) -> Route:
             try:
                 return _logits(module(b[0])), b[1]
             except NotImplementedError as error:
-                raise no_losses(module, b) from error
+                raise no_losses(module, b, "the module has no `forward` either") from error
 
         return Route("forward(x)", take_forward, module, lambda output, b: (_logits(output), b[1]))
     route = step_route(module) if score_step else None
     if route is None:
-        raise no_losses(module, batch)
+        missing = not callable(getattr(module, "training_step", None))
+        raise no_losses(module, batch, "there is none" if missing else "it is not automatic")
     return route
 
 
@@ -274,13 +275,16 @@ def check_outputs(outputs: Any) -> tuple[Tensor, Tensor]:
     Raises:
         TypeError: If they are not.
     """
-    hint = "must be (logits, targets): floating [B, T, V] with integer [B, T], or [B, C] with [B]"
+    hint = (
+        "must be (logits, targets): floating [B, T, V] with integer [B, T], or [B, C] with [B]; or, of any other "
+        "task, the losses of the rows, floating [B]"
+    )
     if not isinstance(outputs, tuple):
         got = f"{outputs.dtype} {list(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise TypeError(f"The outputs to score {hint}; or losses, floating [B]; but got {got}.")
+        raise TypeError(f"The outputs to score {hint}; but got {got}.")
     if len(outputs) != 2 or not all(isinstance(t, Tensor) for t in outputs):
         types = ", ".join(type(t).__name__ for t in outputs)
-        raise TypeError(f"The outputs to score {hint}, but got ({types}).")
+        raise TypeError(f"The outputs to score {hint}; but got ({types}).")
     logits, targets = outputs
     integer = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
     if (
@@ -290,12 +294,12 @@ def check_outputs(outputs: Any) -> tuple[Tensor, Tensor]:
         or logits.shape[:-1] != targets.shape
     ):
         raise TypeError(
-            f"The outputs to score {hint}, but got {logits.dtype} {list(logits.shape)} with {targets.dtype} "
-            f"{list(targets.shape)}. A method `score_step` of the module can give them."
+            f"The outputs to score {hint}; but got {logits.dtype} {list(logits.shape)} with {targets.dtype} "
+            f"{list(targets.shape)}. A method `score_step` of the module can give either."
         )
     if logits.size(-1) == 1:
         raise TypeError(
-            f"The outputs to score {hint}, but got a single logit, {list(logits.shape)}, of which a softmax is 1. "
+            f"The outputs to score {hint}; but got a single logit, {list(logits.shape)}, of which a softmax is 1. "
             "Add a method `score_step` that returns the logits of both classes, `torch.cat([0 * z, z], -1)`."
         )
     return logits, targets.long()

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -58,23 +59,24 @@ class StepLosses:
         """
         if self._means is None:  # a formula beside a loss is no auxiliary term where it can be split, too
             tried = list(itertools.product((EXACT, AUXILIARY), (False, True)))
-        else:
-            tried = [(AUXILIARY, self._means)]
+        else:  # the terms are those of the first batch: a fit does not end because one grows
+            tried = [(math.inf, self._means)]
         for tolerance, means in tried:
             try:
                 losses = self._run(batch, means, tolerance)
             except Exception as error:  # of the step, which may need what is not there outside a step
-                raise no_losses(self.module, batch) from error
+                reason = f"it raised {type(error).__name__}: {error}"
+                raise no_losses(self.module, batch, reason) from error
             if losses is not None:
                 self._means = means
                 return losses
-        raise no_losses(self.module, batch)
+        raise no_losses(self.module, batch, "it does not return a sum of losses of rows")
 
     def _run(self, batch: Any, means: bool, tolerance: float) -> Tensor | None:
         size = batch_size(batch)
         step: Any = self.module.training_step
         arguments = [copied(batch)]
-        if "batch_idx" in inspect.signature(step).parameters:
+        if takes_index(step):
             arguments.append(-1)  # steps often log pictures of the batch 0, or of every n-th
         terms = _Terms(size, means)
         with _containers_restored(self.module), torch.no_grad(), terms:
@@ -154,9 +156,11 @@ class _Terms(TorchFunctionMode):
             for (rows, leaf), slope in zip(self.found, slopes, strict=True)
             if slope is not None
         ]
+        if not used:
+            return None
         whole = torch.stack([leaf * slope for _, leaf, slope in used]).sum()
         total = loss.detach().sum()
-        if not bool((whole - total).abs() <= tolerance * total.abs() + 1e-6):
+        if tolerance < math.inf and not bool((whole - total).abs() <= tolerance * total.abs() + 1e-6):
             return None
         return torch.stack([rows * slope for rows, _, slope in used]).sum(0)
 
@@ -180,8 +184,20 @@ def _containers_restored(module: nn.Module) -> Iterator[None]:
             value.extend(content) if isinstance(value, (list, deque)) else value.update(content)
 
 
-def no_losses(module: nn.Module, batch: Any) -> TypeError:
-    """The error that says which method to add to a module, with the names and shapes of its batches."""
+def takes_index(step: Callable[..., Any]) -> bool:
+    """Whether a training step takes the index of the batch, under any name, as Lightning finds out."""
+    parameters = inspect.signature(step).parameters.values()
+    return len(parameters) > 1 or any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+
+
+def no_losses(module: nn.Module, batch: Any, reason: str = "it is not automatic") -> TypeError:
+    """The error that says which method to add to a module, with the names and shapes of its batches.
+
+    Args:
+        module: The module.
+        batch: A batch.
+        reason: Why its ``training_step`` does not tell the losses.
+    """
     fields = [(path, leaf) for path, leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
     names = [path.split(".")[1:] for path, _ in fields]
     if isinstance(batch, (list, tuple)) and len(fields) == len(batch):
@@ -198,9 +214,9 @@ def no_losses(module: nn.Module, batch: Any) -> TypeError:
     classes = bool(fields) and not fields[-1][1].is_floating_point() and fields[-1][1].dtype != torch.bool
     loss = "cross_entropy" if classes else "mse_loss"
     return TypeError(
-        f"The losses of the rows of a batch are not certain for `{type(module).__name__}`: its `training_step` does "
-        "not return a mean of losses of the rows, or is not automatic. Add this method to it, with the loss of "
-        f"`training_step` in the place of `{loss}`:\n\n"
+        f"The losses of the rows of a batch are not certain for `{type(module).__name__}`: they cannot be read from "
+        f"its `training_step`, since {reason}. Add this method to it, with the prediction and the loss of "
+        f"`training_step` in the places of `self(x)` and `{loss}`:\n\n"
         "    def score_step(self, batch):\n"
         f"        {take}  # {shapes}\n"
         f'        losses = torch.nn.functional.{loss}(self(x), y, reduction="none")\n'

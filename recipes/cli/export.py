@@ -25,13 +25,18 @@ def parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--adapters", action="store_true", help="write adapters (LoRA) alone, not merged")
     options = parser.parse_args(args)
     if not (options.run / "config.yaml").is_file():
-        raise ValueError(f"Argument `run` must be the folder of a run, but {str(options.run)!r} has no config.yaml.")
+        versions = ", ".join(str(file.parent) for file in sorted(options.run.glob("*/config.yaml")))
+        raise ValueError(
+            f"Argument `run` must be the folder of a run of `curation fit`, but {str(options.run)!r} has no "
+            "config.yaml" + (f"; there is one in {versions}." if versions else ".")
+        )
     if options.checkpoint is None:
         found = sorted(options.run.rglob("*.ckpt"))
         last = [file for file in found if file.stem == "last"] or found
         if len(last) != 1:
             names = ", ".join(str(file) for file in last) or "none"
-            raise ValueError(f"Argument `--checkpoint` must name a checkpoint of the run, which has {names}.")
+            hint = "" if found else " FinalCheckpoint among its callbacks would have saved one."
+            raise ValueError(f"Argument `--checkpoint` must name a checkpoint of the run, which has {names}.{hint}")
         options.checkpoint = last[0]
     if not options.checkpoint.exists():
         raise ValueError(f"Argument `--checkpoint` must name a file, but there is no {str(options.checkpoint)!r}.")

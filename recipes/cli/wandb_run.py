@@ -29,4 +29,5 @@ def continue_wandb_run(config: Any) -> None:
         if str(getattr(logger, "class_path", "")).endswith("WandbLogger"):
             options = logger.init_args
             if options.get("id") is None and options.get("resume") is None:
-                options.update(same)
+                for name, value in same.items():
+                    options[name] = value

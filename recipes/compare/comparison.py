@@ -34,7 +34,8 @@ def compare(workloads: list[Workload], options: Options, command: str) -> dict[s
             schedule(workload, options, server)
         if options.jobs > 1:  # their seconds stand for those of all seeds, since runs side by side slow one another
             alone = [r for w in workloads for runs in w.sweep.values() for r in runs if r.seed == 0]
-            execute(alone, "runs of seed 0, one at a time", options.backend, 1, server)
+            if alone:
+                execute(alone, "runs of seed 0, one at a time", options.backend, 1, server)
         runs = [run for workload in workloads for run in workload.all_runs]
         execute(runs, "runs", options.backend, options.jobs, server)
     return build(command, [collect(workload, options) for workload in workloads])

@@ -179,8 +179,8 @@ def test_score_step_goes_first_and_is_checked():
     for answer, message in (
         ((torch.zeros(2, 3), torch.zeros(4).long()), r"torch\.float32 \[2, 3\] with torch\.int64 \[4\]"),
         ((torch.zeros(2, 1), torch.zeros(2)), r"with torch\.float32 \[2\]\. A method `score_step`"),
-        (torch.zeros(2, 3), r"must be \(logits, targets\).* or losses, .* got torch\.float32 \[2, 3\]"),
-        (torch.zeros(2).long(), r"must be \(logits, targets\).* or losses, .* got torch\.int64 \[2\]"),
+        (torch.zeros(2, 3), r"must be \(logits, targets\).* the losses of the rows.* got torch\.float32 \[2, 3\]"),
+        (torch.zeros(2).long(), r"must be \(logits, targets\).* losses of the rows.* got torch\.int64 \[2\]"),
         ((torch.zeros(2, 3), [0, 1]), r"must be \(logits, targets\).* got \(Tensor, list\)"),
     ):
         Own.answer = answer

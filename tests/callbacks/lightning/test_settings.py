@@ -3,6 +3,7 @@
 import functools
 import json
 import pickle
+import struct
 
 import pytest
 import yaml
@@ -25,6 +26,8 @@ from curation.callbacks import (
 from curation.recipes.image_classification import ImageClassifier, Images
 from curation.samplers import DynamicDataPruningSampler
 from curation.settings import plain
+
+BLOCK = 32768  # bytes
 
 
 def told(logger):
@@ -118,17 +121,21 @@ def test_a_logger_that_fails_stops_no_fit(tmp_path, monkeypatch):
 
 
 def written_config(file):
-    """The configuration that an offline run has written."""
+    """The configuration in the file of an offline run, a log in the format of LevelDB."""
     from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
 
-    store, config = DataStore(), {}
-    store.open_for_scan(str(file))
-    while (data := store.scan_data()) is not None:
-        record = Record()
-        record.ParseFromString(data)
-        for update in (*record.run.config.update, *record.config.update):
-            config[update.key or ".".join(update.nested_key)] = json.loads(update.value_json)
+    content, place, part, config = file.read_bytes(), 7, b"", {}
+    while place + 7 <= len(content):
+        if (left := BLOCK - place % BLOCK) < 7:
+            place += left
+            continue
+        _, size, kind = struct.unpack("<IHB", content[place : place + 7])
+        part += content[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            record, part = Record.FromString(part), b""
+            for update in (*record.run.config.update, *record.config.update):
+                config[update.key or ".".join(update.nested_key)] = json.loads(update.value_json)
     return config
 
 
@@ -140,4 +147,5 @@ def test_two_runs_are_told_apart_in_wandb(tmp_path):
         logger.experiment.finish()
         (file,) = (tmp_path / str(keep)).rglob("*.wandb")
         configs.append(written_config(file))
+    print(configs)
     assert [config["UniformSelection"]["keep"] for config in configs] == [0.25, 0.5]

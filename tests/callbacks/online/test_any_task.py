@@ -366,6 +366,49 @@ def test_the_error_shows_a_method_that_works_word_for_word(project, tmp_path):
     assert "float32 [16, 6]" in method
 
 
+class OtherName(OwnFormula):
+    """Lightning takes the index of the batch under any name."""
+
+    def training_step(self, batch, _):
+        return super().training_step(batch)
+
+
+class Broken(OwnFormula):
+    def training_step(self, batch, batch_idx):
+        return undefined_name  # noqa: F821
+
+
+class Penalised(OwnFormula):
+    """The penalty is a small part of the loss at first, and all of it in the end."""
+
+    def training_step(self, batch):
+        x, y = batch
+        penalty = sum(p.square().sum() for p in self.parameters())
+        return F.mse_loss(self.net(x), y) * 1e-9 ** (self.global_step > 0) + 1e-4 * penalty
+
+
+def test_the_index_of_the_batch_has_any_name():
+    fit(OtherName(), HardSampleSelection(keep=0.25))
+
+
+def test_an_error_of_the_step_is_told():
+    with pytest.raises(TypeError, match="it raised NameError: name 'undefined_name' is not defined") as error:
+        fit(Broken(), HardSampleSelection(keep=0.25))
+    assert isinstance(error.value.__cause__, NameError)
+
+
+def test_a_fit_does_not_end_because_another_term_grows():
+    module = Penalised()
+    fit(module, HardSampleSelection(keep=0.25))
+    assert module.global_step == 2
+
+
+def test_what_drop_high_leaves_out_is_never_kept():
+    with pytest.raises(ValueError, match=r"`drop` must be at most 1 - keep, .* but got 0.3 with keep=0.8"):
+        HardSampleSelection(keep=0.8, rule="drop_high")
+    HardSampleSelection(keep=0.7, rule="drop_high")
+
+
 def test_a_rule_that_needs_logits_says_so():
     with pytest.raises(TypeError, match="UtilityDiversitySelection needs logits"):
         fit(Regression(), UtilityDiversitySelection(keep=0.25))

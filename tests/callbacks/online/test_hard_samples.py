@@ -114,7 +114,8 @@ def test_a_language_model_may_return_losses():
 
 def test_rules_that_need_logits_say_so():
     with pytest.raises(
-        TypeError, match=r"`score='grad_norm'` needs logits, but `Regression.score_step` returns losses"
+        TypeError,
+        match=r"`score='grad_norm'` needs logits, but of `Regression` there are losses only, from score_step",
     ):
         trainer(HardSampleSelection(0.5, score="grad_norm")).fit(Regression(), loader())
     with pytest.raises(

@@ -55,6 +55,7 @@ def test_images(capsys):
     torch.testing.assert_close(outputs_elsewhere(script), trained(run)(x).detach(), rtol=0, atol=1e-5)
 
 
+LORA = "{rank: 2, targets: [q_proj]}"
 CAUSAL = (
     "from transformers import AutoModelForCausalLM\n"
     "model = AutoModelForCausalLM.from_pretrained('out').eval()\n"
@@ -74,6 +75,7 @@ CAUSAL = (
                 "--trainer.limit_val_batches=1",
             ],
         ),
+        ("sft_utility_diversity", ["--model.num_layers=1", "--data.max_samples=64", f"--model.lora={LORA}"]),
         ("rollouts_tiny", ["--model.warmup_steps=1"]),
     ],
 )
@@ -82,7 +84,8 @@ def test_language_models(recipe, options):
     cli.main(["export", str(run), "--to", "out"])
     module = trained(run)
     expected = module.model(torch.arange(3, 12)[None]).logits.detach()
-    torch.testing.assert_close(outputs_elsewhere(CAUSAL), expected, rtol=0, atol=1e-5)
+    largest = float(expected.abs().max())
+    torch.testing.assert_close(outputs_elsewhere(CAUSAL), expected, rtol=0, atol=1e-5 * max(1.0, largest))
     if recipe.startswith("sft"):  # read from GGUF
         script = (
             "from transformers import AutoTokenizer\n"
