@@ -286,8 +286,8 @@ class OnlineSelection(SeamClient, ABC):
         # Not where only this batch is short, as the last of an epoch is, at which a fit may be resumed.
         if choice.trained == choice.size >= (self.candidates or 0) and self.keep < 1:
             rank_zero_warn(
-                f"`keep={self.keep}` of a candidate batch of {choice.size} is every row: enlarge the batch to select, "
-                "or draw from several with `candidate_batches`."
+                f"`keep={self.keep}` of a candidate batch of {choice.size} is every row: enlarge the batch, or draw "
+                "from several with `candidate_batches`."
             )
         elif choice.size >= (self.candidates or 0) and choice.trained / choice.size > 1.25 * self.keep:
             rank_zero_warn(

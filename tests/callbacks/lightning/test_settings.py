@@ -4,6 +4,7 @@ import functools
 import json
 import pickle
 import struct
+import time
 
 import pytest
 import yaml
@@ -146,6 +147,10 @@ def test_two_runs_are_told_apart_in_wandb(tmp_path):
         trainer(UniformSelection(keep), logger=logger, max_epochs=1).fit(Classifier(), loader())
         logger.experiment.finish()
         (file,) = (tmp_path / str(keep)).rglob("*.wandb")
-        configs.append(written_config(file))
-    print(configs)
+        for _ in range(100):  # another process writes it
+            config = written_config(file)
+            if "UniformSelection" in config:
+                break
+            time.sleep(0.1)
+        configs.append(config)
     assert [config["UniformSelection"]["keep"] for config in configs] == [0.25, 0.5]

@@ -61,9 +61,9 @@ def test_a_file_keeps_them(tmp_path):
         (
             [{"x": [1]}],
             {},
-            "`length` must name a field of the samples, x, or be a function of one, but got 'input_ids'",
+            "`length` must name a field .* such as `len`, but got 'input_ids' for a sample with x",
         ),
-        ([(1, 2)], {}, "must name a field of the samples, tuple"),
+        ([(1, 2)], {}, "but got 'input_ids' for a sample a tuple"),
         ([{"input_ids": []}], {}, "sample 0 has 0"),
         (datasets.Dataset.from_dict({"x": ROWS}), {}, "`length` must name a column, x, but got 'input_ids'"),
         ([{"input_ids": [1]}], {"num_workers": -1}, "`num_workers` must be"),

@@ -107,3 +107,19 @@ def test_what_is_not_there_is_named(tmp_path):
         cli.main(["export", "run", "--to", "out"])
     with pytest.raises(SystemExit, match="`--to` must name a new or empty folder, but 'run' has files"):
         cli.main(["export", "run", "--to", "run", "--checkpoint", "run/a.ckpt"])
+
+
+def test_a_resumed_fit_of_the_command_line_goes_on_in_its_wandb_run():
+    command = ["fit", "--config", "fashion_mnist_pruning", *QUIET, "--data.data=digits"]
+
+    def run(*options):
+        cli.main([*command, *options])
+        sys.modules["wandb"].finish()
+
+    run("--trainer.max_epochs=1")
+    (last,) = Path("runs").rglob("last.ckpt")
+    run("--trainer.max_epochs=2", f"--ckpt_path={last}")
+    run("--trainer.max_epochs=2", f"--ckpt_path={last}", "--same_wandb_run=false")
+    ids = [folder.name.split("-")[3] for folder in sorted(Path("runs").glob("wandb/offline-run-*"))]
+    assert len(set(ids)) == 2
+    assert len(ids) == 3
