@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from curation.batch import batch_size, copied, leaves
+from curation.batch import batch_size, copied, leaves, take_rows
 from curation.scoring.losses import IGNORED
 
 EXACT = 1e-3  # relative, of half precision
@@ -50,6 +50,7 @@ class StepLosses:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._means: bool | None = None  # whether means and sums are terms, too; None before it is known
+        self._found = 0  # terms of the last step
 
     def __call__(self, batch: Any) -> Tensor:
         """The losses of the rows, fp32 ``[B]``.
@@ -67,10 +68,18 @@ class StepLosses:
             except Exception as error:  # of the step, which may need what is not there outside a step
                 reason = f"it raised {type(error).__name__}: {error}"
                 raise no_losses(self.module, batch, reason) from error
-            if losses is not None:
+            if losses is not None and (self._means is not None or not means or self._are_of_rows(batch)):
                 self._means = means
                 return losses
         raise no_losses(self.module, batch, "it does not return a sum of losses of rows")
+
+    def _are_of_rows(self, batch: Any) -> bool:
+        """Whether the means are over the rows of the batch: a weight may have as many rows by chance."""
+        size, found = batch_size(batch), self._found
+        device = next(leaf.device for _, leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.dim())
+        if size > 1:
+            self._run(take_rows(batch, torch.arange(size - 1, device=device)), True, math.inf)
+        return self._found == found
 
     def _run(self, batch: Any, means: bool, tolerance: float) -> Tensor | None:
         size = batch_size(batch)
@@ -81,6 +90,7 @@ class StepLosses:
         terms = _Terms(size, means)
         with _containers_restored(self.module), torch.no_grad(), terms:
             output = step(*arguments)
+        self._found = len(terms.found)
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not terms.found:
             return None

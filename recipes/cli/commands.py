@@ -39,16 +39,18 @@ def main(args: list[str] | None = None) -> None:
     if args == ["--version"]:
         print(f"lightning-curation {version('lightning-curation')}")
         return
-    if args and not args[0].startswith("-") and args[0] not in COMMANDS + FITS:
+    if not args:
+        sys.exit(f"curation: name a command: {', '.join(FITS + COMMANDS)}. `curation COMMAND --help` says more.")
+    if not args[0].startswith("-") and args[0] not in COMMANDS + FITS:
         near = get_close_matches(args[0], COMMANDS + FITS, 1)
         hint = f"the nearest is {near[0]!r}" if near else f"there are {', '.join(FITS + COMMANDS)}"
         sys.exit(f"curation: {args[0]!r} is no command; {hint}.")
     sys.path.insert(0, os.getcwd())  # a rule of the user's own is found by its class path, as with `python -m`
     try:
-        if not args or args[0] not in WITHOUT_EXTRA:
+        if args[0] not in WITHOUT_EXTRA:
             args = with_recipe_files(args)
             require_extra()
-        if args and args[0] in COMMANDS:
+        if args[0] in COMMANDS:
             import_module(f"curation.recipes.cli.{args[0]}").main(args[1:])
             return
     except (ValueError, OSError, ImportError) as error:

@@ -387,6 +387,22 @@ class Penalised(OwnFormula):
         return F.mse_loss(self.net(x), y) * 1e-9 ** (self.global_step > 0) + 1e-4 * penalty
 
 
+class WeightOfAsManyRows(OwnFormula):
+    """A penalty on 16 rows of a weight beside a batch of 16."""
+
+    def build(self):
+        self.net = nn.Linear(6, 16)
+
+    def training_step(self, batch):
+        x, y = batch
+        return F.mse_loss(self.net(x)[:, :2], y) + 30 * self.net.weight.square().mean()
+
+
+def test_a_weight_with_as_many_rows_as_the_batch_is_no_loss_of_rows():
+    with pytest.raises(TypeError, match="it does not return a sum of losses of rows"):
+        fit(WeightOfAsManyRows(), HardSampleSelection(keep=0.25))
+
+
 def test_the_index_of_the_batch_has_any_name():
     fit(OtherName(), HardSampleSelection(keep=0.25))
 

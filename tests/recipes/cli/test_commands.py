@@ -249,3 +249,8 @@ def test_a_package_is_found_without_importing_it(monkeypatch):
     assert sources.resolve("package:curation.recipes") == str(catalogue.FOLDER)
     with pytest.raises(ImportError, match=r"'no_such_package' is not installed. Run `pip install no-such-package`"):
         sources.resolve("package:no_such_package")
+
+
+def test_without_a_command_all_are_named():
+    with pytest.raises(SystemExit, match=r"name a command: fit, validate, test, compare, .*export"):
+        cli.main([])
