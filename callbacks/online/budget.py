@@ -79,7 +79,9 @@ def checked_keep(keep: float | None, candidate_batches: int) -> float:
     """
     if candidate_batches == 1:
         if keep is None:
-            raise ValueError("Argument `keep` must be in (0, 1] without `candidate_batches`, but got None.")
+            raise ValueError(
+                "Argument `keep` must be in (0, 1], but got None; it is left out with `candidate_batches`."
+            )
         return check_number("keep", keep, "(0, 1]")
     check_number("keep", keep, "(0, 1]", optional=True)
     if keep is not None and abs(keep * candidate_batches - 1) > 1e-6:
