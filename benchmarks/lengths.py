@@ -91,7 +91,7 @@ class Speed(Callback):
         )
 
 
-def train(steps: int = 15) -> None:
+def train(steps: int = 8) -> None:
     """Real tokens a second of each way, in turn, three times."""
     ways = {
         "a sample a reply, random": ("last", 128, {}),
