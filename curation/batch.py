@@ -287,6 +287,12 @@ def take_rows(batch: Any, rows: Tensor, columns: Columns | None = None) -> Any:
     return map_leaves(batch, take)
 
 
+def is_masked_text(batch: Any) -> bool:
+    """Whether a batch is a mapping with ``input_ids`` and ``attention_mask``, both ``[B, T]``."""
+    ids, mask = (batch.get(key) if isinstance(batch, Mapping) else None for key in ("input_ids", "attention_mask"))
+    return isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape == ids.shape
+
+
 def trim_padding(batch: Any) -> Any:
     """Drop the trailing columns of a text batch that are padding in every row.
 
@@ -302,9 +308,9 @@ def trim_padding(batch: Any) -> Any:
     """
     if not isinstance(batch, Mapping) or any(str(key).startswith("decoder_") for key in batch):
         return batch
-    ids, mask, labels = (batch.get(key) for key in ("input_ids", "attention_mask", "labels"))
-    if not (isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape == ids.shape):
+    if not is_masked_text(batch):
         return batch
+    mask, labels = batch["attention_mask"], batch.get("labels")
     columns = {k for k, v in batch.items() if isinstance(v, Tensor) and v.dim() >= 2 and v.shape[:2] == mask.shape}
     if not mask.numel() or not columns <= TOKEN_FIELDS:
         return batch

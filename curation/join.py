@@ -1,6 +1,6 @@
 """Several batches of a data loader as one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curation.batch import ENCODINGS, TOKEN_FIELDS, batch_size, leaves, map_leaves
+from curation.batch import ENCODINGS, TOKEN_FIELDS, batch_size, is_masked_text, leaves, map_leaves
 from curation.scoring import IGNORED
 
 
@@ -98,7 +98,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 def _equally_wide(batches: Sequence[Any], pad_id: int | None, side: str | None) -> Sequence[Any]:
     """Text batches, padded to the widest; others as they are."""
-    if not all(_is_masked_text(batch) for batch in batches):
+    if not all(map(is_masked_text, batches)):
         return batches
     widths = [batch["input_ids"].size(1) for batch in batches]
     if len(set(widths)) == 1:
@@ -110,13 +110,6 @@ def _equally_wide(batches: Sequence[Any], pad_id: int | None, side: str | None) 
         padding = torch.cat([b["input_ids"][b["attention_mask"] == 0] for b in batches])
         pad_id = int(padding[0]) if len(padding) else 0
     return [_padded(batch, max(widths) - width, pad_id, side) for batch, width in zip(batches, widths, strict=True)]
-
-
-def _is_masked_text(batch: Any) -> bool:
-    if not isinstance(batch, Mapping):
-        return False
-    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
-    return isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape == ids.shape
 
 
 def _padded(batch: Any, missing: int, pad_id: int, side: str) -> Any:

@@ -1,5 +1,6 @@
 """Settings, histograms, tables and pictures in loggers; those that take none are left out."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,13 +70,14 @@ def log_settings(trainer: Trainer, parts: Sequence[Any]) -> None:
     secrets.
     """
     settings: dict[str, Any] = {}
+    names: Counter[str] = Counter()
     for part in parts:
         known = type(part).__module__.startswith(("curation.", "lightning.pytorch.callbacks."))
         if isinstance(part, (ProgressBar, ModelSummary)) or not (known or isinstance(part, Configured)):
             continue
         name = type(part).__name__
-        number = 1 + sum(key.split("_")[0] == name for key in settings)
-        settings[name if number == 1 else f"{name}_{number}"] = settings_of(part)
+        names[name] += 1
+        settings[name if names[name] == 1 else f"{name}_{names[name]}"] = settings_of(part)
     settings = {name: values for name, values in settings.items() if values}
     for logger in trainer.loggers if settings and trainer.is_global_zero else []:
         with not_essential("The settings of the fit"):

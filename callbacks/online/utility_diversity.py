@@ -105,8 +105,9 @@ class UtilityDiversitySelection(OnlineSelection):
             outputs, targets = self.outputs(trainer, pl_module, part, head)
             if targets is None:
                 raise TypeError(
-                    f"UtilityDiversitySelection needs logits, but `{type(pl_module).__name__}.score_step` returns "
-                    "losses. Let it return `(logits, targets)`, or use HardSampleSelection."
+                    f"UtilityDiversitySelection needs logits, but of `{type(pl_module).__name__}` there are losses "
+                    f"only, from {self.scoring_pass.name}. Let `score_step` return `(logits, targets)`, or use "
+                    "HardSampleSelection."
                 )
             with torch.no_grad():
                 measured.append(self.scorer.measure(outputs, targets.ne(IGNORED)))

@@ -18,8 +18,7 @@ class SampleTable(FitCallback, SelectionListener):
     """Logs a W&B table of candidates with what they are, beside a selection: ``curation/shown``.
 
     The last candidates of logging steps, as many kept as left out where there are: step, sample id, score, whether it
-    was kept, and what ``show`` gives. It is written when the fit ends, on an error too. Nothing is shown
-    unless it is asked for, since samples may be private.
+    was kept, and what ``show`` gives. It is written when the fit ends, on an error too.
 
     Args:
         show: Name of a field of the samples, or a function of a sample that gives a value, or a mapping of columns.

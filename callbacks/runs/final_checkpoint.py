@@ -34,11 +34,6 @@ class FinalCheckpoint(Checkpoint):
         """Note that there will be something to save."""
         self._unsaved = True
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note that another checkpoint has everything so far, if it is the one to write."""
-        others = self._model_checkpoints(trainer)
-        self._unsaved = not (others and (others[0].save_last or others[0].filename == "last"))
-
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save."""
         self._save(trainer)

@@ -84,7 +84,7 @@ class StepLosses:
     def _run(self, batch: Any, means: bool, tolerance: float) -> Tensor | None:
         size = batch_size(batch)
         step: Any = self.module.training_step
-        arguments = [copied(batch)]
+        arguments = [batch if self._means is not None else copied(batch)]  # one of several attempts
         if takes_index(step):
             arguments.append(-1)  # steps often log pictures of the batch 0, or of every n-th
         terms = _Terms(size, means)

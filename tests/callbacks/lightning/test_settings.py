@@ -24,6 +24,7 @@ from curation.callbacks import (
     SampleRecord,
     UniformSelection,
 )
+from curation.callbacks.lightning.loggers import log_settings
 from curation.recipes.image_classification import ImageClassifier, Images
 from curation.samplers import DynamicDataPruningSampler
 from curation.settings import plain
@@ -94,6 +95,14 @@ def test_a_rule_of_ones_own_is_told_of(tmp_path):
     logger = CSVLogger(tmp_path)
     trainer(OfAUser(2), logger=logger, max_epochs=1).fit(Classifier(), loader())
     assert told(logger)["OfAUser"] == {"power": 2, "keep": 0.5}
+
+
+def test_two_of_a_class_are_told_apart(tmp_path):
+    logger = CSVLogger(tmp_path)
+    log_settings(trainer(logger=logger), [SampleRecord(size=64), SampleRecord(size=65)])
+    logger.save()
+    got = told(logger)
+    assert (got["SampleRecord"]["size"], got["SampleRecord_2"]["size"]) == (64, 65)
 
 
 def test_arguments_that_are_objects_are_named():

@@ -119,7 +119,7 @@ def test_rules_that_need_logits_say_so():
     ):
         trainer(HardSampleSelection(0.5, score="grad_norm")).fit(Regression(), loader())
     with pytest.raises(
-        TypeError, match=r"UtilityDiversitySelection needs logits, but `Regression.score_step` returns"
+        TypeError, match=r"UtilityDiversitySelection needs logits, but of `Regression` there are losses only"
     ):
         trainer(UtilityDiversitySelection(0.5)).fit(Regression(), loader())
 
