@@ -1,18 +1,19 @@
 """Supervised fine-tuning of a causal language model on conversations."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from curation.checks import check_flag, check_integer, check_number, check_text
+from curation.checks import check_choice, check_flag, check_integer, check_number, check_text
 from curation.recipes.causal_lm import OwnLogits, keep_layers, own_logits
 from curation.recipes.lora import Lora, add_adapters, check_lora
 from curation.recipes.mean_loss import MeanLoss
 from curation.recipes.pretrained import MODELS, load_model
+from curation.recipes.schedules import linear_schedule
 from curation.recipes.sources import AUTO, found
 from curation.scoring import IGNORED
 
@@ -33,7 +34,8 @@ class SupervisedFineTuning(LightningModule):
         num_layers: Number of layers to keep, from the first; None keeps all.
         lr: Learning rate of AdamW after the warm-up.
         weight_decay: Weight decay of AdamW.
-        warmup_steps: Number of optimizer steps over which the learning rate rises linearly; constant afterwards.
+        warmup_steps: Number of optimizer steps over which the learning rate rises linearly.
+        schedule: ``"linear"`` lets the learning rate fall to 0 at the end of the fit.
         download: Whether ``"auto"`` may download from the hub, unless ``HF_HUB_OFFLINE`` is 1.
         lora: Train adapters of low rank, as ``{"rank": 8, "targets": ["q_proj", "v_proj"], "alpha": 16}``, and
             nothing else (:class:`~curation.recipes.lora.Lora`); None trains all weights.
@@ -55,6 +57,7 @@ class SupervisedFineTuning(LightningModule):
         lr: float = 1e-4,
         weight_decay: float = 0.0,
         warmup_steps: int = 0,
+        schedule: Literal["constant", "linear"] = "constant",
         download: bool = False,
         lora: Lora | None = None,
     ) -> None:
@@ -65,6 +68,7 @@ class SupervisedFineTuning(LightningModule):
         check_number("lr", lr, "(0, inf)")
         check_number("weight_decay", weight_decay, "[0, inf)")
         check_integer("warmup_steps", warmup_steps, 0)
+        check_choice("schedule", schedule, ("constant", "linear"))
         check_flag("download", download)
         model = found(self.auto_sources, {"model": model, "download": download})["model"]
         self._lora = check_lora(lora)
@@ -130,11 +134,10 @@ class SupervisedFineTuning(LightningModule):
         self.log("test_loss", self.test_loss, batch_size=len(batch["input_ids"]))
 
     def configure_optimizers(self) -> Any:
-        """AdamW with a linear warm-up; a schedule over all steps would break a resume in the middle of an epoch."""
+        """AdamW with a linear warm-up."""
         trained = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             trained, lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"], fused=True
         )
-        warmup = max(1, self.hparams["warmup_steps"])
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        falls = self.hparams.get("schedule", "constant") == "linear"
+        return linear_schedule(optimizer, self.trainer if falls else None, max(1, self.hparams["warmup_steps"]))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import Accuracy
 
 from curation.checks import check_choice, check_flag, check_integer, check_number
+from curation.recipes.schedules import linear_schedule
 from curation.scoring import per_sample_loss
 
 
@@ -157,15 +158,7 @@ class ImageClassifier(LightningModule):
         )
         if self.hparams.get("schedule", "constant") == "constant":
             return optimizer
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise ValueError("Argument `schedule` must be 'constant' in a fit without `max_epochs` or `max_steps`.")
-
-        def factor(step: int) -> float:
-            return max(0.0, min(1 - step / steps, (step + 1) / (0.02 * steps)))
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return linear_schedule(optimizer, self.trainer, warmup=0.02)
 
 
 def class_weight_list(class_weights: Any, classes: int) -> Tensor | None:
