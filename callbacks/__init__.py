@@ -13,7 +13,7 @@ from curation.callbacks.online.proxy import ProxySelection
 from curation.callbacks.online.replay import ReplaySelection, SelectionRehearsal
 from curation.callbacks.online.uniform import UniformSelection
 from curation.callbacks.online.utility_diversity import UtilityDiversitySelection
-from curation.callbacks.online.weighted_loss import WeightedLoss
+from curation.callbacks.online.weighted_loss import TokenWeightedLoss, WeightedLoss
 from curation.callbacks.records.sample_record import SampleRecord
 from curation.callbacks.records.sample_table import SampleTable
 from curation.callbacks.records.selection_ledger import SelectionLedger
@@ -21,6 +21,7 @@ from curation.callbacks.rollouts.difficulty_adaptive_rollouts import DifficultyA
 from curation.callbacks.runs.exact_resume import ExactResume
 from curation.callbacks.runs.final_checkpoint import FinalCheckpoint
 from curation.callbacks.runs.run_meter import RunMeter
+from curation.callbacks.runs.token_meter import TokenMeter
 from curation.callbacks.runs.wandb_run import same_wandb_run
 from curation.callbacks.samplers.concept_coverage import ConceptCoverageMonitor
 from curation.callbacks.samplers.dynamic_data_pruning import DynamicDataPruning
@@ -49,6 +50,8 @@ __all__ = [
     "SelectionLedger",
     "SelectionListener",
     "SelectionRehearsal",
+    "TokenMeter",
+    "TokenWeightedLoss",
     "UniformSelection",
     "UtilityDiversitySelection",
     "WeightedLoss",

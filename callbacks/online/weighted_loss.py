@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
@@ -11,8 +12,8 @@ from curation.callbacks.lightning.seam import SeamClient, check_one_loader
 from curation.callbacks.online.hard_samples import HardSampleSelection
 from curation.callbacks.online.row_weights import RowWeights, WeighsRows
 from curation.callbacks.samplers.dynamic_data_pruning import DynamicDataPruning
-from curation.checks import check_integer, check_text
-from curation.scoring import find_logits_maker
+from curation.checks import check_integer, check_number, check_text
+from curation.scoring import IGNORED, find_logits_maker
 
 
 class WeightedLoss(WeighsRows, SeamClient):
@@ -80,10 +81,13 @@ class WeightedLoss(WeighsRows, SeamClient):
             raise ValueError(
                 f"The column {self.column!r} must be finite and not negative, but is {weights.tolist()}."
             )
+        self._set(pl_module, batch, weights)
+        return batch
+
+    def _set(self, pl_module: LightningModule, batch: Any, weights: Tensor, ratio: Tensor | None = None) -> None:
         if self.row_weights is None:
             self.row_weights = RowWeights(pl_module, find_logits_maker(pl_module, batch))
-        self.row_weights.set(weights)
-        return batch
+        self.row_weights.set(weights, ratio)
 
     def strip(self, batch: Any) -> Any:
         """The batch without its weights, where it has any."""
@@ -112,3 +116,49 @@ class WeightedLoss(WeighsRows, SeamClient):
                 self.row_weights.check()
             self.row_weights.set(None)
             self.batches += 1
+
+
+class TokenWeightedLoss(WeightedLoss):
+    """Weighs every batch by the number of its labels, so that a token weighs the same in each.
+
+    A mean over the tokens of a batch weighs those of a short batch more than those of a long one. Here the gradient
+    is multiplied by ``n / tokens``, with ``n`` labels ``labels[:, 1:] != -100`` of this process, which is that of the
+    sum of all losses over ``tokens``: over batches, micro-batches and processes, every token has the same weight.
+    Otherwise as :class:`WeightedLoss`.
+
+    Args:
+        tokens: Labels of a mean batch of a process. Another number scales the gradient, which Adam does not see.
+
+    Raises:
+        TypeError: If a batch has no ``labels`` ``[B, T]``, or the loss is a mean over rows in place of tokens.
+        ValueError: If ``tokens`` is not in (0, inf); if another callback weighs rows.
+
+    Example:
+        >>> callbacks = [TokenWeightedLoss(tokens=300)]  # Trainer(callbacks=callbacks).fit(module, loader)
+    """
+
+    def __init__(self, tokens: float) -> None:
+        super().__init__()
+        self.tokens: float = check_number("tokens", tokens, "(0, inf)")
+
+    def curate(self, trainer: Trainer, pl_module: LightningModule, batch: Any, sample_ids: Tensor | None) -> Any:
+        """The batch; its weight is set."""
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if not (isinstance(labels, Tensor) and labels.dim() == 2):
+            raise TypeError("TokenWeightedLoss counts `labels` [B, T] of the batch, but it has none.")
+        weight = labels[:, 1:].ne(IGNORED).sum() / self.tokens
+        self._set(pl_module, batch, weight.float().repeat(len(labels)), torch.ones((), device=labels.device))
+        return batch
+
+    def strip(self, batch: Any) -> Any:
+        """The batch as it is."""
+        return batch
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise if the loss is no mean over tokens."""
+        super().on_after_backward(trainer, pl_module)
+        if self.row_weights is not None and self.row_weights.positions is False:
+            raise TypeError(
+                f"TokenWeightedLoss needs a loss that is a mean over tokens, but that of "
+                f"{type(pl_module).__name__} is a mean over rows."
+            )

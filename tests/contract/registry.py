@@ -288,6 +288,10 @@ NOT_CALLBACKS = {
     *("OnlineSelection", "SeamClient", "SelectionListener", "Choice"),  # for callbacks of one's own
     *("SelectedDataModule", "embed"),
     *("FinalCheckpoint", "same_wandb_run"),  # in tests/callbacks/runs/test_final_checkpoint.py
+    *(
+        "TokenMeter",
+        "TokenWeightedLoss",
+    ),  # of texts, in tests/callbacks/runs/test_token_meter.py, test_weighted_loss.py
     "SampleTable",  # of W&B alone, in tests/callbacks/records/test_sample_table.py
     *("ReplaySelection", "SelectionRehearsal"),  # of two runs, in tests/callbacks/online/test_replay.py
 }

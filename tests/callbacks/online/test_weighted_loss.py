@@ -7,7 +7,7 @@ from helpers import LanguageModel, data, loader, texts, trainer
 from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader, TensorDataset
 
-from curation.callbacks import HardSampleSelection, WeightedLoss
+from curation.callbacks import HardSampleSelection, TokenWeightedLoss, WeightedLoss
 
 WEIGHTS = torch.rand(16, generator=torch.Generator().manual_seed(0)) * 2
 
@@ -184,3 +184,71 @@ def test_two_callbacks_that_weigh_rows_are_refused():
 def test_a_column_is_a_key_or_a_place(column):
     with pytest.raises((TypeError, ValueError), match="`column`"):
         WeightedLoss(column)
+
+
+class Tokens(LanguageModel):
+    """Keeps the gradient of every backward pass."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.gradients = []
+
+    def on_after_backward(self):
+        self.gradients.append(torch.cat([p.grad.flatten().clone() for p in self.parameters()]).double())
+        self.zero_grad()
+
+
+def cut(samples):
+    """A batch without padding columns."""
+    batch = torch.utils.data.default_collate(samples)
+    width = int(batch["attention_mask"].sum(1).max())
+    return {name: values[:, :width] for name, values in batch.items()}
+
+
+def labels_of(samples):
+    return sum(int((s["labels"][1:] != -100).sum()) for s in samples)
+
+
+@pytest.mark.parametrize("kind", ["logits", "sample_weights"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_token_weighs_the_same_in_every_batch_as_in_one_large_batch(kind, seed):
+    class Taking(Tokens):
+        def __init__(self):
+            super().__init__()
+            self.sample_weights = None
+
+        def training_step(self, batch, batch_idx):
+            logits, labels = self.model(batch["input_ids"], batch["attention_mask"]).logits, batch["labels"]
+            losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+            weights = 1 if self.sample_weights is None else self.sample_weights[:, None]
+            return (losses * weights).sum() / labels[:, 1:].ne(-100).sum()
+
+    samples, sizes = texts(24), torch.randint(2, 6, (5,), generator=torch.Generator().manual_seed(seed)).tolist()
+    places = torch.randperm(24, generator=torch.Generator().manual_seed(seed)).split([*sizes, 24 - sum(sizes)])
+    module, whole = (Tokens() if kind == "logits" else Taking() for _ in range(2))
+    callback = TokenWeightedLoss(tokens=labels_of(samples) / len(places))
+    batches = DataLoader(samples, batch_sampler=[p.tolist() for p in places], collate_fn=cut)
+    trainer(callback, max_epochs=1).fit(module, batches)
+    trainer(max_epochs=1).fit(whole, DataLoader(samples, 24, collate_fn=cut))
+    mean = torch.stack(module.gradients).mean(0)
+    torch.testing.assert_close(mean, whole.gradients[0], rtol=1e-4, atol=1e-6)
+    assert callback.batches == len(places)
+    plain = Tokens()
+    trainer(max_epochs=1).fit(plain, batches)
+    assert not torch.allclose(torch.stack(plain.gradients).mean(0), whole.gradients[0], rtol=1e-2, atol=1e-4)
+
+
+def test_a_mean_over_rows_is_refused():
+    class Rows(Tokens):
+        def training_step(self, batch, batch_idx):
+            logits, labels = self.model(batch["input_ids"], batch["attention_mask"]).logits, batch["labels"]
+            losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+            return (losses.sum(1) / labels[:, 1:].ne(-100).sum(1)).mean()
+
+    with pytest.raises(TypeError, match="mean over tokens, but that of Rows is a mean over rows"):
+        trainer(TokenWeightedLoss(tokens=9.0), max_epochs=1).fit(Rows(), DataLoader(texts(8), 8, collate_fn=cut))
+
+
+def test_batches_without_labels_are_refused():
+    with pytest.raises(TypeError, match=r"`labels` \[B, T\]"):
+        trainer(TokenWeightedLoss(tokens=9.0), max_epochs=1).fit(Net(), loader())
