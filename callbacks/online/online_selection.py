@@ -13,7 +13,16 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from curation.batch import Columns, batch_size, copied, leaves, refuse_samples, take_rows, trim_padding
+from curation.batch import (
+    Columns,
+    batch_size,
+    copied,
+    is_masked_text,
+    leaves,
+    refuse_samples,
+    take_rows,
+    trim_padding,
+)
 from curation.callbacks.lightning.collectives import Totals
 from curation.callbacks.lightning.loop import muted
 from curation.callbacks.lightning.seam import (
@@ -110,6 +119,7 @@ class OnlineSelection(SeamClient, ABC):
         self.scored = Scoring()
         self.loss_check = LossCheck()
         self._columns = Columns()
+        self._places: Tensor | None = None  # of the candidates in the parts; None for one part
         self._choice: Choice | None = None
         self._probing = False
         self._described = False
@@ -227,7 +237,7 @@ class OnlineSelection(SeamClient, ABC):
                 parts = [
                     self._checked_score(trainer, pl_module, *part) for part in self.in_parts(batch, choice.sample_ids)
                 ]
-                scores = torch.cat(parts[: choice.size])
+                scores = self.in_row_order(torch.cat(parts[: choice.size]))
             else:
                 scores = self._checked_score(trainer, pl_module, batch, choice.sample_ids)
         choice.scores = self.scored.scores = scores.detach()
@@ -256,8 +266,10 @@ class OnlineSelection(SeamClient, ABC):
         """The candidates, with ``candidate_batches`` in as many parts, about as large as what is trained on.
 
         There are as many on every process, since the processes of a sharded model wait for each other: where there
-        are fewer rows, parts beyond them repeat the first, and their scores are to be left out. What :meth:`outputs`
-        enters into :attr:`scored` of each part is joined at the end.
+        are fewer rows, parts beyond them repeat the first, and their scores are to be left out. Rows of text are in
+        order of their lengths, so that little of a part is padding: :meth:`in_row_order` puts what is computed of the
+        parts into the order of the candidates. What :meth:`outputs` enters into :attr:`scored` of each part is joined
+        at the end.
 
         Args:
             batch: The candidate batch.
@@ -268,13 +280,21 @@ class OnlineSelection(SeamClient, ABC):
             return
         size, scored = batch_size(batch), []
         device = next(leaf.device for _, leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.dim())
-        for rows in torch.arange(size, device=device).tensor_split(self.candidate_batches):
+        order = torch.arange(size, device=device)
+        if self.trim and is_masked_text(batch):
+            order = batch["attention_mask"].ne(0).sum(1).argsort(descending=True, stable=True)
+        self._places = order.argsort()
+        for rows in order.tensor_split(self.candidate_batches):
             rows = rows if len(rows) else rows.new_zeros(1)
             self.scored = Scoring()
             part = take_rows(batch, rows, self._columns)
             yield trim_padding(part) if self.trim else part, None if sample_ids is None else sample_ids[rows]
             scored.append(self.scored)
-        self.scored = Scoring.joined(scored[:size])
+        self.scored = Scoring.joined(scored[:size], self._places)
+
+    def in_row_order(self, values: Tensor) -> Tensor:
+        """Values ``[B, ...]`` of the rows of the parts, one part after another, in the order of the candidates."""
+        return values if self._places is None else values[self._places]
 
     def _log_description(self, choice: Choice) -> None:
         description = self.describe() if self.keep < 1 else "keeps every row, nothing is scored"

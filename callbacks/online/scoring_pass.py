@@ -39,12 +39,12 @@ class Scoring:
     losses: Tensor | None = None
 
     @staticmethod
-    def joined(parts: "list[Scoring]") -> "Scoring":
-        """The result for a candidate batch of those for its parts."""
+    def joined(parts: "list[Scoring]", places: Tensor) -> "Scoring":
+        """The result for a candidate batch of those for its parts, and of the places int64 ``[B]`` of its rows."""
 
         def join(values: list[Tensor | None]) -> Tensor | None:
             known = [value for value in values if value is not None]
-            return torch.cat(known) if len(known) == len(values) else None
+            return torch.cat(known)[places] if len(known) == len(values) else None
 
         return Scoring(lengths=join([part.lengths for part in parts]), losses=join([part.losses for part in parts]))
 

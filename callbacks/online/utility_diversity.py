@@ -13,7 +13,7 @@ from curation.callbacks.lightning.collectives import gather_rows
 from curation.callbacks.online.head_route import HeadRoute
 from curation.callbacks.online.online_selection import OnlineSelection
 from curation.checks import check_choice, check_number, check_text
-from curation.online.utility_diversity import UtilityDiversityScorer
+from curation.online.utility_diversity import Measured, UtilityDiversityScorer
 from curation.scoring import IGNORED, find_output_head
 
 REFRESH_EVERY = 100  # candidate batches
@@ -112,7 +112,8 @@ class UtilityDiversitySelection(OnlineSelection):
             with torch.no_grad():
                 measured.append(self.scorer.measure(outputs, targets.ne(IGNORED)))
         with torch.no_grad():
-            return self.scorer.score_measured(measured[: batch_size(batch)])
+            parts = zip(*measured[: batch_size(batch)], strict=True)
+            return self.scorer.score_measured(Measured(*(self.in_row_order(torch.cat(part)) for part in parts)))
 
     @contextmanager
     def scoring(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:

@@ -173,7 +173,8 @@ class UtilityDiversityScorer:
     def score(self, outputs: Tensor, mask: Tensor) -> Tensor:
         """Scores of a candidate set; :attr:`sketches` and :attr:`moments` then hold what :meth:`remember` takes.
 
-        A set whose outputs do not fit into memory at once takes :meth:`measure` and :meth:`score_measured`.
+        A set whose outputs do not fit into memory at once takes :meth:`measure` of its parts, then
+        :meth:`score_measured`.
 
         Args:
             outputs: ``[B, T, V]`` or ``[B, C]`` logits, or the head's input ``[B, T, d]`` after :meth:`use_head`.
@@ -183,7 +184,7 @@ class UtilityDiversityScorer:
             ``[B]``, fp32 or fp64; NaN for a sample whose outputs are not finite, and with ``"paper"``, which scores
             every position, for one whose mask is false everywhere.
         """
-        return self.score_measured([self.measure(outputs, mask)])
+        return self.score_measured(self.measure(outputs, mask))
 
     def measure(self, outputs: Tensor, mask: Tensor) -> Measured:
         """What the score of each sample is made of; arguments as of :meth:`score`, of a part of the candidates."""
@@ -194,9 +195,9 @@ class UtilityDiversityScorer:
         sketches = self._sketch(rows, TOKEN_ROWS if outputs.dim() == 3 else 1)
         return Measured(self._utility(rows, counts), counts, sketches, labelled)
 
-    def score_measured(self, parts: list[Measured]) -> Tensor:
-        """Scores of a candidate set, as :meth:`score`, from :meth:`measure` of its parts."""
-        utility, counts, self.sketches, labelled = map(torch.cat, zip(*parts, strict=True))
+    def score_measured(self, measured: Measured) -> Tensor:
+        """Scores of a candidate set, as :meth:`score`, from what :meth:`measure` gave of its parts, joined."""
+        utility, counts, self.sketches, labelled = measured
         self.moments = self.trend.moments_of(utility, counts)
         if self.normalization == "length":
             utility = self.trend.remove(utility, counts)

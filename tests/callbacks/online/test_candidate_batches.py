@@ -181,6 +181,29 @@ def test_scoring_holds_the_activations_of_one_batch():
     assert peak(HardSampleSelection(keep=1 / 4), batch_size=256) > 1.5 * plain  # what it is for
 
 
+@pytest.mark.parametrize("name", ["top", "utility_diversity"])
+def test_parts_are_of_texts_of_like_length(name):
+    """Their tokens are those of the candidates sorted by length and cut."""
+
+    class Counting(LanguageModel):
+        def __init__(self):
+            super().__init__()
+            self.scored, self.lengths = [], []
+            self.model.model.register_forward_pre_hook(self.count, with_kwargs=True)
+
+        def count(self, module, args, kwargs):
+            if not torch.is_grad_enabled() and len(kwargs["input_ids"]) == 4:  # one row finds the route
+                self.scored.append(kwargs["input_ids"].shape)
+                self.lengths += kwargs["attention_mask"].sum(1).tolist()
+
+    module = Counting()
+    batches = DataLoader(SampleIds(texts(16)), 4, collate_fn=narrow)
+    trainer(MADE[name](candidate_batches=4), max_epochs=1).fit(module, batches)
+    lengths = sorted((int(sample["attention_mask"].sum()) for sample in texts(16)), reverse=True)
+    assert [tuple(shape) for shape in module.scored[-4:]] == [(4, longest) for longest in lengths[::4]]
+    assert module.lengths[-16:] == lengths
+
+
 def rank(arguments):
     name, candidates, folder = arguments
     how = {"candidate_batches": 8} if candidates == 2 else {"keep": 1 / 8}
