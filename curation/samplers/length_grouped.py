@@ -7,6 +7,7 @@ import numpy as np
 from torch.utils.data import BatchSampler
 
 from curation.checks import check_integer
+from curation.samplers.fit_epoch import fit_loop
 from curation.samplers.global_batch import GlobalBatchSampler
 from curation.samplers.lengths import check_lengths, lengths_of
 
@@ -102,6 +103,7 @@ class TokenBudgetSampler(BatchSampler):
             )
         self.window: int = check_integer("window", window, 1)
         self.sampler = self._order = _Order(self.lengths, seed)  # Lightning gives it the epoch
+        self._fixed = False
         self._planned: tuple[int, int] | None = None
         self._count = 0
 
@@ -110,6 +112,9 @@ class TokenBudgetSampler(BatchSampler):
         self._order.set_epoch(epoch)
 
     def __len__(self) -> int:
+        loop = fit_loop()  # Lightning asks for the length before it iterates,
+        if loop is not None:  # and leaves a batch sampler as it is where it overfits batches
+            self._fixed = loop.trainer.overfit_batches > 0
         _, processes = self._order._place
         if self._planned != (0, processes):
             self._planned = 0, processes
@@ -149,10 +154,11 @@ class TokenBudgetSampler(BatchSampler):
         self._order._take_epoch()
         rank, processes = self._order._place
         wanted, attempt = len(self), 0
-        batches = self._plan(self._order.epoch, attempt, processes)
+        epoch = 0 if self._fixed else self._order.epoch
+        batches = self._plan(epoch, attempt, processes)
         while len(batches) > wanted:  # another random order has fewer
             attempt += 1
-            batches = self._plan(self._order.epoch, attempt, processes)
+            batches = self._plan(epoch, attempt, processes)
         while missing := wanted - len(batches):
             sizes = np.array([len(batch) for batch in batches])
             for i in np.argsort(-sizes, kind="stable")[:missing]:
@@ -160,7 +166,7 @@ class TokenBudgetSampler(BatchSampler):
                 if half:
                     batches.append(batches[i][half:])
                     batches[i] = batches[i][:half]
-        rng = np.random.default_rng((self._order.seed, self._order.epoch, attempt, 1))
+        rng = np.random.default_rng((self._order.seed, epoch, attempt, 1))
         longest = self.lengths[[batch[0] for batch in batches]]
         for turn in longest_first(rng.permutation(len(batches)), longest):
             yield share(batches[turn], rank, processes).tolist()

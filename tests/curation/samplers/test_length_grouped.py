@@ -8,6 +8,8 @@ import torch
 from helpers import Watch, assert_same_weights, trainer, weights
 from lightning.pytorch import LightningDataModule, LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.utilities import CombinedLoader
 from processes import TwoRanks
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -169,38 +171,39 @@ class Net(LightningModule):
 
 
 class Data(LightningDataModule):
-    def __init__(self, budget):
+    def __init__(self, budget, workers=0):
         super().__init__()
-        self.budget, self.texts = budget, Texts()
+        self.budget, self.workers, self.texts, self.batch_size = budget, workers, Texts(), 4
 
     def train_dataloader(self):
         lengths = lengths_of(self.texts)
         how = (
             {"batch_sampler": TokenBudgetSampler(lengths, 300, window=2)}
             if self.budget
-            else {"batch_size": 4, "sampler": LengthGroupedSampler(lengths, 4, window=2)}
+            else {"batch_size": self.batch_size, "sampler": LengthGroupedSampler(lengths, self.batch_size, window=2)}
         )
-        return DataLoader(self.texts, collate_fn=pad, **how)
+        return DataLoader(self.texts, collate_fn=pad, num_workers=self.workers, **how)
 
 
-def fit(budget, *callbacks, resume=None, **options):
+def fit(budget, *callbacks, resume=None, workers=0, **options):
     """The samples of each batch, and the weights."""
     seed_everything(1, verbose=False)
     module, watch = Net(), Watch()
     run = trainer(*callbacks, watch, **options)
-    run.fit(module, Data(budget), ckpt_path=resume)
+    run.fit(module, Data(budget, workers), ckpt_path=resume)
     return [batch[:, 0].tolist() for batch in watch.batches], weights(module), run
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("budget", [False, True])
-def test_an_epoch_of_a_fit_resumes_bit_for_bit(budget, tmp_path):
+def test_an_epoch_of_a_fit_resumes_bit_for_bit(budget, workers, tmp_path):
     save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=7, save_top_k=-1)
-    rows, whole, run = fit(budget, ExactResume(), save, enable_checkpointing=True)
+    rows, whole, run = fit(budget, ExactResume(), save, workers=workers, enable_checkpointing=True)
     for epoch in (0, 1):
         length = len(rows) // 2
         assert sorted(chain(*rows[epoch * length : (epoch + 1) * length])) == list(range(60))
     assert run.num_training_batches == len(rows) // 2
-    after, resumed, _ = fit(budget, ExactResume(), resume=tmp_path / "step=7.ckpt")
+    after, resumed, _ = fit(budget, ExactResume(), resume=tmp_path / "step=7.ckpt", workers=workers)
     assert after == rows[7:]
     assert_same_weights(whole, resumed)
 
@@ -210,6 +213,38 @@ def test_an_epoch_of_a_fit_resumes_bit_for_bit(budget, tmp_path):
 def test_short_runs(budget, options):
     rows, _, _ = fit(budget, **options)
     assert len(rows) == (1 if "fast_dev_run" in options else 3)
+
+
+@pytest.mark.parametrize("budget", [False, True])
+def test_overfitting_repeats_the_same_batches(budget):
+    rows, _, _ = fit(budget, overfit_batches=2, max_epochs=3)
+    assert rows == 3 * rows[:2]
+
+
+@pytest.mark.parametrize("budget", [False, True])
+def test_each_of_two_loaders_has_an_epoch(budget):
+    class Two(Data):
+        def train_dataloader(self):
+            return CombinedLoader({"a": super().train_dataloader(), "b": super().train_dataloader()})
+
+    class OfTwo(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch["a"], batch_idx)
+
+    watch = Watch()
+    trainer(watch, max_epochs=2).fit(OfTwo(), Two(budget))
+    rows = [[batch[key][:, 0].tolist() for batch in watch.batches] for key in ("a", "b")]
+    assert rows[0] == rows[1]
+    epoch = len(rows[0]) // 2
+    for part in (rows[0][:epoch], rows[0][epoch:]):
+        assert sorted(chain(*part)) == list(range(60))
+    assert rows[0][:epoch] != rows[0][epoch:]
+
+
+def test_the_batch_size_finder_tells_the_sampler():
+    texts = Data(False)
+    Tuner(trainer()).scale_batch_size(Net(), datamodule=texts, max_trials=3, steps_per_trial=2)
+    assert texts.batch_size == texts.train_dataloader().sampler.batch_size == 8
 
 
 def rank(budget):
