@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         GraphAttentionInstanceSelector,
         StratifiedRandomSelector,
     )
+    from curation.instances.targeted import TargetedSelector
 
 __all__ = [
     "CoverageInstanceSelector",
@@ -23,6 +24,7 @@ __all__ = [
     "SelectionIndex",
     "Selector",
     "StratifiedRandomSelector",
+    "TargetedSelector",
     "check_selection",
     "class_budgets",
     "fingerprint",
@@ -32,6 +34,7 @@ _MODULES = {
     **dict.fromkeys(("Selection", "check_selection", "read_selection"), "selection"),
     **dict.fromkeys(("SelectionIndex", "Selector", "fingerprint"), "selection_index"),
     **dict.fromkeys(("InstanceSelector", "class_budgets"), "selector"),
+    "TargetedSelector": "targeted",
 }
 
 

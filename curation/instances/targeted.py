@@ -1,0 +1,314 @@
+"""Selection for a named target: the rows of a pool that rank first for examples of it (BETR, arXiv 2507.12466)."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from time import perf_counter
+from typing import Any, Self
+
+import numpy as np
+import torch
+from sklearn.utils.validation import check_random_state
+from torch import Tensor
+
+from curation.checks import check_flag, check_number
+from curation.instances.selector import InstanceSelector
+
+CELLS = 1 << 20  # cosines that are computed at a time
+CACHED = 1 << 19  # numbers of a block that is gone through several times
+LEAST = 16  # ranks that are looked at
+
+
+class TargetedSelector(InstanceSelector):
+    """Keeps the rows of a pool that are nearest to examples of a target.
+
+    Each example of the target ranks the whole pool by cosine similarity, and the score of a row is the best of its
+    ranks: ``S_j = -min_i r_ij``. So every example has as many of the kept rows as any other, as far as they differ; a
+    mean of similarities would follow the most common kind. Ties go to the larger mean similarity, then to the first
+    row. Features are taken as they are, made unit norm, and not standardised.
+
+    Only ranks that can be kept are found: matrix products in blocks, of which the highest few stay for each example,
+    ``O(N M D)`` time and ``O(M T + N)`` memory. The pool may be a memory map, which is read in blocks.
+
+    Args:
+        budget: Share of the rows that stay, in (0, 1]; with ``lengths`` of the tokens.
+        targets: Examples ``[M, D]``, or a ``.npy`` file of them; or a dict of these by the name of a task, of which
+            as many examples are taken as the smallest has.
+        lengths: Tokens of each row, integers ``[N]``; rows are kept in their order until the budget is spent.
+        random_state: Seed of the examples that are taken where tasks have different numbers.
+        device: Where the products are computed; None for the CPU.
+        verbose: Show a progress bar.
+
+    Attributes:
+        scores_: fp32 ``[N]``, minus the best rank; -inf for rows behind all that stay.
+        report_: Also ``examples``, and ``depth``, the ranks that were looked at.
+
+    Raises:
+        ValueError: If there are no targets, or they have another number of features or a row that is zero or not
+            finite; of :meth:`fit`.
+
+    Example:
+        >>> pool = [[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [-1.0, 0.0]]
+        >>> TargetedSelector(0.5, targets=[[1.0, 0.2], [0.1, 1.0]]).fit(pool).ranking_.tolist()
+        [1, 2]
+    """
+
+    needs_classes = False
+
+    def __init__(
+        self,
+        budget: float = 0.1,
+        targets: Any = None,
+        lengths: Any = None,
+        random_state: int = 0,
+        device: str | None = None,
+        verbose: bool = False,
+    ) -> None:
+        self.budget = budget
+        self.targets = targets
+        self.lengths = lengths
+        self.random_state = random_state
+        self.device = device
+        self.verbose = verbose
+
+    def fit(self, X: Any, y: Any = None) -> Self:
+        """Select.
+
+        Args:
+            X: Features ``[N, D]`` of the pool: an array, a tensor or a memory map of floats.
+            y: Ignored: what other selectors take for labels.
+        """
+        start = perf_counter()
+        check_number("budget", self.budget, "(0, 1]")
+        check_flag("verbose", self.verbose)
+        pool = X if isinstance(X, (np.ndarray, Tensor)) else np.asarray(X, dtype=np.float32)
+        if len(pool.shape) != 2 or not len(pool):
+            raise ValueError(f"Argument `X` must be [N, D] with at least one row, but is {list(pool.shape)}.")
+        examples = self._examples(pool.shape[1])
+        cost = np.ones(len(pool), np.int64) if self.lengths is None else np.asarray(self.lengths)
+        if cost.shape != (len(pool),) or cost.dtype.kind not in "iu" or cost.min() < 0 or not cost.any():
+            raise ValueError(
+                f"Argument `lengths` must be integers >= 0, one for each of {len(pool)} rows and not all 0, but is "
+                f"{cost.dtype} {list(cost.shape)}."
+            )
+        device = torch.device(self.device or "cpu")
+        cheapest = np.sort(cost).cumsum()
+        most = max(1, int(np.searchsorted(cheapest, self.budget * cheapest[-1], side="right")))  # rows that can stay
+        depth = min(len(pool), max(LEAST, -(-4 * most // len(examples))))
+        while True:
+            best, mean = best_ranks(pool, examples, depth, device, _progress if self.verbose else iter)
+            ranked = np.flatnonzero(best)
+            order = ranked[np.lexsort((ranked, -mean[ranked], best[ranked]))]
+            spent = cost[order].cumsum()
+            if depth == len(pool) or spent[-1] >= self.budget * cheapest[-1]:
+                break
+            depth = min(len(pool), 4 * depth)  # examples share their nearest rows
+        stay = max(1, int(np.searchsorted(spent, self.budget * cheapest[-1] + 1e-9, side="right")))
+        if self.lengths is None:
+            stay = max(1, round(self.budget * len(pool)))
+        self.ranking_ = order[:stay]
+        self.sample_indices_ = np.sort(self.ranking_)
+        self.scores_ = np.where(best > 0, -best, -np.inf).astype(np.float32)
+        self.classes_, self.n_features_in_ = np.zeros(1, np.int64), pool.shape[1]
+        self.report_ = {
+            "samples": len(pool),
+            "kept": stay,
+            "reduction": 1 - stay / len(pool),
+            "examples": len(examples),
+            "depth": depth,
+            "seconds": perf_counter() - start,
+        }
+        return self
+
+    def _examples(self, features: int) -> np.ndarray:
+        """The examples of the target, fp32 ``[M, D]``, as many of each task."""
+        if self.targets is None:
+            raise ValueError("Argument `targets` must be the features of examples, [M, D], but got None.")
+        tasks = self.targets if isinstance(self.targets, Mapping) else {"": self.targets}
+        read = {name: _checked(name, values, features) for name, values in tasks.items()}
+        if not read:
+            raise ValueError("Argument `targets` must have a task, but got {}.")
+        least = min(map(len, read.values()))
+        draw = check_random_state(self.random_state)
+        return np.concatenate(
+            [x if len(x) == least else x[np.sort(draw.permutation(len(x))[:least])] for x in read.values()]
+        )
+
+
+def best_ranks(
+    pool: Any,
+    examples: np.ndarray,
+    depth: int,
+    device: torch.device | str = "cpu",
+    progress: Callable[[list[Any]], Iterable[Any]] = iter,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best rank of each row of a pool for any example, by cosine similarity.
+
+    Args:
+        pool: Floating ``[N, D]``: an array, a tensor, or a memory map.
+        examples: fp32 ``[M, D]``.
+        depth: Ranks that are found, in [1, N].
+        device: Where the products are computed.
+        progress: Wraps the list of blocks.
+
+    Returns:
+        Ranks int64 ``[N]`` from 1, 0 beyond the depth; equal similarities are ranked in the order of the rows. And
+        the mean similarity to the examples, fp32 ``[N]``.
+
+    Raises:
+        ValueError: If a row of the pool is not finite or zero; its number is named.
+
+    Example:
+        >>> best_ranks(np.eye(3, dtype=np.float32), np.array([[2, 1, 0]], np.float32), depth=2)[0].tolist()
+        [1, 2, 0]
+    """
+    queries = torch.nn.functional.normalize(torch.from_numpy(examples).to(device), dim=1)
+    centre, dtype = queries.mean(0), _faster(queries)
+    # Of unit vectors: both factors and the product are rounded, and sums of fp32 are.
+    error = (3 * torch.finfo(dtype).eps / 2 if dtype == torch.bfloat16 else 0.0) + queries.size(1) * 2.0**-23
+    rounded = queries.to(dtype)
+    mean = np.empty(len(pool), np.float32)
+    nearest = _Nearest(len(queries), depth, 2 * error, queries.device)
+    for start, stop in progress(list(_blocks(len(pool), len(queries), depth))):
+        rows = _unit(pool, slice(start, stop), queries.device)
+        mean[start:stop] = (rows @ centre).cpu().numpy()
+        nearest.add(rounded @ rows.to(dtype).T, start)
+    nearest.merge()
+    nearest.values = _similarities(pool, queries, nearest.ids, nearest.owners)
+    nearest.sort()
+    best = torch.full((len(pool),), depth + 1)
+    best.scatter_reduce_(0, nearest.ids.cpu(), nearest.places.cpu() + 1, "amin")
+    return best.where(best <= depth, 0).numpy(), mean
+
+
+class _Nearest:
+    """The nearest rows of each example among those that were seen, in order of example and similarity.
+
+    Args:
+        examples: Their number ``M``.
+        depth: Rows to keep for each, ``T``.
+        slack: Similarity by which rows behind these may still be among them, since similarities are rounded.
+        device: The device.
+
+    Attributes:
+        owners: int64 ``[n]``, examples, about ``T`` times each.
+        ids: int64 ``[n]``, rows of the pool.
+        values: floating ``[n]``, their similarities.
+        places: int64 ``[n]``, their places in the order of their example, from 0.
+    """
+
+    def __init__(self, examples: int, depth: int, slack: float, device: torch.device) -> None:
+        self.depth, self.slack = depth, slack
+        self.floor = torch.full((examples, 1), -torch.inf, device=device)
+        self.owners, self.ids, self.places = (torch.zeros(0, dtype=torch.int64, device=device) for _ in range(3))
+        self.values = torch.zeros(0, device=device)
+        self._found: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._waiting = self._seen = self._merged = 0
+
+    def add(self, similarities: Tensor, first: int) -> None:
+        """Enter the similarities ``[M, B]`` of the rows from ``first`` on."""
+        owners, columns = (similarities >= self.floor.to(similarities.dtype)).nonzero(as_tuple=True)
+        self._found.append((owners, columns + first, similarities[owners, columns].float()))
+        self._waiting += len(owners)
+        self._seen += similarities.size(1)
+        if self._seen >= 2 * self._merged or self._waiting > 2 * CELLS:
+            self.merge()
+
+    def merge(self) -> None:
+        """Forget what is too far behind, and raise the floors."""
+        parts = [(self.owners, self.ids, self.values), *self._found]
+        self.owners, self.ids, self.values = (torch.cat(column) for column in zip(*parts, strict=True))
+        self.sort()
+        last = self.places == self.depth - 1
+        self.floor[self.owners[last], 0] = self.values[last] - self.slack
+        kept = self.values >= self.floor[self.owners, 0]
+        self.owners, self.ids, self.values = self.owners[kept], self.ids[kept], self.values[kept]
+        self._found, self._waiting, self._merged = [], 0, self._seen
+
+    def sort(self) -> None:
+        """Put rows into the order of example and similarity; equal ones stay in theirs."""
+        order = (self.owners - self.values.double() / 4).sort(stable=True).indices  # similarities are in [-1, 1]
+        self.owners, self.ids, self.values = self.owners[order], self.ids[order], self.values[order]
+        starts = torch.searchsorted(self.owners, torch.arange(len(self.floor), device=order.device))
+        self.places = torch.arange(len(order), device=order.device) - starts[self.owners]
+
+
+def _similarities(pool: Any, queries: Tensor, ids: Tensor, owners: Tensor) -> Tensor:
+    """Cosine similarities of pairs of a row and an example, fp32 ``[n]``."""
+    values = torch.empty(len(ids), device=queries.device)
+    order = ids.argsort(stable=True)
+    for part in order.split(max(1, CACHED // queries.size(1))):
+        rows, places = ids[part].unique_consecutive(return_inverse=True)
+        near = _unit(pool, rows, queries.device).index_select(0, places)
+        values[part] = near.mul_(queries.index_select(0, owners[part])).sum(1)
+    return values
+
+
+def _faster(queries: Tensor) -> torch.dtype:
+    """bf16 where products in it take less time than in fp32, as on a GPU or a CPU with instructions for it."""
+    if queries.device.type != "cpu":
+        return torch.bfloat16
+
+    def seconds(dtype: torch.dtype) -> float:
+        x = queries[:256].to(dtype)
+        y = x.repeat(8, 1)
+        took = []
+        for _ in range(3):
+            start = perf_counter()
+            x @ y.T
+            took.append(perf_counter() - start)
+        return min(took)
+
+    return min((torch.bfloat16, torch.float32), key=seconds)
+
+
+def _blocks(rows: int, examples: int, depth: int) -> Iterator[tuple[int, int]]:
+    """Blocks of rows that double, so that floors are high before there is much to compare with them."""
+    start, size, most = 0, depth, max(1, CELLS // examples)
+    while start < rows:
+        stop = min(rows, start + min(size, most))
+        yield start, stop
+        start, size = stop, max(depth, stop)
+
+
+def _unit(pool: Any, rows: slice | Tensor, device: torch.device) -> Tensor:
+    """Rows of the pool, fp32, of unit norm."""
+    place = rows.cpu() if isinstance(rows, Tensor) else rows
+    if isinstance(pool, Tensor):
+        part = pool[place if isinstance(place, slice) else place.to(pool.device)]
+    else:
+        part = torch.from_numpy(np.ascontiguousarray(pool[place if isinstance(place, slice) else place.numpy()]))
+    values = part.to(device).float()
+    norms = values.norm(dim=1, keepdim=True)
+    wrong = ~(norms.isfinite() & (norms > 0))
+    if bool(wrong.any()):
+        at = int(wrong.flatten().long().argmax())
+        row = place.start + at if isinstance(place, slice) else int(place[at])
+        raise ValueError(f"Argument `X` must have rows that are finite and not zero, but row {row} is not.")
+    return values / norms
+
+
+def _checked(task: str, values: Any, features: int) -> np.ndarray:
+    """Examples of a task, fp32 ``[m, D]``."""
+    name = f"targets[{task!r}]" if task else "targets"
+    if isinstance(values, (str, os.PathLike)):
+        if not os.path.isfile(values):
+            raise ValueError(f"Argument `{name}` must be [M, D] or a .npy file, but there is no {str(values)!r}.")
+        values = np.load(values)
+    array = np.asarray(values.detach().cpu().float() if isinstance(values, Tensor) else values, dtype=np.float32)
+    if array.ndim != 2 or not len(array) or array.shape[1] != features:
+        raise ValueError(
+            f"Argument `{name}` must be [M, {features}], as the pool has {features} features, but is "
+            f"{list(array.shape)}."
+        )
+    wrong = ~np.isfinite(array).all(1) | ~array.any(1)
+    if wrong.any():
+        raise ValueError(
+            f"Argument `{name}` must have rows that are finite and not zero, but row {int(wrong.argmax())} is not."
+        )
+    return array
+
+
+def _progress(blocks: list[Any]) -> Iterable[Any]:
+    from rich.progress import track
+
+    return track(blocks, "ranking")

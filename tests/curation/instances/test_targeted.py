@@ -1,0 +1,163 @@
+"""Best ranks against a sort of all similarities, budgets in rows and tokens, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from curation.callbacks import InstanceSelection
+from curation.instances import TargetedSelector, targeted
+from curation.instances.targeted import best_ranks
+
+
+def twin(pool, examples):
+    """Best rank of each row, from 1, and mean similarity; fp64."""
+    pool, examples = (x.astype(np.float64) for x in (pool, examples))
+    similarities = (
+        examples / np.linalg.norm(examples, axis=1)[:, None] @ (pool / np.linalg.norm(pool, axis=1)[:, None]).T
+    )
+    ranks = np.empty(similarities.shape, int)
+    for row, order in zip(ranks, np.argsort(-similarities, axis=1, kind="stable"), strict=True):
+        row[order] = np.arange(1, len(pool) + 1)
+    return ranks.min(0), similarities.mean(0)
+
+
+def drawn(n, m, d, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((n, d)).astype(np.float32), rng.standard_normal((m, d)).astype(np.float32)
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def screened_in(request, monkeypatch):
+    monkeypatch.setattr(targeted, "_faster", lambda _: getattr(torch, request.param))
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "d", "depth"), [(1, 1, 1, 1), (50, 3, 4, 50), (3000, 20, 16, 200), (900, 70, 5, 3)]
+)
+@pytest.mark.parametrize("cells", [16, 1 << 12])
+def test_ranks_are_those_of_a_sort(n, m, d, depth, cells, screened_in, monkeypatch):
+    monkeypatch.setattr(targeted, "CELLS", cells)
+    monkeypatch.setattr(targeted, "CACHED", 64)
+    pool, examples = drawn(n, m, d)
+    best, mean = best_ranks(pool, examples, depth)
+    expected, means = twin(pool, examples)
+    assert best.tolist() == np.where(expected <= depth, expected, 0).tolist()
+    np.testing.assert_allclose(mean, means, atol=1e-6)
+
+
+def test_rows_that_get_nearer_and_nearer(screened_in, monkeypatch):
+    """Each displaces the one before: floors have to rise for little to be remembered."""
+    monkeypatch.setattr(targeted, "CELLS", 64)
+    angles = np.linspace(1, 0.1, 500)
+    pool = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
+    best, _ = best_ranks(pool, np.array([[1, 0]], np.float32), 20)
+    assert best.tolist() == [0] * 480 + list(range(20, 0, -1))
+
+
+def test_equal_rows_are_ranked_in_their_order(screened_in):
+    pool = np.tile(np.array([[1, 0], [0, 1]], np.float32), (8, 1))
+    best, _ = best_ranks(pool, np.array([[1, 0]], np.float32), 10)
+    assert best[::2].tolist() == list(range(1, 9))
+    assert best[1::2].tolist() == [9, 10, 0, 0, 0, 0, 0, 0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 200), st.integers(1, 12), st.integers(0, 2**20), st.sampled_from([0.02, 0.1, 0.5, 1.0]))
+def test_what_stays_is_first_by_best_rank_and_mean(n, m, seed, budget):
+    pool, examples = drawn(n, m, 6, seed)
+    best, mean = twin(pool, examples)
+    order = np.lexsort((np.arange(n), -mean, best))
+    selector = TargetedSelector(budget, targets=examples).fit(pool)
+    kept = max(1, round(budget * n))
+    assert selector.ranking_.tolist() == order[:kept].tolist()
+    assert selector.sample_indices_.tolist() == sorted(order[:kept])
+    scores = selector.scores_
+    assert (scores[selector.ranking_] == -best[selector.ranking_]).all()
+    assert selector.report_["kept"] == kept
+
+
+def test_examples_that_are_alike_look_deeper():
+    pool, _ = drawn(2000, 1, 8)
+    examples = np.tile(pool[:1], (50, 1))
+    selector = TargetedSelector(0.5, targets=examples).fit(pool)
+    assert selector.ranking_.tolist() == np.argsort(-twin(pool, examples[:1])[1], kind="stable")[:1000].tolist()
+    assert selector.report_["depth"] >= 1000
+
+
+def test_a_budget_of_tokens():
+    pool, examples = drawn(300, 5, 8)
+    lengths = np.random.default_rng(1).integers(1, 100, 300)
+    selector = TargetedSelector(0.2, targets=examples, lengths=lengths).fit(pool)
+    spent = lengths[selector.ranking_].sum()
+    rows = TargetedSelector(1.0, targets=examples).fit(pool).ranking_
+    assert selector.ranking_.tolist() == rows[: len(selector.ranking_)].tolist()
+    assert spent <= 0.2 * lengths.sum() < spent + lengths[rows[len(selector.ranking_)]]
+
+
+def test_tasks_have_as_many_examples():
+    pool, examples = drawn(400, 40, 8)
+    tasks = {"long": examples[:30], "short": examples[30:]}
+    selector = TargetedSelector(0.1, targets=tasks, random_state=3).fit(pool)
+    assert selector.report_["examples"] == 20
+    drawn_rows = np.sort(np.random.RandomState(3).permutation(30)[:10])
+    both = np.concatenate([examples[:30][drawn_rows], examples[30:]])
+    assert selector.ranking_.tolist() == TargetedSelector(0.1, targets=both).fit(pool).ranking_.tolist()
+
+
+@pytest.mark.parametrize("kind", ["array", "half", "tensor", "memory map", "list"])
+def test_pools_of_every_kind(kind, tmp_path):
+    pool, examples = drawn(200, 6, 8)
+    np.save(tmp_path / "pool.npy", pool)
+    np.save(tmp_path / "targets.npy", examples)
+    made = {
+        "array": pool,
+        "half": pool.astype(np.float16),
+        "tensor": torch.from_numpy(pool),
+        "memory map": np.load(tmp_path / "pool.npy", mmap_mode="r"),
+        "list": pool.tolist(),
+    }[kind]
+    expected = twin(np.asarray(made, np.float32), examples)[0]
+    selector = TargetedSelector(0.1, targets=str(tmp_path / "targets.npy")).fit(made)
+    assert (expected[selector.ranking_] <= np.sort(expected)[19]).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "pool", "message"),
+    [
+        ({}, [[1.0, 0.0]], "`targets` must be the features of examples"),
+        ({"targets": {}}, [[1.0, 0.0]], "`targets` must have a task"),
+        ({"targets": [[1.0]]}, [[1.0, 0.0]], r"`targets` must be \[M, 2\].*is \[1, 1\]"),
+        ({"targets": [1.0, 0.0]}, [[1.0, 0.0]], r"`targets` must be \[M, 2\].*is \[2\]"),
+        ({"targets": {"maths": [[1.0, 0.0]], "empty": np.zeros((0, 2))}}, [[1.0, 0.0]], r"`targets\['empty'\]` must"),
+        ({"targets": [[1.0, 0.0], [0.0, 0.0]]}, [[1.0, 0.0]], "row 1 is not"),
+        ({"targets": [[np.nan, 0.0]]}, [[1.0, 0.0]], "row 0 is not"),
+        ({"targets": "nowhere.npy"}, [[1.0, 0.0]], "there is no 'nowhere.npy'"),
+        ({"targets": [[1.0, 0.0]]}, [[1.0, 0.0], [0.0, 0.0]], "`X` must have rows .* not zero, but row 1"),
+        ({"targets": [[1.0, 0.0]]}, [[1.0, 0.0], [np.inf, 0.0]], "but row 1 is not"),
+        ({"targets": [[1.0, 0.0]]}, np.zeros((0, 2)), r"`X` must be \[N, D\]"),
+        ({"targets": [[1.0, 0.0]], "budget": 0.0}, [[1.0, 0.0]], "`budget` must be in"),
+        ({"targets": [[1.0, 0.0]], "budget": 1.5}, [[1.0, 0.0]], "`budget` must be in"),
+        ({"targets": [[1.0, 0.0]], "lengths": [1, 2]}, [[1.0, 0.0]], "`lengths` must be integers"),
+        ({"targets": [[1.0, 0.0]], "lengths": [0]}, [[1.0, 0.0]], "not all 0"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(options, pool, message):
+    with pytest.raises(ValueError, match=message):
+        TargetedSelector(**options).fit(pool)
+
+
+def test_one_example_and_more_examples_than_rows():
+    pool, examples = drawn(20, 60, 4)
+    assert (
+        TargetedSelector(0.25, targets=examples[:1]).fit(pool).ranking_.tolist()
+        == np.argsort(-twin(pool, examples[:1])[1], kind="stable")[:5].tolist()
+    )
+    best, mean = twin(pool, examples)
+    expected = np.lexsort((np.arange(20), -mean, best))[:5]
+    assert TargetedSelector(0.25, targets=examples).fit(pool).ranking_.tolist() == expected.tolist()
+
+
+def test_a_callback_takes_it():
+    InstanceSelection(selector=TargetedSelector(0.5, targets=[[1.0, 0.0]]))
