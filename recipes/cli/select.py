@@ -4,6 +4,9 @@
 retains, beside as many at random; both are drawn anew for every seed. The file holds the selection of the first seed,
 and ``curation.callbacks.InstanceSelection(index="FILE.parquet")`` trains on it. The same command again, after it was
 interrupted, goes on with the index that is there.
+
+``curation select --config RECIPE --target FILE --output FILE.parquet`` keeps the 10 % that rank first for examples of
+a target (``curation.instances.TargetedSelector``). No probe measures these: they are chosen for the target alone.
 """
 
 import argparse
@@ -29,9 +32,11 @@ from curation.recipes.cli.lightning_cli import run
 from curation.recipes.instance_selection.features import features_and_labels, in_order, load_weights, read_features
 from curation.recipes.instance_selection.retention_report import draw_retention, kept_report, retention_report
 from curation.recipes.instance_selection.selecting import make_object, takes
+from curation.recipes.instance_selection.target_picture import draw_target
 from curation.recipes.pictures import save_picture
 
 BUDGET = 0.04
+TARGETED = "curation.instances.TargetedSelector"
 SELECTOR = "curation.instances.GraphAttentionInstanceSelector"
 PROBE, REGRESSION_PROBE = "sklearn.ensemble.RandomForestClassifier", "sklearn.ensemble.RandomForestRegressor"
 REPORT = ("output", "picture", "probe", "repeats")  # options that change the report, but not the selection
@@ -45,7 +50,9 @@ def main(args: list[str]) -> None:
         OSError: If a file to write exists or cannot be written.
     """
     options, overrides = parse(args)
-    selector = None if options.index else make_selector(options)
+    if options.target:
+        options.selector = TARGETED
+    selector: Any = None if options.index else make_selector(options)
     make_object("probe", options.probe, {}, {})
     if options.output.exists():
         made_before(options, overrides, selector)  # raises now
@@ -66,8 +73,10 @@ def main(args: list[str]) -> None:
     train_loader, train = read("train", "training")
     x, y = train
     labels = None if np.isnan(y).all() else y
-    validation = None if labels is None else read("val", "validation")[1]
+    validation = None if labels is None or options.target else read("val", "validation")[1]
     features = x if options.features is None else read_features(options.features, len(y))
+    if options.target:
+        selector.targets = {file: examples(file, data) for file in options.target}
     seconds = time.perf_counter() - began
     if options.output.exists():
         index = made_before(options, overrides, selector, train_loader.dataset)
@@ -81,6 +90,15 @@ def main(args: list[str]) -> None:
         )
         print(f"index: {options.output}", flush=True)
     retained = None
+    if options.target:
+        print("\n".join(kept_report(y, index.indices)))
+        targets = np.concatenate(list(selector.targets.values()))
+        figure = draw_target(features, labels, index.indices, targets, getattr(data, "names", None))
+        log_image(trainer, "instances/selection", figure)
+        if options.picture is not None:
+            save_picture(figure, options.picture)
+            print(f"picture: {options.picture}")
+        return
     if validation is None:
         print("\n".join([*kept_report(y, index.indices), "no labels, so no probe says what is retained"]))
     else:
@@ -114,6 +132,11 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
             raise ValueError(f"Argument `--{name}` must name a file, but there is no {file!r}.")
     if options.ckpt_path is not None and options.layer is None:
         raise ValueError("Argument `--layer` must be given with `--ckpt_path`, but got None.")
+    for file in options.target or ():
+        if not Path(file).is_file():
+            raise ValueError(f"Argument `--target` must name a file, but there is no {file!r}.")
+    if options.target and (options.selector, options.index) != (SELECTOR, None):
+        raise ValueError("Argument `--target` must be left out with `--selector` and `--index`: it has a selector.")
     if options.index is not None and (options.selector, options.budget, options.options) != (SELECTOR, None, "{}"):
         raise ValueError(
             "Argument `--index` must be left out with `--selector`, `--budget` and `--options`, but got "
@@ -142,6 +165,13 @@ def parser() -> argparse.ArgumentParser:
         help="class of the selector (%(default)s)",
     )
     parser.add_argument(
+        "--target",
+        action="append",
+        metavar="FILE",
+        help="examples of what the model shall be good at: .npy [M, D], or .jsonl or .parquet with a column `text` "
+        "(or `question`), which the recipe's data module embeds; again for each further target",
+    )
+    parser.add_argument(
         "--options", default="{}", metavar="JSON", help="its other arguments, as '{\"n_neighbors\": 5}'"
     )
     parser.add_argument(
@@ -167,9 +197,36 @@ def parser() -> argparse.ArgumentParser:
 def make_selector(options: argparse.Namespace, repeat: int = 0) -> Any:
     """The selector of a repeat, with the budget and the seed where it takes them."""
     required = options.options | ({} if options.budget is None else {"budget": options.budget})
-    defaults = {"budget": BUDGET, "random_state": options.seed + repeat}
+    defaults = {"random_state": options.seed + repeat} | ({} if options.target else {"budget": BUDGET})
+    defaults |= {"verbose": True} if options.target else {}
     accepted = {name: value for name, value in defaults.items() if name not in required}
     return make_object("selector", options.selector, accepted, required)
+
+
+def examples(file: str, data: LightningDataModule) -> np.ndarray:
+    """The features of the examples in a file, ``[M, D]``.
+
+    Raises:
+        ValueError: If it has no texts, or the data module cannot embed them.
+    """
+    if file.endswith(".npy"):
+        return np.load(file)
+    if not hasattr(data, "features_of"):
+        raise ValueError(
+            f"Argument `--target` must be a .npy file of features [M, D] with this recipe, whose "
+            f"{type(data).__name__} has no method `features_of(texts)`, but got {file!r}."
+        )
+    import datasets
+
+    kind = "parquet" if file.endswith(".parquet") else "json"
+    rows = datasets.load_dataset(kind, data_files=file, split="train")
+    column = next((name for name in ("text", "question", "prompt") if name in rows.column_names), None)
+    if column is None:
+        raise ValueError(
+            f"Argument `--target` must have a column text, question or prompt, but {file!r} has "
+            f"{', '.join(rows.column_names)}."
+        )
+    return data.features_of(rows[column][:]).numpy()
 
 
 def make_recipe(overrides: list[str]) -> tuple[Trainer, LightningModule, LightningDataModule]:
@@ -237,9 +294,8 @@ def selections(
 
 def configuration(options: argparse.Namespace, overrides: list[str], selector: Any) -> dict[str, Any]:
     """How a selection is made: options, recipe, and hashes of the files that they name."""
-    named = [
-        text.rpartition("=")[2] for text in (*overrides, options.ckpt_path, options.features, options.index) if text
-    ]
+    files = (options.ckpt_path, options.features, options.index, *(options.target or ()))
+    named = [text.rpartition("=")[2] for text in (*overrides, *files) if text]
     hashes = {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in named if os.path.isfile(file)}
     return vars(options) | {"budget": getattr(selector, "budget", None), "recipe": overrides, "files": hashes}
 

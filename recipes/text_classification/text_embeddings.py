@@ -154,6 +154,10 @@ class TextEmbeddings(LightningDataModule):
                 np.save(file, _digest(vectors.numpy().tobytes()))
         return vectors
 
+    def features_of(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings of other texts, fp32 ``[M, D]`` on the CPU, as of those of this data set."""
+        return embeddings(texts, self.embedder, self.max_length)
+
     def _read_cache(self, cache: str, digest: np.ndarray) -> Tensor:
         try:
             with open(cache, "rb") as file:

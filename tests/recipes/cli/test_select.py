@@ -454,3 +454,47 @@ def test_the_arms_differ_in_the_selector_only(name, tmp_path):
         assert selector["class_path"] == f"curation.instances.{classes[arm]}"
         assert selector["init_args"]["budget"] == 0.04
         assert selector["init_args"]["random_state"] == 3
+
+
+def test_a_target_keeps_its_own_kind(capsys):
+    rng = np.random.default_rng(0)
+    digits = Images("digits", imbalance=10.0)
+    digits.setup("fit")
+    x = torch.stack([x for x, _ in digits.val]).flatten(1).numpy()
+    y = np.array([int(y) for _, y in digits.val])
+    np.save("ones.npy", x[y == 1] + rng.normal(0, 1e-3, x[y == 1].shape).astype(np.float32))
+    cli.main(["select", *DIGITS, "--target", "ones.npy", "--output", "ones.parquet", "--picture", "ones.png"])
+    printed = capsys.readouterr().out
+    index = SelectionIndex.load("ones.parquet")
+    assert len(index) == round(0.1 * index.size)
+    labels = np.array([int(digits.train[i][1]) for i in index.indices])
+    assert (labels == 1).mean() > 0.5  # a tenth of all are
+    assert "kept per class" in printed
+    assert matplotlib.image.imread("ones.png").std() > 0.05
+    with pytest.raises(SystemExit, match=r"must name a new file, but .ones.parquet. exists"):
+        cli.main(["select", *DIGITS, "--target", "ones.npy", "--budget=0.2", "--output", "ones.parquet"])
+
+
+def test_a_target_of_texts_is_embedded_by_the_recipe(capsys):
+    rows = [{"question": "class Enum: members of an enumeration have names and values"}] * 3
+    Path("target.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ["--config", "text_selection", "--data.data=library", "--data.embedder=words", *QUIET]
+    cli.main(["select", *options, "--target", "target.jsonl", "--budget=0.05", "--output", "enum.parquet"])
+    assert len(SelectionIndex.load("enum.parquet")) > 10
+    Path("target.jsonl").write_text('{"answer": "4"}')
+    with pytest.raises(SystemExit, match=r"column text, question or prompt, but .target.jsonl. has answer"):
+        cli.main(["select", *options, "--target", "target.jsonl", "--output", "other.parquet"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--target", "nowhere.jsonl"], "`--target` must name a file, but there is no 'nowhere.jsonl'"),
+        (["--target", "given.jsonl"], "`--target` must be a .npy file .* Images has no method `features_of"),
+        (["--target", "given.jsonl", "--selector", "mine.Mine"], "`--target` must be left out with `--selector`"),
+    ],
+)
+def test_targets_that_cannot_be_used_are_named(options, message):
+    Path("given.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(SystemExit, match=message):
+        cli.main(["select", *DIGITS, *options, "--output", "other.parquet"])
