@@ -10,7 +10,7 @@ import torch
 from sklearn.utils.validation import check_random_state
 from torch import Tensor
 
-from curation.checks import check_flag, check_number
+from curation.checks import check_flag, check_number, check_text
 from curation.instances.selector import InstanceSelector
 
 CELLS = 1 << 20  # cosines that are computed at a time
@@ -24,7 +24,7 @@ class TargetedSelector(InstanceSelector):
     Each example of the target ranks the whole pool by cosine similarity, and the score of a row is the best of its
     ranks: ``S_j = -min_i r_ij``. So every example has as many of the kept rows as any other, as far as they differ; a
     mean of similarities would follow the most common kind. Ties go to the larger mean similarity, then to the first
-    row. Features are taken as they are, made unit norm, and not standardised.
+    row. Features are made unit norm, and not standardised; a row of zeros has a similarity of 0 to everything.
 
     Only ranks that can be kept are found: matrix products in blocks, of which the highest few stay for each example,
     ``O(N M D)`` time and ``O(M T + N)`` memory. The pool may be a memory map, which is read in blocks.
@@ -59,7 +59,7 @@ class TargetedSelector(InstanceSelector):
         budget: float = 0.1,
         targets: Any = None,
         lengths: Any = None,
-        random_state: int = 0,
+        random_state: Any = 0,
         device: str | None = None,
         verbose: bool = False,
     ) -> None:
@@ -80,6 +80,7 @@ class TargetedSelector(InstanceSelector):
         start = perf_counter()
         check_number("budget", self.budget, "(0, 1]")
         check_flag("verbose", self.verbose)
+        check_text("device", self.device, optional=True)
         pool = X if isinstance(X, (np.ndarray, Tensor)) else np.asarray(X, dtype=np.float32)
         if len(pool.shape) != 2 or not len(pool):
             raise ValueError(f"Argument `X` must be [N, D] with at least one row, but is {list(pool.shape)}.")
@@ -155,7 +156,7 @@ def best_ranks(
         the mean similarity to the examples, fp32 ``[N]``.
 
     Raises:
-        ValueError: If a row of the pool is not finite or zero; its number is named.
+        ValueError: If a row of the pool is not finite; its number is named.
 
     Example:
         >>> best_ranks(np.eye(3, dtype=np.float32), np.array([[2, 1, 0]], np.float32), depth=2)[0].tolist()
@@ -279,12 +280,12 @@ def _unit(pool: Any, rows: slice | Tensor, device: torch.device) -> Tensor:
         part = torch.from_numpy(np.ascontiguousarray(pool[place if isinstance(place, slice) else place.numpy()]))
     values = part.to(device).float()
     norms = values.norm(dim=1, keepdim=True)
-    wrong = ~(norms.isfinite() & (norms > 0))
+    wrong = ~norms.isfinite()
     if bool(wrong.any()):
         at = int(wrong.flatten().long().argmax())
         row = place.start + at if isinstance(place, slice) else int(place[at])
-        raise ValueError(f"Argument `X` must have rows that are finite and not zero, but row {row} is not.")
-    return values / norms
+        raise ValueError(f"Argument `X` must have finite rows, but row {row} is not.")
+    return values / norms.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _checked(task: str, values: Any, features: int) -> np.ndarray:

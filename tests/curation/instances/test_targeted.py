@@ -134,7 +134,6 @@ def test_pools_of_every_kind(kind, tmp_path):
         ({"targets": [[1.0, 0.0], [0.0, 0.0]]}, [[1.0, 0.0]], "row 1 is not"),
         ({"targets": [[np.nan, 0.0]]}, [[1.0, 0.0]], "row 0 is not"),
         ({"targets": "nowhere.npy"}, [[1.0, 0.0]], "there is no 'nowhere.npy'"),
-        ({"targets": [[1.0, 0.0]]}, [[1.0, 0.0], [0.0, 0.0]], "`X` must have rows .* not zero, but row 1"),
         ({"targets": [[1.0, 0.0]]}, [[1.0, 0.0], [np.inf, 0.0]], "but row 1 is not"),
         ({"targets": [[1.0, 0.0]]}, np.zeros((0, 2)), r"`X` must be \[N, D\]"),
         ({"targets": [[1.0, 0.0]], "budget": 0.0}, [[1.0, 0.0]], "`budget` must be in"),
@@ -157,6 +156,11 @@ def test_one_example_and_more_examples_than_rows():
     best, mean = twin(pool, examples)
     expected = np.lexsort((np.arange(20), -mean, best))[:5]
     assert TargetedSelector(0.25, targets=examples).fit(pool).ranking_.tolist() == expected.tolist()
+
+
+def test_a_row_of_zeros_is_like_nothing():
+    pool = np.array([[0, 0], [1, 0.1], [-1, 0]], np.float32)
+    assert TargetedSelector(1.0, targets=[[1.0, 0.0]]).fit(pool).ranking_.tolist() == [1, 0, 2]
 
 
 def test_a_callback_takes_it():
