@@ -255,6 +255,11 @@ def slow_pruning(rule: str, losses: list[float], generator, progress: float, num
         must = [i for i in range(n) if math.isnan(losses[i])]
         order = must + [i for i in order if i not in must]
         return dict.fromkeys(order[: max(1, n - int(prune * n), len(must))], 1.0)
+    if rule == "signal":
+        silent = [i for i in range(n) if losses[i] <= 0.02 or losses[i] >= 0.89]
+        order = torch.randperm(len(silent), generator=generator).tolist()
+        again = [silent[j] for j in order[: len(silent) - math.floor(prune * len(silent))]]
+        return dict.fromkeys([i for i in range(n) if i not in silent] + again, 1.0)
     if rule == "hide":
         share = prune * (1.0, 1.0, 0.8, 0.6, 0.4)[min(4, int(5 * progress))]
         lowest = sorted(range(n), key=lambda i: (losses[i] if i in known else math.inf, i))[: int(share * n)]

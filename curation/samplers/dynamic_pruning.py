@@ -50,8 +50,9 @@ class DynamicDataPruningSampler(RoundSampler):
         dataset: The data set, or anything else with its length.
         batch_size: Samples of a batch, per process.
         rule: ``"mean"`` (InfoBatch), ``"window"`` (SeTa), ``"hide"`` (KAKURENBO), ``"drop_high"``, ``"random"``
-            (RS2), ``"proportional"``, or a function of the same form (:mod:`curation.samplers.pruning_rules`), such
-            as one of these with other options: ``partial(proportional, weighted=True)``.
+            (RS2), ``"proportional"``, ``"signal"`` (prompts of rewards), or a function of the same form
+            (:mod:`curation.samplers.pruning_rules`), such as one of these with other options:
+            ``partial(proportional, weighted=True)``.
         prune: The rule's share that is left out, in [0, 1); None for the rule's own.
         anneal: Progress of the fit, in [0, 1], from which rounds visit every sample, with weight 1.
         max_age: Number of rounds in a row after which a sample that was left out is visited; None for no limit.

@@ -237,7 +237,46 @@ def proportional(
     return ids, torch.cat([torch.ones(int(must.sum())), (1 / p[shuffled[taken]]).float()])
 
 
+def signal(
+    losses: Tensor,
+    generator: Generator,
+    *,
+    progress: float,
+    round: int,
+    prune: float = 0.8,
+    right: float = 0.02,
+    wrong: float = 0.89,
+) -> Plan:
+    """Leave out most prompts of rewards whose answers were all right, or all wrong: they have no advantage.
+
+    A loss is here the share of wrong answers to a prompt. Of those with at most ``right`` or at least ``wrong`` (the
+    bounds of GRESO, arXiv 2506.02177) a random ``floor(prune n)`` are left out; the others are tested again. With the
+    ``smoothing`` of the sampler one group out of the way of a prompt does not count as much.
+
+    Args:
+        losses: fp32 ``[N]``, in [0, 1]; prompts without one are visited.
+        generator: Of the round.
+        progress: Not used.
+        round: Not used.
+        prune: Share of the prompts without signal that is left out, in [0, 1).
+        right: Largest share of wrong answers of a prompt that is solved.
+        wrong: Least share of wrong answers of one that is too hard.
+
+    Returns:
+        Ids int64 ``[n]``, and None.
+
+    Example:
+        >>> signal(torch.tensor([0.0, 0.5, 1.0, 0.25]), Generator(), progress=0, round=1, prune=0.9)[0].tolist()
+        [1, 3, 0]
+    """
+    silent = (losses <= right) | (losses >= wrong)
+    idle = silent.nonzero().flatten()
+    again = idle[_subset(len(idle), len(idle) - int(prune * len(idle)), generator)]
+    return torch.cat([(~silent).nonzero().flatten(), again]), None
+
+
 RULES = {
+    "signal": signal,
     "mean": mean,
     "window": window,
     "hide": hide,

@@ -134,6 +134,7 @@ class PolicyModule(LightningModule):
         self._warmed_up = False
         self._steps = 0  # of training, whether or not they changed the weights
         self._grad_norm = torch.zeros(())
+        self.sample_losses: Tensor | None = None  # of the prompts of a step
         self._last: tuple[list[str], Rollouts] | None = None  # the questions and answers of the last step
 
     # ------------------------------------------------------------------ the model
@@ -247,6 +248,7 @@ class PolicyModule(LightningModule):
         self._cache = None
         self._steps += 1
         self._update_lengths(batch["ids"], rollouts)
+        self.sample_losses = self._wrong_shares(rollouts, len(batch["ids"]))
         answered = time.perf_counter()
         self._last = batch["questions"], rollouts
         with evaluation_mode(self.model):  # dropout would change the probabilities that were sampled from
@@ -273,6 +275,12 @@ class PolicyModule(LightningModule):
             },
             batch_size=len(batch["ids"]),
         )
+
+    def _wrong_shares(self, rollouts: Rollouts, prompts: int) -> Tensor:
+        """One minus the mean reward of each prompt, fp32 ``[P]``: what ``DynamicDataPruning`` remembers."""
+        index, rewards = rollouts.prompt_index.cpu(), rollouts.rewards.cpu().float()
+        means = torch.zeros(prompts, dtype=torch.float32).index_reduce_(0, index, rewards, "mean", include_self=False)
+        return (1 - means).to(self.device)
 
     def _update_lengths(self, ids: Tensor, rollouts: Rollouts) -> None:
         """Update the running means on all processes alike, since a checkpoint holds those of the first."""

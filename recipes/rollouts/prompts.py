@@ -1,14 +1,16 @@
 """The data module of the questions of a task; it holds prompts alone, and nothing is generated ahead of its step."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from curation.checks import check_integer, check_number
 from curation.recipes.rollouts.tasks import SomeQuestions, Task
+from curation.recipes.sources import sampled
 
 
 class Prompts(LightningDataModule):
@@ -25,6 +27,7 @@ class Prompts(LightningDataModule):
         seen: Number of training questions that are evaluated, too; 0 for none.
         eval_batch_size: Number of prompts of a validation batch.
         warmup: The task that a policy is warmed up on; None for the questions for training.
+        sampler: Makes the sampler of the training prompts from these and ``batch_size``; None reshuffles every epoch.
 
     Raises:
         ValueError: If an argument is out of its range, or no question is left for training or for the warm-up.
@@ -38,6 +41,7 @@ class Prompts(LightningDataModule):
         seen: int = 0,
         eval_batch_size: int = 64,
         warmup: Task | None = None,
+        sampler: Callable[[Any, int], Sampler] | None = None,
     ) -> None:
         super().__init__()
         check_number("holdout", holdout, "(0, 1)")
@@ -54,6 +58,7 @@ class Prompts(LightningDataModule):
         self.seen: int = check_integer("seen", seen, 0, self.train_size + 1)
         self.batch_size: int = check_integer("batch_size", batch_size, 1, self.train_size + 1)
         self.eval_batch_size: int = check_integer("eval_batch_size", eval_batch_size, 1)
+        self.sampler = sampler
         self.warmup = None if warmup is None else self._not_held_out(warmup)
 
     def _not_held_out(self, task: Task) -> Task:
@@ -96,7 +101,9 @@ class Prompts(LightningDataModule):
                 f"Argument `batch_size` must be in [1, {self.train_size // processes}] on {processes} processes, but "
                 f"got {self.batch_size!r}."
             )
-        return self._loader(range(self.train_size), self.batch_size, shuffle=True, drop_last=True)
+        prompts = range(self.train_size)
+        how = sampled(self, prompts, self.sampler)
+        return self._loader(prompts, self.batch_size, drop_last=True, **how)
 
     def val_dataloader(self) -> list[DataLoader]:
         """Held-out prompts, and the prompts that are seen in training."""

@@ -22,7 +22,7 @@ def draw(rule, losses, seed=0, **kwargs):
     return dict(zip(ids.tolist(), [1.0] * len(ids) if weights is None else weights.tolist(), strict=True)), ids
 
 
-@pytest.mark.parametrize("rule", ["mean", "random", "hide", "drop_high"])
+@pytest.mark.parametrize("rule", ["mean", "random", "hide", "drop_high", "signal"])
 @given(losses=records, prune=shares, progress=st.floats(0, 1), number=st.integers(1, 5), seed=st.integers(0, 9))
 def test_a_round_equals_the_slow_twin(rule, losses, prune, progress, number, seed):
     got, ids = draw(rule, losses, seed, prune=prune, progress=progress, round=number)

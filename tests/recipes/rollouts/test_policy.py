@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from processes import on_two_ranks
 
-from curation.callbacks import DifficultyAdaptiveRollouts, ExactResume
+from curation.callbacks import DifficultyAdaptiveRollouts, DynamicDataPruning, ExactResume
 from curation.recipes import cli
 from curation.recipes.catalogue import find_recipe
 from curation.recipes.compare.arms import configure, make_arm, resolve
@@ -29,6 +30,7 @@ from curation.recipes.rollouts.solve_picture import PARTS, SolvePicture, draw
 from curation.recipes.rollouts.tasks import Puzzles
 from curation.rollouts.advantages import advantages
 from curation.rollouts.generation import Completions
+from curation.samplers import DynamicDataPruningSampler
 
 
 def policy(**options):
@@ -397,6 +399,38 @@ def test_where_nothing_teaches_nothing_is_changed():
     assert float(run.callback_metrics["rollouts/reward"]) == 1
 
 
+class HalfSolved(Letters):
+    """Even questions are always right, and one is never."""
+
+    def score(self, i, answer):
+        return 1.0 if i % 2 == 0 else 0.0 if i == 1 else float("a" in answer)
+
+
+class Answered(Callback):
+    def __init__(self):
+        self.ids, self.losses = [], {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.ids += batch["ids"].tolist()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        rollouts = pl_module._last[1]
+        for row, i in enumerate(batch["ids"].tolist()):
+            self.losses[i] = 1 - float(rollouts.rewards[rollouts.prompt_index == row].mean())
+
+
+def test_prompts_without_signal_are_left_out_before_anything_is_generated():
+    sampler = partial(DynamicDataPruningSampler, rule="signal", prune=0.99, anneal=1.0)
+    pruning, answered = DynamicDataPruning(), Answered()
+    fit(policy(), answered, pruning, data=Prompts(HalfSolved(), batch_size=4, sampler=sampler), max_epochs=6)
+    for i, loss in answered.losses.items():
+        assert float(pruning.sampler.losses[i]) == pytest.approx(loss)
+    assert sorted(answered.ids[:12]) == list(range(12))  # the first round visits every prompt
+    later = answered.ids[24:]
+    assert sum(i % 2 == 0 or i == 1 for i in later) < 0.5 * len(later)
+    assert set(later) >= {3, 5, 7, 9, 11} - {i for i, loss in answered.losses.items() if loss in (0, 1)}
+
+
 class Broken(Letters):
     def score(self, i, answer):
         if i % 2:
@@ -568,7 +602,8 @@ def test_the_arms_differ_in_who_gets_how_many_rollouts_only(tmp_path):
             16 * 50 if callbacks else made["model"]["init_args"]["rollouts"] * made["data"]["init_args"]["batch_size"]
         )
         assert spent == (32 if arm == "full" else 16) * 50
-        assert made["data"]["init_args"] | {"batch_size": 50} == recipe["data"]["init_args"]
+        assert (made["data"]["init_args"]["sampler"] is not None) == (arm == "signal")
+        assert made["data"]["init_args"] | {"batch_size": 50, "sampler": None} == recipe["data"]["init_args"]
         assert made["seed_everything"] == 3
 
 
