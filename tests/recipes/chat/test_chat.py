@@ -6,13 +6,17 @@ import re
 
 import pytest
 import torch
+from helpers import trainer
+from lightning.pytorch import Callback
 
+from curation.callbacks import DynamicDataPruning
 from curation.recipes import cli
 from curation.recipes.chat import Conversations, SupervisedFineTuning, conversations
 from curation.recipes.chat.conversations import _alternate, encode, load
 from curation.recipes.rollouts import Pretrained
 from curation.recipes.smollm2 import SMOLLM2, SMOLLM2_GGUF
 from curation.recipes.sources import resolve
+from curation.samplers import DynamicDataPruningSampler
 
 transformers = pytest.importorskip("transformers", reason="needs transformers, from the [recipes] extra")
 
@@ -170,6 +174,35 @@ def test_learning_rate_rises_and_stays(tiny):
         scheduler.optimizer.step()
         scheduler.step()
     assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_learning_rate_falls_to_nothing_at_the_end_of_the_fit(tiny):
+    class Rates(Callback):
+        def __init__(self):
+            self.values = []
+
+        def on_train_batch_end(self, trainer, *_):
+            self.values.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    rates, made = Rates(), module(tiny, lr=1.0, warmup_steps=2, schedule="linear")
+    trainer(rates, max_steps=8, max_epochs=-1).fit(made, torch.utils.data.DataLoader([batch()] * 8, batch_size=None))
+    assert rates.values == pytest.approx([1 - step / 8 for step in range(1, 9)])
+
+
+def test_losses_of_rows_are_the_means_of_their_answers_and_reach_dynamic_pruning(tiny):
+    made = module(tiny)
+    loss, tokens = made.loss(batch((3, 1)))
+    alone = [made.loss({k: v[i : i + 1] for k, v in batch((3, 1)).items()})[0] for i in range(2)]
+    loss, _ = made.loss(batch((3, 1)))
+    torch.testing.assert_close(made.sample_losses, torch.stack(alone).detach())
+    assert loss.item() == pytest.approx(float((made.sample_losses * torch.tensor([3, 1])).sum() / tokens), rel=1e-5)
+    rows = [{k: v[0] for k, v in batch((n,), seed=n).items()} for n in (1, 2, 3, 4)]
+    sampler, pruning = DynamicDataPruningSampler(rows, 2, rule="proportional"), DynamicDataPruning()
+    loader = torch.utils.data.DataLoader(rows, 2, sampler=sampler)
+    trainer(pruning, max_epochs=1).fit(module(tiny, lr=1e-12), loader)
+    with torch.no_grad():
+        expected = [module(tiny).loss({k: v[None] for k, v in row.items()})[0].item() for row in rows]
+    assert sampler.losses.tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_labels_cover_exactly_the_last_answer_and_its_end(write_rows):
