@@ -3,6 +3,7 @@
 python benchmarks/lengths.py padding   # tokens computed over real ones, and how alike neighbouring batches are
 python benchmarks/lengths.py plan      # seconds and memory to plan an order
 python benchmarks/lengths.py train     # real tokens a second, SmolLM2 cut to 6 layers; on an idle machine
+python benchmarks/lengths.py select    # selection of a quarter: what it costs and whether it goes by length, 6 layers
 python benchmarks/lengths.py grouped   # loss and cost of batches of like length, SmolLM2 cut to 2 layers
 python benchmarks/lengths.py whole     # loss and cost of whole conversations, beside a sample for each reply
 """
@@ -18,8 +19,10 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from scipy.stats import spearmanr
+from torch import Tensor
 
 from curation.batch import SampleIds
+from curation.callbacks import Choice, HardSampleSelection, SelectionListener, UtilityDiversitySelection
 from curation.evaluation.cost_ratio import cost_ratio
 from curation.evaluation.statistics import paired_interval
 from curation.recipes.chat import Conversations, SupervisedFineTuning
@@ -126,6 +129,55 @@ def train(steps: int = 8) -> None:
         print(f"{name:28} {tokens:6.0f} real tokens a second, {labels:5.0f} labels a second", flush=True)
 
 
+class Kept(Callback, SelectionListener):
+    """Lengths of candidates, whether they were kept, and seconds of the steps but the first three."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[Tensor, Tensor]] = []
+        self.seconds: list[float] = []
+        self.lengths = torch.zeros(0)
+        self.start = 0.0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """A step ends, and the next begins."""
+        now = time.perf_counter()
+        self.seconds += [now - self.start] if batch_idx > 2 else []
+        self.start = now
+
+    def on_selection(self, trainer: Trainer, pl_module: Any, step: int, choice: Choice) -> None:
+        """Note the candidates."""
+        assert choice.rows is not None
+        assert choice.sample_ids is not None
+        kept = torch.zeros(choice.size)
+        kept[choice.rows] = 1
+        self.rows.append((self.lengths[choice.sample_ids], kept))
+
+
+def select(steps: int = 20) -> None:
+    """A quarter of 32 candidates by utility-diversity and by loss, of random and of grouped batches."""
+    ways: dict[str, tuple[bool, int]] = {"random": (False, 1), "random, in 4 parts": (False, 4), "grouped": (True, 1)}
+    data = conversations("last", 128, tokenizer=MODEL)
+    assert data.train is not None
+    lengths = lengths_of(data.train)
+    for name, (by_length, parts) in ways.items():
+        for rule in (UtilityDiversitySelection, HardSampleSelection):
+            seed_everything(0, verbose=False)
+            data.batch_size = 32 // parts
+            data.sampler = (lambda dataset, _: LengthGroupedSampler(lengths, 32)) if by_length else None
+            kept = Kept()
+            kept.lengths = torch.from_numpy(lengths).float()
+            selection = rule(keep=1 / 4) if parts == 1 else rule(candidate_batches=parts)
+            run = Trainer(
+                max_steps=steps, callbacks=[selection, kept], limit_val_batches=0, accelerator="cpu", **QUIET
+            )
+            run.fit(SupervisedFineTuning(MODEL, num_layers=6, lr=5e-5), data)
+            long, chosen = (torch.cat(column).numpy() for column in zip(*kept.rows, strict=True))
+            second = statistics.median(kept.seconds)
+            print(f"{rule.__name__:26} {name:20} rank correlation of kept with length {spearmanr(long, chosen)[0]:+.2f}, "
+                  f"{second:.2f} s a step, {long.sum() / steps / second:.0f} real tokens of candidates a second",
+                  flush=True)  # fmt: skip
+
+
 class Work(Callback):
     """Tokens that are computed, and training seconds."""
 
@@ -208,5 +260,5 @@ def whole(seeds: int = 3, first: int = 0) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("padding", "plan", "train", "grouped", "whole"))
+    parser.add_argument("what", choices=("padding", "plan", "train", "select", "grouped", "whole"))
     globals()[parser.parse_args().what]()
