@@ -173,7 +173,7 @@ def select(steps: int = 20) -> None:
             run.fit(SupervisedFineTuning(MODEL, num_layers=6, lr=5e-5), data)
             long, chosen = (torch.cat(column).numpy() for column in zip(*kept.rows, strict=True))
             second = statistics.median(kept.seconds)
-            print(f"{rule.__name__:26} {name:20} rank correlation of kept with length {spearmanr(long, chosen)[0]:+.2f}, "
+            print(f"{rule.__name__:26} {name:20} correlation of kept and length {spearmanr(long, chosen)[0]:+.2f}, "
                   f"{second:.2f} s a step, {long.sum() / steps / second:.0f} real tokens of candidates a second",
                   flush=True)  # fmt: skip
 
