@@ -4,6 +4,7 @@ Every schedule is a function ``schedule(seen, first, last, over) -> rows``: ``se
 ``last`` rows of a step over all processes, and ``over``, the samples within which the size grows.
 """
 
+import bisect
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -91,24 +92,47 @@ def next_size(size: int, wanted: int, ready: int) -> int:
     return next(k for k in range(wanted, size + towards, towards) if ready % k == 0)
 
 
-def window_sizes(wanted: Callable[[int], int], batches: int, epochs: int) -> Iterator[int]:
+def window_sizes(wanted: Callable[[int], int], batches: float, total: int) -> Iterator[int]:
     """Micro-batches of every optimizer step of a fit; the last of an epoch may have fewer than its size.
 
     Args:
         wanted: Micro-batches that the schedule asks for after a number of batches.
-        batches: Batches of an epoch.
-        epochs: Epochs of the fit.
+        batches: Batches of an epoch; infinity where it has no end.
+        total: Batches of the fit.
 
     Example:
-        >>> list(window_sizes(lambda trained: 1 if trained < 3 else 2, 7, 1))
+        >>> list(window_sizes(lambda trained: 1 if trained < 3 else 2, 7, 7))
         [1, 1, 1, 1, 2, 1]
     """
     trained, size = 0, wanted(0)
-    for _ in range(epochs):
-        ready = 0
-        while ready < batches:
-            window = min(size, batches - ready)
-            ready += window
-            trained += window
-            yield window
-            size = next_size(size, wanted(trained), ready % batches)
+    while trained < total:
+        ready = trained % batches
+        if trained:
+            size = next_size(size, wanted(trained), int(ready))
+        window = int(min(size, batches - ready, total - trained))
+        trained += window
+        yield window
+
+
+def count_steps(wanted: Callable[[int], int], batches: float, total: int) -> int:
+    """Optimizer steps of a fit: the number of :func:`window_sizes`."""
+    return sum(1 for _ in window_sizes(wanted, batches, total))
+
+
+def batches_within(
+    stretched: Callable[[int], Callable[[int], int]], batches: float, steps: int, largest: int
+) -> int:
+    """Batches that a fit of a number of optimizer steps trains on, where the schedule stretches over the fit.
+
+    Args:
+        stretched: Returns, for the batches of a fit, the ``wanted`` of :func:`window_sizes`.
+        batches: Batches of an epoch.
+        steps: Optimizer steps of the fit.
+        largest: Largest number of micro-batches of a step.
+
+    Example:
+        >>> batches_within(lambda total: lambda trained: 1 if 2 * trained < total else 2, math.inf, 6, 2)
+        8
+    """
+    totals = range(steps * largest + 1)
+    return bisect.bisect_right(totals, steps, key=lambda total: count_steps(stretched(total), batches, total)) - 1

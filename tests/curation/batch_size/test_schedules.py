@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curation.batch_size import SCHEDULES, doubling, next_size, ramp, seesaw, steps, window_sizes
+from curation.batch_size import SCHEDULES, batches_within, count_steps, doubling, next_size, ramp, seesaw, steps, window_sizes
 
 
 @given(st.integers(1, 64), st.sampled_from([1, 2, 4, 8, 32]), st.integers(1, 10_000), st.integers(0, 20_000))
@@ -58,7 +58,7 @@ def test_the_next_size_begins_where_it_divides_and_nearest_to_what_is_wanted(siz
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 30), st.integers(1, 4))
 def test_windows_are_whole_under_the_rules_of_lightning(sizes, batches, epochs):
     """Lightning zeroes where ``batch_idx % k == 0`` and steps where ``ready % k == 0`` or the epoch ends."""
-    windows = list(window_sizes(lambda trained: sizes[trained % len(sizes)], batches, epochs))
+    windows = list(window_sizes(lambda trained: sizes[trained % len(sizes)], batches, epochs * batches))
     assert sum(windows) == batches * epochs
     got, trained, k = [], 0, sizes[0]
     for _ in range(epochs):
@@ -76,3 +76,13 @@ def test_windows_are_whole_under_the_rules_of_lightning(sizes, batches, epochs):
                 collected = 0
                 k = next_size(k, sizes[trained % len(sizes)], ready % batches)
     assert windows == got
+
+
+@given(st.integers(1, 40), st.integers(2, 30), st.integers(1, 6))
+def test_a_fit_of_so_many_steps_has_the_most_batches_that_take_them(steps, batches, largest):
+    def stretched(total):
+        return lambda trained: 1 + round((largest - 1) * trained / total)
+
+    total = batches_within(stretched, batches, steps, largest)
+    assert count_steps(stretched(total), batches, total) <= steps
+    assert count_steps(stretched(total + 1), batches, total + 1) > steps
