@@ -13,6 +13,7 @@ from torch import Tensor
 
 from curation.batch import batch_size as count_rows
 from curation.batch_size import COUPLINGS, next_size
+from curation.callbacks.experts.global_batch_load_balancing import GlobalBatchLoadBalancing
 from curation.callbacks.lightning.collectives import gather_sizes
 from curation.callbacks.lightning.fit_callback import FitCallback
 from curation.callbacks.lightning.loop import (
@@ -120,10 +121,14 @@ class VariedBatchSize(FitCallback):
         refuse_strategies(trainer, self, FSDPStrategy)
         check_training_step(pl_module)
         name = type(self).__name__
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        for other in callbacks:
             both = isinstance(other, (GradientAccumulationScheduler, BatchSizeFinder, VariedBatchSize))
             if both and other is not self:
                 raise ValueError(f"{name} sets the batch size, and so would {type(other).__name__}: leave one out.")
+        after = callbacks[callbacks.index(self) + 1 :] if self in callbacks else []
+        if any(isinstance(other, GlobalBatchLoadBalancing) for other in after):  # which corrects the gradients
+            raise ValueError(f"In the list of callbacks, put {name} after GlobalBatchLoadBalancing.")
         if not pl_module.automatic_optimization and not hasattr(pl_module, "accumulation"):
             raise TypeError(
                 f"{name} needs to tell {type(pl_module).__name__}, which optimizes by hand, when to step. Set "
@@ -189,7 +194,9 @@ class VariedBatchSize(FitCallback):
         self.measure(trainer)
         if not self._restored:
             self.batches = trained_batches(trainer)
-            begun = int(batches_of_epoch(trainer) % trainer.num_training_batches)  # by a checkpoint without this state
+            begun = int(
+                batches_of_epoch(trainer) % trainer.num_training_batches
+            )  # by a checkpoint without this state
             self.size = next_size(1, self.wanted(self.batches), begun)
             self.sizes = [(self.seen, self.rows)]
         self._apply(trainer, pl_module)

@@ -84,7 +84,9 @@ class BatchSizeScheduler(VariedBatchSize):
             raise ValueError(f"Argument `growth` must be a power of two with {schedule!r}, but got {growth!r}.")
         if schedule == "seesaw":
             if couple != "none":
-                raise ValueError(f"Argument `couple` must be 'none' with 'seesaw', which couples, but got {couple!r}.")
+                raise ValueError(
+                    f"Argument `couple` must be 'none' with 'seesaw', which couples, but got {couple!r}."
+                )
             self.couple, self.paces_schedulers = "sqrt", True
         self._total = 0  # batches of the fit
 

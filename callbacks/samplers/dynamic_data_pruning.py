@@ -106,7 +106,9 @@ class DynamicDataPruning(WeighsRows, RoundTraining[DynamicDataPruningSampler]):
         """Let optimizers use the learning rate of the round."""
         super().on_train_start(trainer, pl_module)
         if self.lr_scale:
-            self._rates = RateScale(trainer, lambda _: 1.0 if self._batch is None else self._batch.share**-self.lr_scale)
+            self._rates = RateScale(
+                trainer, lambda _: 1.0 if self._batch is None else self._batch.share**-self.lr_scale
+            )
 
     # ------------------------------------------------------------------ a step
 
@@ -242,4 +244,3 @@ def elapsed(trainer: Trainer) -> float:
         return spent / max(spent + left, 1e-9)
     manual = not trainer.lightning_module.automatic_optimization
     return min(1.0, trainer.global_step / trainer.max_steps) if manual and trainer.max_steps > 0 else 0.0
-

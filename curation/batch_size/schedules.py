@@ -119,9 +119,7 @@ def count_steps(wanted: Callable[[int], int], batches: float, total: int) -> int
     return sum(1 for _ in window_sizes(wanted, batches, total))
 
 
-def batches_within(
-    stretched: Callable[[int], Callable[[int], int]], batches: float, steps: int, largest: int
-) -> int:
+def batches_within(stretched: Callable[[int], Callable[[int], int]], batches: float, steps: int, largest: int) -> int:
     """Batches that a fit of a number of optimizer steps trains on, where the schedule stretches over the fit.
 
     Args:

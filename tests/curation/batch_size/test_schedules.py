@@ -6,13 +6,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curation.batch_size import SCHEDULES, batches_within, count_steps, doubling, next_size, ramp, seesaw, steps, window_sizes
+from curation.batch_size import (
+    SCHEDULES,
+    batches_within,
+    count_steps,
+    doubling,
+    next_size,
+    ramp,
+    seesaw,
+    steps,
+    window_sizes,
+)
 
 
 @given(st.integers(1, 64), st.sampled_from([1, 2, 4, 8, 32]), st.integers(1, 10_000), st.integers(0, 20_000))
 def test_schedules_equal_their_slow_twins(first, growth, over, seen):
     last = growth * first
-    assert ramp(seen, first, last, over) == pytest.approx(last if seen >= over else first + (last - first) * seen / over)
+    assert ramp(seen, first, last, over) == pytest.approx(
+        last if seen >= over else first + (last - first) * seen / over
+    )
     doublings = int(math.log2(growth))
     reached = sum(seen * doublings >= i * over for i in range(1, doublings + 1))
     assert doubling(seen, first, last, over) == first * 2**reached
