@@ -170,7 +170,8 @@ class VariedBatchSize(FitCallback):
                 f"Argument `batch_size` must be given for a {type(loader).__name__} without `batch_size`, but got None."
             )
         seam = BatchSeam.of(trainer)
-        self._unit = (self.batch_size or rows * (1 if seam is None else seam.joined())) * trainer.world_size
+        joined = 1 if seam is None else seam.joined()
+        self._unit = (self.batch_size or int(rows or 0) * joined) * trainer.world_size
         if self.first is not None:
             self._start = self.micro_batches("first", self.first, trainer)
         else:
@@ -309,7 +310,7 @@ class VariedBatchSize(FitCallback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let Lightning restore its loops with the size of the checkpoint."""
         state = checkpoint["callbacks"].get(self.state_key)
-        if self.fitting and state is not None and pl_module.automatic_optimization:
+        if self.fitting and state and state["sizes"] and pl_module.automatic_optimization:
             trainer.accumulate_grad_batches = state["size"]
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -318,4 +319,4 @@ class VariedBatchSize(FitCallback):
             state[name] for name in ("size", "batches", "steps", "usual")
         )
         self.sizes = [(samples, rows) for samples, rows in state["sizes"]]
-        self._restored = True
+        self._restored = bool(self.sizes)  # a learning-rate finder restores what has not begun
