@@ -7,12 +7,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from curation.batch_size import MovingMoments, gradient_moments, wanted_rows
 from curation.callbacks.batch_size.accumulation import VariedBatchSize
 from curation.callbacks.lightning.collectives import sum_over_processes
 from curation.callbacks.lightning.loop import batches_of_epoch, is_trained_on
-from curation.callbacks.lightning.seam import refuse_strategies
 from curation.checks import check_integer, check_number
 
 
@@ -26,7 +26,8 @@ class AdaptiveBatchSize(VariedBatchSize):
 
     ``V`` is estimated from the gradients of the micro-batches of all processes in every ``every``-th step
     (:func:`~curation.batch_size.gradient_moments`): their norms are taken as they arrive, with no gradient of a
-    single row and no copy of a gradient. The estimates are averaged over tests, and read by the host, which waits
+    single row and no copy of a gradient (under FSDP2, where no process has the gradient of its own micro-batch, those
+    of all processes together are compared, and a test copies the gradients that a process keeps). The estimates are averaged over tests, and read by the host, which waits
     for the device once in a test. The size never shrinks. How it changes, and what a module that optimizes by hand
     has to do, is told at :class:`~curation.callbacks.BatchSizeScheduler`.
 
@@ -57,8 +58,7 @@ class AdaptiveBatchSize(VariedBatchSize):
 
     Raises:
         ValueError: If a step has one micro-batch at the start; as :class:`~curation.callbacks.BatchSizeScheduler`.
-        TypeError: Under FSDP, where no process has the gradients of its own micro-batch; with several optimizers;
-            as :class:`~curation.callbacks.BatchSizeScheduler`.
+        TypeError: With several optimizers; as :class:`~curation.callbacks.BatchSizeScheduler`.
         RuntimeError: If a weight gets the gradient of a batch in several parts.
 
     Example:
@@ -98,29 +98,30 @@ class AdaptiveBatchSize(VariedBatchSize):
         for hook in getattr(self, "_hooks", []):
             hook.remove()
         self._hooks: list[Any] = []
+        self._weights: list[Tensor] = []
+        self._before: dict[int, Tensor] = {}  # gradients of a process after the last batch, under FSDP2
         self._squares: list[Tensor] = []  # of the gradients in this window
         self._parts: list[int] = []  # gradients that a weight got in this window
         self._scale: Any = 1.0  # of the current loss, as against its mean over the rows
         self._passes = 0  # backward passes over whole batches in this window
         self._tests = False
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what keeps no gradients of micro-batches."""
-        super().setup(trainer, pl_module, stage)
-        if self.fitting:
-            refuse_strategies(trainer, self, ModelParallelStrategy)
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot be compared."""
         if len(trainer.optimizers) > 1:
             raise TypeError(f"AdaptiveBatchSize needs one optimizer, but got {len(trainer.optimizers)}.")
         super().on_train_start(trainer, pl_module)
-        if self._start * trainer.world_size < 2:
+        if self._compared(trainer, self._start)[0] < 2:
             raise ValueError(
                 "Argument `first` must be two micro-batches or more, of which gradients are compared, but got "
-                f"{self.first} where a process loads {self._unit} rows at a time. Set `accumulate_grad_batches=2`, or "
-                "halve the batch size of the data loader."
+                f"{self.first}. Set `accumulate_grad_batches=2`, or halve the batch size of the data loader."
             )
+
+    def _compared(self, trainer: Trainer, size: int) -> tuple[int, float]:
+        """Number of the micro-batches of a step that have a gradient each, and their rows."""
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            return size, self._unit
+        return size * trainer.world_size, self._unit / trainer.world_size
 
     def measure(self, trainer: Trainer) -> None:
         """Begin with the first size."""
@@ -141,9 +142,11 @@ class AdaptiveBatchSize(VariedBatchSize):
         if whole and is_trained_on(trainer) and self.steps >= self._next_test:
             self._forget()
             self._tests, self._next_test = True, self.steps + self.every
-            weights = [w for group in trainer.optimizers[0].param_groups for w in group["params"] if w.requires_grad]
-            self._parts = [0] * len(weights)
-            self._hooks = [weight.register_hook(partial(self._take, i)) for i, weight in enumerate(weights)]
+            groups = trainer.optimizers[0].param_groups
+            self._weights = [w for group in groups for w in group["params"] if w.requires_grad]
+            self._parts = [0] * len(self._weights)
+            if not isinstance(trainer.strategy, ModelParallelStrategy):
+                self._hooks = [w.register_hook(partial(self._take, i)) for i, w in enumerate(self._weights)]
 
     def _take(self, i: int, gradient: Tensor) -> None:
         """Add the squared norm of a weight's gradient of the current batch."""
@@ -160,6 +163,15 @@ class AdaptiveBatchSize(VariedBatchSize):
             self._scale = (one if scaler is None else scaler.scale(one)) / self.size
             self._passes += self._rows == self._usual
 
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare the gradients with those before this batch, where hooks see none."""
+        if self._tests and not self._hooks:
+            for i, weight in enumerate(self._weights):
+                if weight.grad is not None:
+                    gradient = _own_part(weight.grad)
+                    self._take(i, gradient - self._before[i] if i in self._before else gradient)
+                    self._before[i] = gradient.clone()
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Compare the gradients of the micro-batches with their mean, and decide the size of the next steps."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
@@ -173,14 +185,14 @@ class AdaptiveBatchSize(VariedBatchSize):
             )
         gradients = [w.grad for group in optimizer.param_groups for w in group["params"] if w.grad is not None]
         if gradients and self._squares:
-            norms = torch.stack([torch.linalg.vector_norm(g, dtype=_at_least_fp32(g)) for g in gradients])
-            square_sum = torch.stack(self._squares).sum()
+            norms = torch.stack([torch.linalg.vector_norm(_own_part(g), dtype=_at_least_fp32(g)) for g in gradients])
+            squares = torch.stack([torch.stack(self._squares).sum(), norms.square().sum()])
             if self._passes < self.size:  # a batch of this process was short, or skipped
-                square_sum = square_sum * torch.nan
-            square_sum = sum_over_processes(trainer, square_sum)
-            processes = trainer.world_size
-            count, rows = self.size * processes, self._unit / processes
-            self._moving.update(gradient_moments(square_sum, norms.square().sum(), count, rows))
+                squares = squares * torch.nan
+            square_sum, mean_square = sum_over_processes(trainer, squares)
+            if self._hooks:  # every process has the mean gradient
+                mean_square = mean_square / trainer.world_size
+            self._moving.update(gradient_moments(square_sum, mean_square, *self._compared(trainer, self.size)))
             self._decide()
         self._forget()
 
@@ -223,6 +235,11 @@ class AdaptiveBatchSize(VariedBatchSize):
             state[name] for name in ("wanted", "next_test", "moments")
         )
         self.noise_scales = [(samples, rows) for samples, rows in state["noise_scales"]]
+
+
+def _own_part(gradient: Tensor) -> Tensor:
+    """The part of a gradient that this process keeps."""
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 def _at_least_fp32(tensor: Tensor) -> torch.dtype:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from curation.checks import check_number
+
 
 class Moments(NamedTuple):
     """What micro-batches say of the gradient.
@@ -64,12 +66,15 @@ class MovingMoments:
     Args:
         decay: Share of the old average, in [0, 1).
 
+    Raises:
+        ValueError: If ``decay`` is out of its range.
+
     Attributes:
         values: Sums with decaying weights, ``[4]``: trace, mean square, true square, and the weights themselves.
     """
 
     def __init__(self, decay: float) -> None:
-        self.decay = decay
+        self.decay = check_number("decay", decay, "[0, 1)")
         self.values = torch.zeros(4)
 
     def update(self, moments: Moments) -> None:

@@ -233,7 +233,9 @@ CALLBACKS = {
             {"schedule": "doubling", "growth": 2, "over": 0.7},
             {"growth": 1},
             refuses={**ONE_LOADER, **FSDP1, **NO_SAMPLES, **SETS_THE_SIZE},
-            acted=lambda scheduler: scheduler.sizes[-1][1] == 2 * scheduler.sizes[0][1],
+            acted=lambda scheduler: (
+                len(scheduler.sizes) == 1 + (scheduler.batches > 0.7 * scheduler._total)  # early stops come before
+            ),
             module=Accumulating,
             manual=ManualAccumulating,
         ),

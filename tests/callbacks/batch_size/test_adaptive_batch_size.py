@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import trainer
+from contract import test_contract
+from contract.kinds import KINDS
+from contract.registry import NO_SAMPLES, ONE_LOADER, SETS_THE_SIZE, Entry
+from helpers import Accumulating, ManualAccumulating, trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -16,6 +19,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lines import ROWS, Line, ManualLine, assert_gradients_of_large_batches, fit, points
 from processes import on_two_ranks
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Subset
 
@@ -207,8 +211,8 @@ def test_a_gradient_in_parts_is_refused():
         fit(Parts(), 40, AdaptiveBatchSize(first=2 * ROWS))
 
 
-@pytest.mark.parametrize("strategy", [DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy])
-def test_strategies_without_gradients_of_micro_batches_are_refused(strategy):
+@pytest.mark.parametrize("strategy", [DeepSpeedStrategy, FSDPStrategy])
+def test_strategies_that_were_never_tried_are_refused(strategy):
     run = trainer(AdaptiveBatchSize())
     run._accelerator_connector.strategy = object.__new__(strategy)
     with pytest.raises(TypeError, match=f"does not support {strategy.__name__}"):
@@ -218,27 +222,86 @@ def test_strategies_without_gradients_of_micro_batches_are_refused(strategy):
 # ---------------------------------------------------------------------- two processes
 
 
+class ShardedLine(Line):
+    """In a submodule, whose weight is divided between the ranks."""
+
+    def __init__(self):
+        super().__init__()
+        start = self.weight.detach()
+        del self.weight
+        self.line = torch.nn.Linear(3, 1, bias=False, dtype=torch.float64)
+        self.line.weight.data.copy_(start[None])
+
+    def configure_model(self):
+        fully_shard(self.line, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        self.rows += y.tolist()
+        return (self.line(x)[:, 0] - y).square().mean()
+
+    def on_before_optimizer_step(self, optimizer):
+        weight = self.line.weight
+        self.steps.append((self.rows, *(t.full_tensor()[0].clone() for t in (weight.detach(), weight.grad))))
+        self.rows = []
+
+
 def main(folder):
     rank = int(os.environ["RANK"])
-    module, adaptive = Line(), AdaptiveBatchSize(0.3, every=1, decay=0.0)
-    run = trainer(adaptive, devices=2, strategy="ddp", max_epochs=2, use_distributed_sampler=False)
-    run.fit(module, DataLoader(Subset(points(80), list(range(40 * rank, 40 * rank + 40))), ROWS))
-    torch.save((module.steps, adaptive.state_dict()), Path(folder, f"{rank}.pt"))
+    for name, module, first in (("ddp", Line(), None), ("fsdp2", ShardedLine(), 4 * ROWS)):
+        adaptive = AdaptiveBatchSize(0.3, first=first, every=1, decay=0.0)
+        strategy = "ddp" if name == "ddp" else ModelParallelStrategy(2, 1)
+        run = trainer(adaptive, devices=2, strategy=strategy, max_epochs=2, use_distributed_sampler=False)
+        run.fit(module, DataLoader(Subset(points(80), list(range(40 * rank, 40 * rank + 40))), ROWS))
+        torch.save((module.steps, adaptive.state_dict()), Path(folder, f"{name}-{rank}.pt"))
 
 
-def test_two_ranks_estimate_from_the_micro_batches_of_both(tmp_path):
-    on_two_ranks(__file__, tmp_path)
-    (one, state), (other, same) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    on_two_ranks(__file__, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_two_ranks_estimate_from_the_micro_batches_of_both(ranks, name):
+    (one, state), (other, same) = (torch.load(ranks / f"{name}-{rank}.pt") for rank in (0, 1))
     assert repr(state) == repr(same)
     x, y = points(80).tensors
-    rows, weight, _ = one[0]
-    trace, square, true = slow_moments(x, y, [*micro_batches(rows), *micro_batches(other[0][0])], weight)
+    parts = [micro_batches(rows) for rows, *_ in (one[0], other[0])]
+    compared, micro = [*parts[0], *parts[1]], ROWS
+    if name == "fsdp2":  # of both ranks together
+        compared, micro = [a + b for a, b in zip(*parts, strict=True)], 2 * ROWS
+    trace, square, true = slow_moments(x, y, compared, one[0][1], micro)
     assert state["noise_scales"][0][1] == pytest.approx(trace / true if true > 0 else float("inf"))
-    assert state["sizes"][0] == [0, 2 * ROWS]
-    assert state["sizes"][-1][1] > 2 * ROWS
+    assert state["sizes"][0] == [0, (2 if name == "ddp" else 4) * ROWS]
+    assert state["sizes"][-1][1] > state["sizes"][0][1]
     both = Line()
     both.steps = [(a + b, w, g) for (a, w, g), (b, *_) in zip(one, other, strict=True)]
     assert_gradients_of_large_batches(both, 80)
+
+
+# ---------------------------------------------------------------------- every kind of run
+
+ENTRY = Entry(
+    AdaptiveBatchSize,
+    {"first": 16, "every": 1, "eta": 1e-3, "growth": 2},
+    refuses={**ONE_LOADER, **NO_SAMPLES, **SETS_THE_SIZE, "two_optimizers": "needs one optimizer, but got 2"},
+    acted=lambda adaptive: len(adaptive.noise_scales) > 0,
+    module=Accumulating,
+    manual=ManualAccumulating,
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_works_in_every_kind_of_run_or_says_why_not(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    test_contract.test_works_in_every_kind_of_run_or_says_why_not(ENTRY, kind)
+
+
+@pytest.mark.parametrize("fails", ["", "on_train_batch_end", "on_before_backward", "on_before_optimizer_step"])
+def test_nothing_is_left_behind(fails):
+    test_contract.test_nothing_is_left_behind(ENTRY, fails)
 
 
 if __name__ == "__main__":
