@@ -167,7 +167,7 @@ class VariedBatchSize(FitCallback):
         )
         if not (self.batch_size or rows):
             raise ValueError(
-                f"Argument `batch_size` must be given for a {type(loader).__name__} without `batch_size`, but got None."
+                f"Argument `batch_size` must be given for a {type(loader).__name__} that has none, but got None."
             )
         seam = BatchSeam.of(trainer)
         joined = 1 if seam is None else seam.joined()

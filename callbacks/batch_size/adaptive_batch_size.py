@@ -26,10 +26,11 @@ class AdaptiveBatchSize(VariedBatchSize):
 
     ``V`` is estimated from the gradients of the micro-batches of all processes in every ``every``-th step
     (:func:`~curation.batch_size.gradient_moments`): their norms are taken as they arrive, with no gradient of a
-    single row and no copy of a gradient (under FSDP2, where no process has the gradient of its own micro-batch, those
-    of all processes together are compared, and a test copies the gradients that a process keeps). The estimates are averaged over tests, and read by the host, which waits
-    for the device once in a test. The size never shrinks. How it changes, and what a module that optimizes by hand
-    has to do, is told at :class:`~curation.callbacks.BatchSizeScheduler`.
+    single row and no copy of a gradient. Under FSDP2, where no process has the gradient of its own micro-batch, those
+    of all processes together are compared, and a test copies the part of the gradients that a process keeps. The
+    estimates are averaged over tests, and read by the host, which waits for the device once in a test. The size never
+    shrinks. How it changes, and what a module that optimizes by hand has to do, is told at
+    :class:`~curation.callbacks.BatchSizeScheduler`.
 
     Learning-rate schedules by step go by steps of the first size, since the number of steps is not known before:
     they are functions of the samples seen, end with the fit, and ``trainer.estimated_stepping_batches`` counts them.
@@ -180,8 +181,8 @@ class AdaptiveBatchSize(VariedBatchSize):
         if max(self._parts, default=0) > self.size:
             raise RuntimeError(
                 "AdaptiveBatchSize needs one backward pass for each batch, and the gradient of each weight in one "
-                "part, but a weight got more parts than there were batches. Reentrant checkpoints, and several passes "
-                "of a module that optimizes by hand, do that."
+                "part, but a weight got more parts than there were batches. Reentrant checkpoints do that, and several "
+                "passes of a module that optimizes by hand."
             )
         gradients = [w.grad for group in optimizer.param_groups for w in group["params"] if w.grad is not None]
         if gradients and self._squares:

@@ -143,8 +143,8 @@ def _pairs(schedule: Any) -> list[tuple[int, int]]:
         ValueError: If they are something else.
     """
     refusal = ValueError(
-        "Argument `schedule` must be 'ramp', 'doubling', 'seesaw' or pairs (samples seen, rows of a step), from 0 on and "
-        f"in ascending order, but got {schedule!r}."
+        "Argument `schedule` must be 'ramp', 'doubling', 'seesaw' or pairs (samples seen, rows of a step), from 0 on "
+        f"and in ascending order, but got {schedule!r}."
     )
     if isinstance(schedule, str) or not isinstance(schedule, Sequence) or not schedule:
         raise refusal

@@ -31,7 +31,7 @@ def is_accumulating(trainer: Trainer) -> bool:
 
 
 def ends_epoch(trainer: Trainer) -> bool:
-    """Whether the current batch is the last of its epoch, after which the optimizer steps whatever was accumulated."""
+    """Whether the current batch is the last of its epoch, after which the optimizer steps in any case."""
     return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
 
 

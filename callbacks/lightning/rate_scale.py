@@ -1,11 +1,10 @@
-"""Learning rates that a callback scales for the time of a step: schedulers and monitors see them without the factor."""
+"""Learning rates that a callback scales for the time of a step; schedulers and monitors see them without that."""
 
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Trainer
-
 
 _RATES: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()  # of optimizers that are in a step, whoever scales
 

@@ -130,7 +130,8 @@ def read_budget(text: str) -> tuple[str, float | None]:
         text: As on the command line: a unit, or a unit with an amount.
 
     Raises:
-        ValueError: If the unit is unknown, or the amount is not positive and finite (for steps, samples and epochs, below 1).
+        ValueError: If the unit is unknown, or the amount is not positive and finite (for steps, samples and epochs,
+            below 1).
 
     Example:
         >>> read_budget("steps=500"), read_budget("flops")
@@ -204,8 +205,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--budget",
         default="steps",
-        help="what is held equal: steps, samples, epochs, flops or seconds; with an amount as in steps=500 (default: steps, "
-        "as many as uniform selection spends on the recipe)",
+        help="what is held equal: steps, samples, epochs, flops or seconds; with an amount as in steps=500 (default: "
+        "steps, as many as uniform selection spends on the recipe)",
     )
     parser.add_argument(
         "--budget-sweep",

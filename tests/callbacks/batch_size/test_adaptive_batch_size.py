@@ -1,6 +1,7 @@
 """Batch sizes by the noise of gradients."""
 
 import csv
+import math
 import os
 import sys
 from pathlib import Path
@@ -155,7 +156,7 @@ def test_schedules_of_the_rate_by_step_end_with_the_fit(size, eta, n):
     module.configure_optimizers = configure_optimizers
     run = fit(module, n, AdaptiveBatchSize(eta, 8, size * ROWS, 1), epochs=3)
     scheduler = run.lr_scheduler_configs[0].scheduler
-    assert scheduler.last_epoch == scheduler.total_steps == 3 * -(-(-(-n // ROWS)) // size)
+    assert scheduler.last_epoch == scheduler.total_steps == 3 * math.ceil(math.ceil(n / ROWS) / size)
 
 
 def test_a_schedule_by_every_second_step_is_refused():
@@ -177,7 +178,7 @@ def test_every_logger_gets_both(tmp_path):
     fit(Line(), 24 * ROWS, adaptive, epochs=1, logger=logger)
     with Path(logger.log_dir, "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [float(row["curation/batch_size"]) for row in rows][0] == 2 * ROWS
+    assert float(rows[0]["curation/batch_size"]) == 2 * ROWS
     noise = [float(row["curation/gradient_noise_scale"]) for row in rows]
     assert noise[:4] == pytest.approx([adaptive.noise_scales[0][1]] * 3 + [adaptive.noise_scales[1][1]])
 
@@ -186,13 +187,13 @@ def test_every_logger_gets_both(tmp_path):
 
 
 def test_one_micro_batch_a_step_is_refused():
-    with pytest.raises(ValueError, match="Argument `first` must be two micro-batches or more, .* but got None"):
+    with pytest.raises(ValueError, match=r"Argument `first` must be two micro-batches or more, .* but got None"):
         fit(Line(), 40, AdaptiveBatchSize())
 
 
 class TwoOptimizers(ManualLine):
     def configure_optimizers(self):
-        return [super(TwoOptimizers, self).configure_optimizers(), super().configure_optimizers()]
+        return [super().configure_optimizers(), super().configure_optimizers()]
 
 
 def test_two_optimizers_are_refused():
@@ -272,7 +273,7 @@ def test_two_ranks_estimate_from_the_micro_batches_of_both(ranks, name):
     compared, micro = [*parts[0], *parts[1]], ROWS
     if name == "fsdp2":  # of both ranks together
         compared, micro = [a + b for a, b in zip(*parts, strict=True)], 2 * ROWS
-    trace, square, true = slow_moments(x, y, compared, one[0][1], micro)
+    trace, _, true = slow_moments(x, y, compared, one[0][1], micro)
     assert state["noise_scales"][0][1] == pytest.approx(trace / true if true > 0 else float("inf"))
     assert state["sizes"][0] == [0, (2 if name == "ddp" else 4) * ROWS]
     assert state["sizes"][-1][1] > state["sizes"][0][1]

@@ -65,7 +65,7 @@ class Naive(Callback):
     """Changes the number at once, as is proposed elsewhere."""
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        trainer.accumulate_grad_batches = 2 if batch_idx < 2 else 3
+        trainer.accumulate_grad_batches = 2 if batch_idx < 1 else 3
 
 
 def test_a_change_in_the_middle_of_a_window_has_other_gradients():
@@ -443,7 +443,7 @@ def test_a_loader_that_does_not_tell_its_rows_needs_an_argument():
         def __len__(self):
             return 8
 
-    with pytest.raises(ValueError, match="Argument `batch_size` must be given for a Loader"):
+    with pytest.raises(ValueError, match="Argument `batch_size` must be given for a Loader that has none"):
         trainer(BatchSizeScheduler()).fit(Line(), Loader())
     module = Line()
     trainer(BatchSizeScheduler([(0, 2 * ROWS)], batch_size=ROWS)).fit(module, Loader())
