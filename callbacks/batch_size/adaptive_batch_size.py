@@ -181,8 +181,8 @@ class AdaptiveBatchSize(VariedBatchSize):
         if max(self._parts, default=0) > self.size:
             raise RuntimeError(
                 "AdaptiveBatchSize needs one backward pass for each batch, and the gradient of each weight in one "
-                "part, but a weight got more parts than there were batches. Reentrant checkpoints do that, and several "
-                "passes of a module that optimizes by hand."
+                "part, but a weight got more parts than there were batches. Reentrant checkpoints do that, and "
+                "several passes of a module that optimizes by hand."
             )
         gradients = [w.grad for group in optimizer.param_groups for w in group["params"] if w.grad is not None]
         if gradients and self._squares:

@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from curation.batch_size import SCHEDULES, batches_within, count_steps, steps
 from curation.callbacks.batch_size.accumulation import VariedBatchSize
 from curation.callbacks.lightning.loop import batches_of_epochs
-from curation.checks import check_integer, check_number
+from curation.checks import check_choice, check_integer, check_number
 
 
 class BatchSizeScheduler(VariedBatchSize):
@@ -20,9 +20,11 @@ class BatchSizeScheduler(VariedBatchSize):
     before clipping. A loss that is no mean over rows, such as one over the tokens of unequal rows, is the mean of the
     batches' own means.
 
-    ``trainer.estimated_stepping_batches`` counts the steps of the schedule, so learning-rate schedules by step end
-    with the fit. With ``"seesaw"`` they go by steps of the first size instead: their rate is a function of the
-    samples seen.
+    With ``pace="steps"`` ``trainer.estimated_stepping_batches`` counts the steps of the schedule, so learning-rate
+    schedules by step end with the fit. As most of those steps are small ones of the first half, rates are low when
+    steps are large. With ``pace="samples"``, and always with ``"seesaw"``, such schedules go by steps of the first
+    size, which the estimate counts then: they end with the fit, too, and are the functions of the samples seen that
+    they would be without this callback.
 
     A module that optimizes by hand has an attribute ``accumulation`` (None in its constructor). In ``training_step``
     it divides its loss by ``accumulation.size``, and steps and zeroes its gradients only where ``accumulation.ends``.
@@ -39,6 +41,7 @@ class BatchSizeScheduler(VariedBatchSize):
         first: Rows of a step over all processes at the start; None for ``accumulate_grad_batches`` batches of every
             process. Not for pairs.
         over: Share of the fit within which the size grows, in (0, 1]; None for .5, of ``"seesaw"`` 1. Not for pairs.
+        pace: What learning-rate schedules by step go by: ``"steps"`` or ``"samples"``.
         couple: How the learning rate of a step follows its rows: ``"none"``; by their square root (``"sqrt"``);
             ``"linear"``; or ``"auto"``, linear for SGD and by the square root for others. The rate of the optimizer
             is that of the largest size; schedulers and monitors see it.
@@ -69,10 +72,12 @@ class BatchSizeScheduler(VariedBatchSize):
         growth: int = 4,
         first: int | None = None,
         over: float | None = None,
+        pace: Literal["steps", "samples"] = "steps",
         couple: Literal["none", "auto", "sqrt", "linear"] = "none",
         batch_size: int | None = None,
     ) -> None:
         super().__init__(first, couple, batch_size)
+        self.paces_schedulers = check_choice("pace", pace, ("steps", "samples")) == "samples"
         self.pairs = None if isinstance(schedule, str) and schedule in SCHEDULES else _pairs(schedule)
         self.schedule: Any = schedule
         self.growth = check_integer("growth", growth, 2)
@@ -97,6 +102,10 @@ class BatchSizeScheduler(VariedBatchSize):
             for _, rows in self.pairs:
                 self.micro_batches("schedule", rows, trainer)
             self._start = self.pairs[0][1] // self._unit
+            if self.paces_schedulers and any(rows < self.pairs[0][1] for _, rows in self.pairs):
+                raise ValueError(
+                    "Argument `pace` must be 'steps' where sizes get smaller than the first, but got 'samples'."
+                )
             return
         length, limit = trainer.num_training_batches, trainer.max_steps
         total = batches_of_epochs(trainer, length)

@@ -194,13 +194,33 @@ def one_cycle(optimizer, trainer):
 
 @pytest.mark.parametrize("schedule", ["ramp", "doubling", "seesaw"])
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 90))
-def test_schedules_of_the_rate_end_with_the_fit(schedule, first, n):
+@given(st.integers(1, 3), st.integers(1, 90), st.sampled_from(["steps", "samples"]))
+def test_schedules_of_the_rate_end_with_the_fit(schedule, first, n, pace):
     module = scheduled(one_cycle, Line())
-    run = fit(module, n, BatchSizeScheduler(schedule, 4, first * ROWS), epochs=3)
+    run = fit(module, n, BatchSizeScheduler(schedule, 4, first * ROWS, pace=pace), epochs=3)
     config = run.lr_scheduler_configs[0].scheduler
     assert config.last_epoch == config.total_steps
     assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(config.get_last_lr()[0])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 3), changes, st.integers(1, 90))
+def test_by_samples_the_rate_is_that_of_a_fit_with_steps_of_the_first_size(first, changes, n):
+    pairs = [(samples, max(rows, first * ROWS)) for samples, rows in pairs_of(first, changes)]
+    inside = []
+    for callback in (BatchSizeScheduler(pairs, pace="samples"), BatchSizeScheduler(pairs[:1])):
+        rates = Rates()
+        module = scheduled(one_cycle, Line())
+        fit(module, n, callback, rates)
+        epoch = -(-n // ROWS)
+        begins = [0]
+        for rows, *_ in module.steps:
+            begins.append(begins[-1] + -(-len(rows) // ROWS))
+        assert begins.pop() == 2 * epoch
+        inside.append(dict(zip(begins, rates.inside, strict=True)))
+    grown, fixed = inside
+    both = grown.keys() & fixed.keys()
+    assert [grown[at] for at in both] == pytest.approx([fixed[at] for at in both])
 
 
 def test_seesaw_divides_by_the_square_root_of_two_where_a_cosine_has_halved():
@@ -421,6 +441,7 @@ def test_schedules_that_are_none_are_refused(schedule):
     [
         ({"schedule": "doubling", "growth": 3}, "`growth` must be a power of two with 'doubling', but got 3"),
         ({"schedule": "seesaw", "couple": "sqrt"}, "`couple` must be 'none' with 'seesaw', .* but got 'sqrt'"),
+        ({"pace": "epochs"}, "`pace` must be 'steps' or 'samples', but got 'epochs'"),
         ({"schedule": [(0, 4)], "first": 4}, "`first` must be None beside pairs, but got 4"),
         ({"schedule": [(0, 4)], "over": 0.5}, "`over` must be None beside pairs, but got 0.5"),
     ],
@@ -428,6 +449,11 @@ def test_schedules_that_are_none_are_refused(schedule):
 def test_arguments_that_contradict_one_another_are_refused(arguments, message):
     with pytest.raises(ValueError, match=f"Argument {message}"):
         BatchSizeScheduler(**arguments)
+
+
+def test_sizes_below_the_first_have_no_pace_by_samples():
+    with pytest.raises(ValueError, match="Argument `pace` must be 'steps' where sizes get smaller"):
+        fit(Line(), 8 * ROWS, BatchSizeScheduler([(0, 8), (16, 4)], pace="samples"))
 
 
 def test_a_schedule_without_a_length_is_refused():
