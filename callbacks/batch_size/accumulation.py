@@ -195,10 +195,8 @@ class VariedBatchSize(FitCallback):
         self.measure(trainer)
         if not self._restored:
             self.batches = trained_batches(trainer)
-            begun = int(
-                batches_of_epoch(trainer) % trainer.num_training_batches
-            )  # by a checkpoint without this state
-            self.size = next_size(1, self.wanted(self.batches), begun)
+            begun = batches_of_epoch(trainer) % trainer.num_training_batches  # in a checkpoint without this state
+            self.size = next_size(1, self.wanted(self.batches), int(begun))
             self.sizes = [(self.seen, self.rows)]
         self._apply(trainer, pl_module)
         if self.couple != "none":

@@ -34,6 +34,7 @@ class AdaptiveBatchSize(VariedBatchSize):
 
     Learning-rate schedules by step go by steps of the first size, since the number of steps is not known before:
     they are functions of the samples seen, end with the fit, and ``trainer.estimated_stepping_batches`` counts them.
+    A module that optimizes by hand steps its schedules itself.
 
     Logs ``curation/batch_size``, and after each test ``curation/gradient_noise_scale``, the rows at which noise and
     gradient are equal (arXiv 1812.06162), infinite where no gradient shows in the noise.

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from curation.batch_size import SCHEDULES, batches_within, count_steps, steps
 from curation.callbacks.batch_size.accumulation import VariedBatchSize
@@ -94,6 +94,16 @@ class BatchSizeScheduler(VariedBatchSize):
                 )
             self.couple, self.paces_schedulers = "sqrt", True
         self._total = 0  # batches of the fit
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse to pace schedules that the module steps itself."""
+        super().setup(trainer, pl_module, stage)
+        if self.fitting and self.paces_schedulers and not pl_module.automatic_optimization:
+            name, value = ("schedule", "seesaw") if self.schedule == "seesaw" else ("pace", "samples")
+            raise ValueError(
+                f"Argument `{name}` must not be {value!r} where the module optimizes by hand, and steps its schedules "
+                "of the learning rate itself."
+            )
 
     def measure(self, trainer: Trainer) -> None:
         """Check the sizes, and find how long the fit is."""

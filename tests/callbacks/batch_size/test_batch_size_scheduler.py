@@ -18,7 +18,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lines import ROWS, Line, ManualLine, assert_gradients_of_large_batches, fit, points
 from mixture import Mixture, Tokens, error, slow_gradients
 from processes import on_two_ranks
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from curation.callbacks import (
     AdaptiveBatchSize,
@@ -126,6 +126,26 @@ def test_a_schedule_stretches_over_a_fit_that_ends_by_steps(limits):
     assert scheduler.sizes[-1][1] == 4 * ROWS
     assert scheduler.sizes[-1][0] == pytest.approx(samples / 2, abs=4 * ROWS)
     assert_gradients_of_large_batches(module, 10 * ROWS)
+
+
+class Endless(IterableDataset):
+    """Has no length, and ends."""
+
+    def __init__(self, n):
+        self.points = points(n)
+
+    def __iter__(self):
+        return (self.points[i] for i in range(len(self.points)))
+
+
+@pytest.mark.parametrize("n", [13 * ROWS - 1, 100 * ROWS])
+def test_a_loader_without_a_length(n):
+    module, scheduler = Line(), BatchSizeScheduler("ramp", 3, 2 * ROWS)
+    run = trainer(scheduler, max_steps=12, max_epochs=-1)
+    run.fit(module, DataLoader(Endless(n), ROWS))
+    assert run.global_step == len(module.steps) == 12
+    assert_gradients_of_large_batches(module, n)
+    assert len(scheduler.sizes) > 1
 
 
 def test_the_trainer_is_left_as_it_was():
@@ -454,6 +474,18 @@ def test_arguments_that_contradict_one_another_are_refused(arguments, message):
 def test_sizes_below_the_first_have_no_pace_by_samples():
     with pytest.raises(ValueError, match="Argument `pace` must be 'steps' where sizes get smaller"):
         fit(Line(), 8 * ROWS, BatchSizeScheduler([(0, 8), (16, 4)], pace="samples"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"schedule": "seesaw"}, "`schedule` must not be 'seesaw'"),
+        ({"pace": "samples"}, "`pace` must not be 'samples'"),
+    ],
+)
+def test_schedules_that_a_module_steps_itself_are_not_paced(arguments, message):
+    with pytest.raises(ValueError, match=f"Argument {message} where the module optimizes by hand"):
+        fit(ManualLine(), 8 * ROWS, BatchSizeScheduler(**arguments))
 
 
 def test_a_schedule_without_a_length_is_refused():
