@@ -101,8 +101,8 @@ class BatchSizeScheduler(VariedBatchSize):
         if self.fitting and self.paces_schedulers and not pl_module.automatic_optimization:
             name, value = ("schedule", "seesaw") if self.schedule == "seesaw" else ("pace", "samples")
             raise ValueError(
-                f"Argument `{name}` must not be {value!r} where the module optimizes by hand, and steps its schedules "
-                "of the learning rate itself."
+                f"Argument `{name}` must not be {value!r} where the module optimizes by hand, and steps its own "
+                "schedules of the learning rate."
             )
 
     def measure(self, trainer: Trainer) -> None:
