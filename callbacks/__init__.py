@@ -1,5 +1,7 @@
 """Lightning callbacks: when curation happens."""
 
+from curation.callbacks.batch_size.adaptive_batch_size import AdaptiveBatchSize
+from curation.callbacks.batch_size.batch_size_scheduler import BatchSizeScheduler
 from curation.callbacks.experts.global_batch_load_balancing import GlobalBatchLoadBalancing
 from curation.callbacks.instances.embed import embed
 from curation.callbacks.instances.instance_selection import InstanceSelection
@@ -28,6 +30,8 @@ from curation.callbacks.samplers.dynamic_data_pruning import DynamicDataPruning
 from curation.callbacks.samplers.hard_batches import HardBatchTraining
 
 __all__ = [
+    "AdaptiveBatchSize",
+    "BatchSizeScheduler",
     "Choice",
     "ConceptAwareSelection",
     "ConceptCoverageMonitor",

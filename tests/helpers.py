@@ -66,6 +66,28 @@ class ManualClassifier(Classifier):
             optimizer.step()
 
 
+class Accumulating(Classifier):
+    """Its steps have the batches that a callback says."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.accumulation = None
+
+
+class ManualAccumulating(Accumulating):
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx) / self.accumulation.size)
+        if self.accumulation.ends:
+            optimizers = self.optimizers()
+            for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+                optimizer.step()
+                optimizer.zero_grad()
+
+
 class Experts(nn.Module):
     """Two of four experts for each row."""
 

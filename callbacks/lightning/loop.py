@@ -30,6 +30,24 @@ def is_accumulating(trainer: Trainer) -> bool:
     return trainer.fit_loop._should_accumulate()
 
 
+def ends_epoch(trainer: Trainer) -> bool:
+    """Whether the current batch is the last of its epoch, after which the optimizer steps in any case."""
+    return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+
+
+def batches_of_epoch(trainer: Trainer) -> int:
+    """Batches of the epoch that Lightning has begun, with the current one."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+
+def advance_schedulers(trainer: Trainer, steps: int) -> None:
+    """Advance every learning-rate schedule that goes by optimizer steps, as if there had been so many more."""
+    for config in trainer.lr_scheduler_configs:
+        if config.interval == "step" and not config.reduce_on_plateau:
+            for _ in range(steps):
+                trainer.lightning_module.lr_scheduler_step(config.scheduler, None)
+
+
 def logging_step(trainer: Trainer) -> int:
     """The step under which Lightning logs the metrics of the current batch."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
@@ -130,6 +148,23 @@ def trained_batches(trainer: Trainer) -> int:
     return trainer.fit_loop.epoch_loop.batch_progress.total.completed
 
 
+def batches_of_epochs(trainer: Trainer, batches: float) -> float:
+    """The number of batches that ``max_epochs`` lets a fit train on; infinity without it.
+
+    Args:
+        trainer: The trainer.
+        batches: Batches of an epoch.
+    """
+    epochs = trainer.fit_loop.max_epochs
+    if epochs in (None, -1):
+        return float("inf")
+    averages = any(
+        isinstance(c, StochasticWeightAveraging) and c._model_contains_batch_norm
+        for c in trainer.callbacks  # type: ignore[attr-defined]
+    )
+    return float((epochs - averages) * batches)  # its last epoch trains nothing
+
+
 def fit_batches(trainer: Trainer, batches: int) -> float:
     """The number of batches that a fit trains on; infinity where nothing but the clock ends it.
 
@@ -139,13 +174,7 @@ def fit_batches(trainer: Trainer, batches: int) -> float:
     """
     limit = trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    loop, total = trainer.fit_loop, float("inf")
-    if loop.max_epochs not in (None, -1):
-        averages = any(
-            isinstance(c, StochasticWeightAveraging) and c._model_contains_batch_norm
-            for c in trainer.callbacks  # type: ignore[attr-defined]
-        )
-        total = float((loop.max_epochs - averages) * batches)  # its last epoch trains nothing
+    loop, total = trainer.fit_loop, batches_of_epochs(trainer, batches)
     if loop.max_steps != -1 and trainer.lightning_module.automatic_optimization and batches:
         micro = trainer.accumulate_grad_batches
         epochs, steps = divmod(loop.max_steps, -(-batches // micro))

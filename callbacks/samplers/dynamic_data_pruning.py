@@ -1,7 +1,6 @@
 """Dynamic data pruning in a fit: the sampler gets the losses of the training pass, the loss gets the weights."""
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from curation.batch import batch_size
 from curation.callbacks.lightning.loop import fit_batches, logs_now, trained_batches
+from curation.callbacks.lightning.rate_scale import RateScale
 from curation.callbacks.lightning.seam import BatchSeam
 from curation.callbacks.online.choice import Choice, SelectionListener
 from curation.callbacks.online.loss_check import LossCheck
@@ -77,7 +77,7 @@ class DynamicDataPruning(WeighsRows, RoundTraining[DynamicDataPruningSampler]):
         self._order: Tensor | None = None  # places in the part of this process of the rows of its batch
         self._ids: Tensor | None = None
         self._trainer: Trainer | None = None
-        self._undo: list[Callable[[], None]] = []
+        self._rates: RateScale | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit; refuse what cannot work."""
@@ -106,19 +106,9 @@ class DynamicDataPruning(WeighsRows, RoundTraining[DynamicDataPruningSampler]):
         """Let optimizers use the learning rate of the round."""
         super().on_train_start(trainer, pl_module)
         if self.lr_scale:
-            for optimizer in trainer.optimizers:
-                rates: list[Any] = []
-                self._undo += [
-                    optimizer.register_step_pre_hook(lambda o, *_, rates=rates: self._scale(o, rates)).remove,
-                    optimizer.register_step_post_hook(lambda o, *_, rates=rates: _restore_rates(o, rates)).remove,
-                    partial(_restore_rates, optimizer, rates),  # of a step that has failed
-                ]
-
-    def _scale(self, optimizer: Any, rates: list[Any]) -> None:
-        if self._batch is not None:
-            rates[:] = [group["lr"] for group in optimizer.param_groups]
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"] * self._batch.share**-self.lr_scale
+            self._rates = RateScale(
+                trainer, lambda _: 1.0 if self._batch is None else self._batch.share**-self.lr_scale
+            )
 
     # ------------------------------------------------------------------ a step
 
@@ -228,12 +218,12 @@ class DynamicDataPruning(WeighsRows, RoundTraining[DynamicDataPruningSampler]):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Release the module, and the learning rates."""
         super().teardown(trainer, pl_module, stage)
-        while self._undo:
-            self._undo.pop()()
+        if self._rates is not None:
+            self._rates.remove()
         self._check.stop()
         if self._losses is not None:
             self._losses.stop()
-        self._losses = self._trainer = None
+        self._losses = self._trainer = self._rates = None
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the sampler, and the number of batches; equal on all ranks."""
@@ -254,9 +244,3 @@ def elapsed(trainer: Trainer) -> float:
         return spent / max(spent + left, 1e-9)
     manual = not trainer.lightning_module.automatic_optimization
     return min(1.0, trainer.global_step / trainer.max_steps) if manual and trainer.max_steps > 0 else 0.0
-
-
-def _restore_rates(optimizer: Any, rates: list[Any]) -> None:
-    for group, rate in zip(optimizer.param_groups, rates, strict=False):
-        group["lr"] = rate
-    rates.clear()

@@ -18,6 +18,8 @@ from lightning.pytorch.loggers import WandbLogger
 from torch.utils.data import Sampler
 
 from curation.callbacks import (
+    AdaptiveBatchSize,
+    BatchSizeScheduler,
     DifficultyAdaptiveRollouts,
     DynamicDataPruning,
     GlobalBatchLoadBalancing,
@@ -181,6 +183,8 @@ def chooses(entry: dict[str, Any]) -> bool:
         InstanceSelection,
         DifficultyAdaptiveRollouts,
         GlobalBatchLoadBalancing,
+        BatchSizeScheduler,
+        AdaptiveBatchSize,
     )
 
 

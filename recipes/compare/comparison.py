@@ -117,11 +117,15 @@ def collect_run(workload: Workload, run: Run) -> dict[str, Any]:
         if workload.metric in point["metrics"]:
             costs = {name: value for name, value in point.items() if name != "metrics"}
             points.append({**costs, "value": point["metrics"][workload.metric]})
+    flops = workload.rehearsed(run.arm)["flops_per_step"]
+    if run.counts_epochs and result["points"]:  # steps may be larger than those of the rehearsal
+        last = result["points"][-1]
+        flops *= last["samples_trained"] / last["step"] / workload.samples_per_step(run.arm)
     return {
         "arm": run.arm,
         "seed": run.seed,
         "error": run_error(run, result, workload.metric),
-        "flops_per_step": workload.rehearsed(run.arm)["flops_per_step"],
+        "flops_per_step": flops,
         **{name: result.get(name) for name in ("wall_seconds", "peak_memory", "device", "torch")},
         "points": points,
     }

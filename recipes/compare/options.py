@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from curation.checks import check_choice, check_integer, check_number
 from curation.recipes.compare.arms import METHODS
 
-BUDGETS = ("steps", "samples", "flops", "seconds")
+BUDGETS = ("steps", "samples", "epochs", "flops", "seconds")
 WANTED_BUDGETS = 4  # of a sweep; fewer say little of the curves between them
 OF_FIT = ("arms", "config", "data", "lr_scheduler", "model", "optimizer", "trainer")  # and not those of `compare`
 BACKENDS = ("threading", "dask", "ray", "loky")  # the last is the old name of the first
@@ -29,8 +29,9 @@ class Options:
         methods: Names of methods, of the recipe's arms, or class paths; None for the recipe's arms.
         keep: Fraction of each candidate batch that is kept; None for the recipe's.
         seeds: Number of runs of each arm.
-        budget: What every run has the same amount of (``"steps"``, ``"samples"``, ``"flops"`` or ``"seconds"``), and
-            the amount; None for as much as uniform selection spends on the recipe.
+        budget: What every run has the same amount of (``"steps"``, ``"samples"``, ``"epochs"``, ``"flops"`` or
+            ``"seconds"``), and the amount; None for as much as uniform selection spends on the recipe. With
+            ``"epochs"`` the arms may differ in steps, which no rehearsal has to know before.
         budget_sweep: Shares of the budget, rising, at each of which the arms of the sweep run; empty for no sweep.
         sweep_arms: Names of the arms that run at every share, beside ``full``; the others have the whole budget only.
             None for all arms.
@@ -129,7 +130,8 @@ def read_budget(text: str) -> tuple[str, float | None]:
         text: As on the command line: a unit, or a unit with an amount.
 
     Raises:
-        ValueError: If the unit is unknown, or the amount is not positive and finite (for steps and samples, below 1).
+        ValueError: If the unit is unknown, or the amount is not positive and finite (for steps, samples and epochs,
+            below 1).
 
     Example:
         >>> read_budget("steps=500"), read_budget("flops")
@@ -140,7 +142,7 @@ def read_budget(text: str) -> tuple[str, float | None]:
         value = float(amount) if equals else None
     except ValueError:
         value = 0.0
-    least = 1.0 if unit in ("steps", "samples") else 0.0
+    least = 1.0 if unit in ("steps", "samples", "epochs") else 0.0
     if unit not in BUDGETS or (value is not None and not (least <= value < math.inf and value > 0)):
         raise ValueError(
             f"Argument `--budget` must be {', '.join(BUDGETS)}, "
@@ -203,8 +205,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--budget",
         default="steps",
-        help="what is held equal: steps, samples, flops or seconds; with an amount as in steps=500 (default: steps, "
-        "as many as uniform selection spends on the recipe)",
+        help="what is held equal: steps, samples, epochs, flops or seconds; with an amount as in steps=500 (default: "
+        "steps, as many as uniform selection spends on the recipe)",
     )
     parser.add_argument(
         "--budget-sweep",

@@ -15,16 +15,20 @@ FAR = 4  # times as far as any other arm
 AXES = {
     "steps": "optimizer steps",
     "samples": "samples trained on",
+    "epochs": "samples trained on",
     "flops": "FLOPs, scoring included",
     "seconds": "training seconds, selection included",
 }
 
 
 def axis(run: dict[str, Any], unit: str) -> list[float]:
-    """Positions of the evaluations of a run, in steps, samples, flops or seconds."""
+    """Positions of the evaluations of a run, in steps, samples (of epochs, too), flops or seconds."""
     if unit == "flops":
         return [point["step"] * run["flops_per_step"] for point in run["points"]]
-    return [point[{"steps": "step", "samples": "samples_trained"}.get(unit, unit)] for point in run["points"]]
+    return [
+        point[{"steps": "step", "samples": "samples_trained", "epochs": "samples_trained"}.get(unit, unit)]
+        for point in run["points"]
+    ]
 
 
 def draw(content: dict[str, Any]) -> Any:

@@ -65,6 +65,11 @@ class Run:
         return self.result["finished"]
 
     @property
+    def counts_epochs(self) -> bool:
+        """Whether the trainer ends the run, after a number of epochs, and not the run's meter."""
+        return {"max_steps", "max_seconds"}.isdisjoint(self.config["trainer"]["callbacks"][-1]["init_args"])
+
+    @property
     def spent(self) -> float:
         """Share of its budget that was spent at the last validation; 1 for all of it."""
         meter, points = self.config["trainer"]["callbacks"][-1]["init_args"], self.result["points"]
@@ -72,6 +77,8 @@ class Run:
             return 0.0
         if "max_seconds" in meter:
             return points[-1]["seconds"] / meter["max_seconds"]
+        if self.counts_epochs:
+            return float(self.finished)
         return points[-1]["step"] / meter["max_steps"]
 
     @property

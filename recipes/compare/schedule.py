@@ -30,7 +30,7 @@ def schedule(workload: Workload, options: Options, server: Server | None = None)
     """
     costs = costs_per_step(workload)
     workload.amount = budget_amount(workload, options, costs, server)
-    for name in workload.swept:
+    for name in workload.swept if options.budget[0] != "epochs" else ():
         lengths = [steps_of(workload, name, share, options, costs) for share in options.budget_sweep]
         if any(a >= b for a, b in itertools.pairwise(lengths)):
             raise ValueError(
@@ -74,6 +74,15 @@ def budget_amount(
         ValueError: If the unit cannot be counted, the recipe has no length, or the run that is timed fails.
     """
     unit, amount = options.budget
+    if unit == "epochs":
+        amount = workload.recipe["trainer"]["max_epochs"] if amount is None else amount
+        lengths = [share * (amount or -1) for share in options.budget_sweep or (1.0,)]
+        if any(length < 1 or length != int(length) for length in lengths):
+            raise ValueError(
+                f"Argument `--budget` must give every run of {workload.name} a whole number of epochs, such as "
+                f"epochs=8, but the runs would have {', '.join(f'{length:g}' for length in lengths)}."
+            )
+        return amount
     length = workload.rehearsed("uniform")["total_steps"]
     if unit == "flops" and not all(cost["flops"] > 0 for cost in costs.values()):
         raise ValueError(f"Argument `--budget` must not be flops: torch counts none in {workload.name}.")
@@ -126,6 +135,12 @@ def make_scheduled_run(
         run = make_run(workload, arm, seed, options, name, {"max_seconds": workload.amount})
         run.seconds = workload.amount
         return run
+    if unit == "epochs":
+        run = make_run(workload, arm, seed, options, name, {})
+        run.config["trainer"] |= {"max_steps": -1, "max_epochs": int(share * workload.amount)}
+        rehearsed = workload.rehearsed(arm.name)
+        run.seconds = share * workload.amount * rehearsed["steps_per_epoch"] * rehearsed["seconds_per_step"]
+        return run
     steps = steps_of(workload, arm.name, share, options, costs)
     run = make_run(workload, arm, seed, options, name, {"max_steps": steps})
     _validate_as_often(run.config["trainer"], steps * costs["uniform"][unit] / workload.amount)
@@ -142,7 +157,7 @@ def make_run(workload: Workload, arm: Arm, seed: int, options: Options, name: st
         seed: Seed of the run.
         options: The options of the comparison.
         name: Name of the run's folder.
-        budget: ``max_steps`` or ``max_seconds`` of the run's ``RunMeter``.
+        budget: ``max_steps`` or ``max_seconds`` of the run's ``RunMeter``; nothing where the trainer counts epochs.
     """
     folder = workload.folder / name
     group = "/".join([options.out.name, *Path(name).parts[:-1]])  # of W&B, one for each budget

@@ -134,10 +134,10 @@ def make_workload(config: str, overrides: list[str], options: Options) -> Worklo
         )
     callbacks = entries(recipe["trainer"]["callbacks"])
     names = arm_names(config, recipe, callbacks, options.methods)
-    if SHORT in names and options.budget[0] == "seconds":
+    if SHORT in names and options.budget[0] in ("seconds", "epochs"):
         raise ValueError(
-            f"Argument `--budget` must not be seconds with the arm {SHORT!r}: it trains on as many samples as "
-            "uniform selection, which is not known before."
+            f"Argument `--budget` must not be {options.budget[0]} with the arm {SHORT!r}: it trains on as many "
+            "samples as uniform selection, which is not known before."
         )
     metric, mode = metric_and_mode(callbacks, options.metric, options.mode)
     name = Path(file).stem

@@ -7,13 +7,25 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from helpers import Answering, Classifier, ManualAnswering, ManualClassifier, ManualRouted, Proxy, Routed, data
+from helpers import (
+    Accumulating,
+    Answering,
+    Classifier,
+    ManualAccumulating,
+    ManualAnswering,
+    ManualClassifier,
+    ManualRouted,
+    Proxy,
+    Routed,
+    data,
+)
 from lightning.pytorch import Callback, LightningModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 from twins import ConceptAwareTwin, HardSampleTwin, ProxyTwin, UniformTwin, UtilityDiversityTwin, tags
 
 from curation.batch import SampleIds
 from curation.callbacks import (
+    BatchSizeScheduler,
     ConceptAwareSelection,
     ConceptCoverageMonitor,
     DifficultyAdaptiveRollouts,
@@ -155,6 +167,10 @@ FSDP1 = {"fsdp1": "does not support FSDPStrategy"}
 NO_SAMPLES = {"samples": "list of 8 samples"}
 NO_PENALTY = {"auxiliary_loss": "a part of it is not made of the logits"}
 ONE_LOADER = {"combined_loader": "needs one training data loader"}
+SETS_THE_SIZE = {
+    "accumulation_schedule": "and so would GradientAccumulationScheduler",
+    "batch_size_finder": "and so would BatchSizeFinder",
+}
 NOT_OF_ROUNDS = {
     **ONE_LOADER,
     **NO_SAMPLES,
@@ -211,6 +227,17 @@ CALLBACKS = {
             {"candidate_batches": 0},
             partial(HardSampleTwin, "top"),
             refuses={"samples": "list of 2 samples"},
+        ),
+        Entry(
+            BatchSizeScheduler,
+            {"schedule": "doubling", "growth": 2, "over": 0.7},
+            {"growth": 1},
+            refuses={**ONE_LOADER, **FSDP1, **NO_SAMPLES, **SETS_THE_SIZE},
+            acted=lambda scheduler: (
+                len(scheduler.sizes) == 1 + (scheduler.batches > 0.7 * scheduler._total)  # early stops come before
+            ),
+            module=Accumulating,
+            manual=ManualAccumulating,
         ),
         Entry(ConceptAwareSelection, {"keep": 0.25, "concepts": TAGS}, {"keep": -1.0}, ConceptAwareTwin),
         Entry(
@@ -288,10 +315,9 @@ NOT_CALLBACKS = {
     *("OnlineSelection", "SeamClient", "SelectionListener", "Choice"),  # for callbacks of one's own
     *("SelectedDataModule", "embed"),
     *("FinalCheckpoint", "same_wandb_run"),  # in tests/callbacks/runs/test_final_checkpoint.py
-    *(
-        "TokenMeter",
-        "TokenWeightedLoss",
-    ),  # of texts, in tests/callbacks/runs/test_token_meter.py, test_weighted_loss.py
+    "TokenMeter",  # of texts, in tests/callbacks/runs/test_token_meter.py
+    "TokenWeightedLoss",  # of texts, in tests/callbacks/online/test_weighted_loss.py
+    "AdaptiveBatchSize",  # whose steps have two batches at least, in tests/callbacks/batch_size
     "SampleTable",  # of W&B alone, in tests/callbacks/records/test_sample_table.py
     *("ReplaySelection", "SelectionRehearsal"),  # of two runs, in tests/callbacks/online/test_replay.py
 }

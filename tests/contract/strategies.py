@@ -50,6 +50,8 @@ What some of them do not do, whatever the run:
 - `InstanceSelection(layer=...)` is refused under FSDP1; `GlobalBatchLoadBalancing` with `estimator="deferred"` or
   `"prepass"` under FSDP1 and FSDP2, where gradients are not whole, and `"prepass"` with manual optimization.
 - `PolicyModule`, of the recipes, is for one device and DDP.
+- `AdaptiveBatchSize` needs two batches in a step, and has the kinds of runs above, DDP, FSDP2 and a resume bit for
+  bit in its own tests (`tests/callbacks/batch_size`); it refuses what `BatchSizeScheduler` does, and two optimizers.
 - Compiled with `aot_eager`. A compiled `LightningModule` must not compile `self.log` (`torch.compiler.disable`):
   Lightning 2.6 itself cannot.
 - Tensor and pipeline parallelism are not supported.

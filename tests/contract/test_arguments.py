@@ -13,17 +13,29 @@ from helpers import Proxy
 from lightning.pytorch import LightningDataModule
 
 from contract.registry import CALLBACKS
-from curation import callbacks, evaluation, experts, instances, metrics, online, records, rollouts, samplers
+from curation import (
+    batch_size,
+    callbacks,
+    evaluation,
+    experts,
+    instances,
+    metrics,
+    online,
+    records,
+    rollouts,
+    samplers,
+)
 from curation.instances import CoverageInstanceSelector, InstanceSelector, SelectionIndex
 from curation.records import LedgerWriter
 from curation.samplers import ConceptIndex
 
-PACKAGES = (callbacks, evaluation, experts, instances, metrics, online, records, rollouts, samplers)
+PACKAGES = (batch_size, callbacks, evaluation, experts, instances, metrics, online, records, rollouts, samplers)
 NOT_CONSTRUCTED = {  # by users: results and state that the package makes
     "Choice",
     "Completions",
     "CostRatio",
     "Forecast",
+    "Moments",
     "PromptCache",
     "Retention",
     "Router",
@@ -44,6 +56,7 @@ VALID: dict[str, dict[str, Any]] = {  # arguments without a default
     "Ledger": {"path": "ledger"},
     "LedgerWriter": {"path": "ledger"},
     "LengthGroupedSampler": {"lengths": [1, 2], "batch_size": 1},
+    "MovingMoments": {"decay": 0.9},
     "PassAtK": {"k": 2},
     "ProxySelection": {"keep": 0.5, "proxy": Proxy()},
     "ReplaySelection": {"choices": "ledger"},
@@ -71,6 +84,16 @@ WRONG: dict[Any, tuple[Any, ...]] = {
     Literal: ("no such choice", "", 3, True, ["x"]),
 }
 OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
+    "AdaptiveBatchSize.batch_size": (0,),
+    "AdaptiveBatchSize.decay": (-0.1, 1),
+    "AdaptiveBatchSize.eta": (0, -1.0),
+    "AdaptiveBatchSize.every": (0,),
+    "AdaptiveBatchSize.first": (0,),
+    "AdaptiveBatchSize.growth": (0, 1),
+    "BatchSizeScheduler.batch_size": (0,),
+    "BatchSizeScheduler.first": (0,),
+    "BatchSizeScheduler.growth": (0, 1),
+    "BatchSizeScheduler.over": (0, 1.5),
     "ConceptAwareSampler.batch_size": (0, 3),
     "ConceptAwareSampler.seed": (-1,),
     "ConceptAwareSampler.super_batch_size": (0, 4),
@@ -132,6 +155,7 @@ OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
     "InstanceSelection.warmup_epochs": (-1,),
     "LedgerWriter.rank": (-1,),
     "LedgerWriter.rows_per_file": (0,),
+    "MovingMoments.decay": (-0.1, 1),
     "Neyman.max_rollouts": (0,),
     "Neyman.rollouts": (0,),
     "LengthGroupedSampler.batch_size": (0,),

@@ -211,7 +211,7 @@ def test_what_is_wrong_with_one_arm_is_found_before_any_starts(tmp_path, monkeyp
         ([RECIPE, "--keep=1.5"], r"Argument `--keep` must be in \(0, 1\], but got 1.5"),
         ([RECIPE, "--seeds=0"], "Argument `--seeds` must be an integer >= 1, but got 0"),
         ([RECIPE, "--jobs=0"], "Argument `--jobs` must be an integer >= 1, but got 0"),
-        ([RECIPE, "--budget=hours"], "Argument `--budget` must be steps, samples, flops, seconds.*but got 'hours'"),
+        ([RECIPE, "--budget=hours"], "Argument `--budget` must be steps, samples, epochs, flops.*but got 'hours'"),
         ([RECIPE, "--budget=steps=many"], "Argument `--budget` must be .*but got 'steps=many'"),
         ([RECIPE, "--budget=seconds", "--jobs=2"], "Argument `--jobs` must be at most 1 with a budget of seconds"),
         ([RECIPE, "--metric=f1"], "Argument `--mode` must be given: whether a 'f1' is better"),
