@@ -15,7 +15,7 @@ from lightning.pytorch import LightningDataModule
 from contract.registry import CALLBACKS
 from curation import callbacks, evaluation, experts, instances, metrics, online, records, rollouts, samplers
 from curation.instances import CoverageInstanceSelector, InstanceSelector, SelectionIndex
-from curation.records import LedgerWriter
+from curation.records import DynamicsStore, LedgerWriter, SampleDynamics
 from curation.samplers import ConceptIndex
 
 PACKAGES = (callbacks, evaluation, experts, instances, metrics, online, records, rollouts, samplers)
@@ -30,11 +30,13 @@ NOT_CONSTRUCTED = {  # by users: results and state that the package makes
     "Window",
 }
 CONCEPTS = ConceptIndex.from_lists([["a"], ["b"], ["a", "b"]])
+DYNAMICS = SampleDynamics.of_store(DynamicsStore(3)).columns
 VALID: dict[str, dict[str, Any]] = {  # arguments without a default
     "ConceptAwareSampler": {"concepts": CONCEPTS, "batch_size": 1, "super_batch_size": 2},
     "ConceptAwareSelection": {"keep": 0.5},
     "ConceptCoverage": {"num_concepts": 3},
     "DynamicDataPruningSampler": {"dataset": range(9), "batch_size": 2},
+    "DynamicsStore": {"size": 3},
     "ExpertLoad": {"experts": 2},
     "ExpertSpecialization": {"domains": 2, "experts": 2},
     "GlobalBatchSampler": {"samples": range(9), "seed": 0},
@@ -56,6 +58,8 @@ VALID: dict[str, dict[str, Any]] = {  # arguments without a default
     "SelectionRehearsal": {"keep": 0.5},
     "SketchMemory": {"capacity": 4, "size": 2},
     "SubsetSampler": {"samples": range(9)},
+    "SampleDynamics": {"columns": DYNAMICS},
+    "TrainingDynamics": {"path": "dynamics.parquet"},
     "TokenBudgetSampler": {"lengths": [1, 2], "max_tokens": 2},
     "Uniform": {"rollouts": 2},
     "UniformSelection": {"keep": 0.5},
@@ -86,6 +90,7 @@ OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
     "DifficultyAdaptiveRollouts.preflight": (-1,),
     "DifficultyMemory.forgetting": (-0.1, 1),
     "Diversity.cap": (0,),
+    "DynamicsStore.size": (0,),
     "EditedNearestNeighboursFilter.n_neighbors": (0,),
     "EditedNearestNeighboursFilter.n_views": (0,),
     "EqualTreatment.max_rollouts": (0,),
@@ -161,6 +166,7 @@ OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
     "SketchMemory.size": (0,),
     "StratifiedRandomSelector.budget": (0, 1.5),
     "SubsetSampler.seed": (-1,),
+    "TrainingDynamics.size": (0,),
     "TokenBudgetSampler.max_tokens": (0, 1),
     "TokenBudgetSampler.seed": (-1,),
     "TokenBudgetSampler.window": (0,),
