@@ -13,16 +13,19 @@ from helpers import Proxy
 from lightning.pytorch import LightningDataModule
 
 from contract.registry import CALLBACKS
-from curation import callbacks, evaluation, experts, instances, metrics, online, records, rollouts, samplers
+from curation import audit, callbacks, evaluation, experts, instances, metrics, online, records, rollouts, samplers
+from curation.audit import Corrections
 from curation.instances import CoverageInstanceSelector, InstanceSelector, SelectionIndex
 from curation.records import DynamicsStore, LedgerWriter, SampleDynamics
 from curation.samplers import ConceptIndex
 
-PACKAGES = (callbacks, evaluation, experts, instances, metrics, online, records, rollouts, samplers)
+PACKAGES = (audit, callbacks, evaluation, experts, instances, metrics, online, records, rollouts, samplers)
 NOT_CONSTRUCTED = {  # by users: results and state that the package makes
     "Choice",
     "Completions",
     "CostRatio",
+    "UnsupportedError",
+    "WrongLabels",
     "Forecast",
     "PromptCache",
     "Retention",
@@ -35,6 +38,8 @@ VALID: dict[str, dict[str, Any]] = {  # arguments without a default
     "ConceptAwareSampler": {"concepts": CONCEPTS, "batch_size": 1, "super_batch_size": 2},
     "ConceptAwareSelection": {"keep": 0.5},
     "ConceptCoverage": {"num_concepts": 3},
+    "CorrectedDataset": {"dataset": [0], "corrections": Corrections([1.0], [-1])},
+    "Corrections": {"weights": [1.0], "labels": [-1]},
     "DynamicDataPruningSampler": {"dataset": range(9), "batch_size": 2},
     "DynamicsStore": {"size": 3},
     "ExpertLoad": {"experts": 2},
@@ -59,6 +64,7 @@ VALID: dict[str, dict[str, Any]] = {  # arguments without a default
     "SketchMemory": {"capacity": 4, "size": 2},
     "SubsetSampler": {"samples": range(9)},
     "SampleDynamics": {"columns": DYNAMICS},
+    "ThresholdSamples": {"dataset": [("x", 0)] * 100, "classes": 2},
     "TrainingDynamics": {"path": "dynamics.parquet"},
     "TokenBudgetSampler": {"lengths": [1, 2], "max_tokens": 2},
     "Uniform": {"rollouts": 2},
@@ -166,6 +172,9 @@ OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
     "SketchMemory.size": (0,),
     "StratifiedRandomSelector.budget": (0, 1.5),
     "SubsetSampler.seed": (-1,),
+    "ThresholdSamples.classes": (0, 1),
+    "ThresholdSamples.seed": (-1,),
+    "ThresholdSamples.share": (0, 1),
     "TrainingDynamics.size": (0,),
     "TokenBudgetSampler.max_tokens": (0, 1),
     "TokenBudgetSampler.seed": (-1,),
