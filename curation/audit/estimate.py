@@ -6,7 +6,7 @@ import numpy as np
 
 from curation.checks import check_number, check_seed
 
-LEAST = 50  # threshold samples
+LEAST = 20  # threshold samples
 RESAMPLES = 200
 BINS = 256  # of the margins, for the mixture
 APART = 4.0  # least distance of two components in deviations
@@ -87,7 +87,7 @@ def wrong_by_threshold_samples(margins: np.ndarray, threshold: np.ndarray, seed:
         seed: Seed of the bootstrap.
 
     Raises:
-        UnsupportedError: If there are fewer than 50 threshold samples, or more than half of the samples look like
+        UnsupportedError: If there are fewer than 20 threshold samples, or more than half of the samples look like
             them, as before a model has learned anything.
     """
     check_seed(seed)
@@ -139,7 +139,7 @@ def wrong_by_mixture(margins: np.ndarray, seed: int = 0) -> WrongLabels:
 
     Raises:
         UnsupportedError: If the means of the components are not 4 root mean squared deviations apart, or there are
-            fewer than 50 samples.
+            fewer than 20 samples.
     """
     check_seed(seed)
     margins = margins[np.isfinite(margins)]

@@ -43,11 +43,11 @@ def test_the_mixture_gives_the_number_where_components_are_apart():
 def test_what_the_margins_do_not_say_is_refused():
     with pytest.raises(UnsupportedError, match=r"two components .* deviations apart, and 4 are needed"):
         wrong_by_mixture(np.random.default_rng(0).normal(0, 1, 1000))
-    with pytest.raises(UnsupportedError, match="there are 49 threshold samples, and 50 are needed"):
-        estimate_wrong(margins(0, 10), np.zeros(49))
+    with pytest.raises(UnsupportedError, match="there are 19 threshold samples, and 20 are needed"):
+        estimate_wrong(margins(0, 10), np.zeros(19))
     with pytest.raises(UnsupportedError, match=r"\d+% of the samples look like the threshold samples"):
         estimate_wrong(np.random.default_rng(0).normal(0, 1, 1000), np.random.default_rng(1).normal(0, 1, 100))
-    with pytest.raises(UnsupportedError, match="there are 3 samples, and 50 are needed"):
+    with pytest.raises(UnsupportedError, match="there are 3 samples, and 20 are needed"):
         estimate_wrong(np.array([1.0, 2.0, 3.0, np.nan]))
     with pytest.raises(UnsupportedError, match="two components"):
         estimate_wrong(np.zeros(100))
