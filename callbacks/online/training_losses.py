@@ -178,7 +178,8 @@ class TrainingOutcomes(TrainingLosses):
     """
 
     def _losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return row_outcomes(logits, self.criterion.mask(targets), self.criterion.bind(per_sample_loss))
+        loss: Any = self.criterion.bind(per_sample_loss)
+        return row_outcomes(logits, self.criterion.mask(targets), None if loss is per_sample_loss else loss)
 
     def take(self, rows: int) -> Tensor | None:
         """Outcomes fp32 ``[B, 8]`` of the training step; None if there are none."""

@@ -1,18 +1,17 @@
 """How well a forward pass did on each sample: loss, margin, probability of the label, and the class in its place."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from curation.scoring.losses import IGNORED, per_sample_loss
+from curation.scoring.losses import IGNORED
 
 OUTCOMES = ("loss", "margin", "probability", "right", "label", "rival", "rival_probability", "worst")
 
 
-def row_outcomes(
-    logits: Tensor, targets: Tensor, loss: Callable[[Tensor, Tensor], Tensor] = per_sample_loss
-) -> Tensor:
+def row_outcomes(logits: Tensor, targets: Tensor, loss: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
     """The columns :data:`OUTCOMES` of each sample.
 
     For a class ``y`` of logits ``z``: the loss; the margin ``z_y - max_{c != y} z_c`` (arXiv 2001.10528, eq. 1); the
@@ -23,7 +22,7 @@ def row_outcomes(
     Args:
         logits: ``[B, C]`` or ``[B, T, V]``, any floating dtype; computed in fp32, of sequences one at a time.
         targets: int64 ``[B]`` or ``[B, T]``; -100 is not scored.
-        loss: Function of both that gives the losses, fp32 ``[B]``.
+        loss: Function of both that gives the losses, fp32 ``[B]``; None for the cross-entropy.
 
     Returns:
         fp32 ``[B, 8]``, in which classes are exact below 2^24; the loss is NaN where nothing is scored.
@@ -32,14 +31,20 @@ def row_outcomes(
         >>> row_outcomes(torch.tensor([[3.0, 1.0, 0.0]]), torch.tensor([1]))[0, [1, 3, 4, 5]]
         tensor([-2.,  0.,  1.,  0.])
     """
-    losses = loss(logits, targets)
     scored = targets.ne(IGNORED)
     if targets.dim() == 1:
-        margin, probability, rival, rival_probability = _of_labels(logits, targets)
-        label, worst = targets.float(), torch.zeros_like(losses)
-        columns = [losses, margin, probability, margin.gt(0).float(), label, rival, rival_probability, worst]
-        return torch.stack(columns, 1).where(scored[:, None], torch.nan)
-    return torch.stack([_of_sequence(*row) for row in zip(losses, logits, targets, scored, strict=True)])
+        of = _of_labels(logits, targets)
+        right, label = of.margin.gt(0).float(), targets.float()
+        none = torch.zeros_like(of.loss)
+        rows = torch.stack(
+            [of.loss, of.margin, of.probability, right, label, of.rival, of.rival_probability, none], 1
+        ).where(scored[:, None], torch.nan)
+    else:
+        rows = torch.stack([_of_sequence(*row) for row in zip(logits, targets, scored, strict=True)])
+    if loss is None:
+        return rows
+    losses = loss(logits, targets).where(rows[:, 0].isfinite(), torch.nan)
+    return torch.cat([losses[:, None], rows[:, 1:]], 1)
 
 
 def losses_alone(losses: Tensor) -> Tensor:
@@ -48,8 +53,17 @@ def losses_alone(losses: Tensor) -> Tensor:
     return torch.cat([losses[:, None], unknown], 1)
 
 
-def _of_labels(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Margins, probabilities, largest other classes and their probabilities, each fp32 ``[n]``."""
+class _OfLabels(NamedTuple):
+    """Of ``n`` labels, each fp32 ``[n]``."""
+
+    loss: Tensor
+    margin: Tensor
+    probability: Tensor
+    rival: Tensor
+    rival_probability: Tensor
+
+
+def _of_labels(logits: Tensor, targets: Tensor) -> _OfLabels:
     logits, labels = logits.float(), targets.clamp(min=0)
     own = logits.gather(1, labels[:, None])[:, 0]
     best, classes = logits.topk(2)
@@ -57,16 +71,15 @@ def _of_labels(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor,
     other = torch.where(is_best, best[:, 1], best[:, 0])
     rival = torch.where(is_best, classes[:, 1], classes[:, 0])
     total = logits.logsumexp(1)
-    return own - other, (own - total).exp(), rival.float(), (other - total).exp()
+    return _OfLabels(total - own, own - other, (own - total).exp(), rival.float(), (other - total).exp())
 
 
-def _of_sequence(loss: Tensor, logits: Tensor, targets: Tensor, scored: Tensor) -> Tensor:
-    margin, probability, _, _ = _of_labels(logits, targets)
+def _of_sequence(logits: Tensor, targets: Tensor, scored: Tensor) -> Tensor:
+    of = _of_labels(logits, targets)
     count = scored.sum()
-    mean_margin, mean, right = (
-        (values * scored).sum() / count for values in (margin, probability, margin.gt(0).float())
-    )
-    place = probability.masked_fill(~scored, torch.inf).argmin()
+    kinds = (of.loss, of.margin, of.probability, of.margin.gt(0).float())
+    loss, margin, probability, right = (values.where(scored, 0).sum() / count for values in kinds)
+    place = of.probability.masked_fill(~scored, torch.inf).argmin()
     worst = (scored.cumsum(0)[place] - 1).float()
     none = torch.zeros_like(loss)
-    return torch.stack([loss, mean_margin, mean, right.gt(0.5).float(), none - 1, none - 1, none, worst])
+    return torch.stack([loss, margin, probability, right.gt(0.5).float(), none - 1, none - 1, none, worst])

@@ -59,6 +59,7 @@ def test_losses_are_those_of_the_criterion_and_half_precision_is_widened():
     assert row_outcomes(logits, targets, lambda *pair: 3 * per_sample_loss(*pair))[0, 0] == 3 * per_sample_loss(
         logits, targets
     )
+    assert row_outcomes(logits, torch.tensor([IGNORED]), per_sample_loss)[0, 0].isnan()
     assert torch.equal(row_outcomes(logits.bfloat16(), targets), row_outcomes(logits, targets))
 
 
