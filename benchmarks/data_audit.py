@@ -29,7 +29,7 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from curation.audit import ThresholdSamples, normalized_margin, self_confidence
+from curation.audit import ThresholdSamples, normalized_margin, self_confidence, suspicion
 from curation.batch import SampleIds
 from curation.callbacks import TrainingDynamics
 from curation.evaluation.statistics import paired_interval
@@ -45,6 +45,7 @@ NOISES = {"symmetric 20 %": (0.2, False), "pairs 20 %": (0.2, True), "symmetric 
 SAMPLES = {"fashion_mnist": 12_000, "letter": 8_000, "texts": 5_000}
 EPOCHS = {"fashion_mnist": 10, "letter": 20, "texts": 20}
 THRESHOLD = 200
+BY = ("both", "margin", "probability_margin")
 
 
 def load(data: str, test: bool = False) -> tuple[Tensor, Tensor]:
@@ -129,11 +130,9 @@ def find(data: str, seeds: int, output: Path | None) -> None:
             noisy = plant(y, share, pairs, seed)
             found = audit(data, x, noisy, seed)
             probabilities = held_out(data, x, noisy, seed)
-            if output is not None:
-                np.savez(output.with_name(f"{output.stem}-{noise}-{seed}"), p=probabilities, y=noisy.numpy())
             usual, wrong = found.order, (noisy != y).numpy()[found.order]
             scores = {
-                "margin": found.score,
+                **{by: suspicion(found.dynamics, by) for by in BY},  # type: ignore[arg-type]
                 "last loss": found.dynamics["last_loss"],
                 "self-confidence, 5 folds": -self_confidence(probabilities, noisy.numpy()),
                 "normalised margin, 5 folds": -normalized_margin(probabilities, noisy.numpy()),

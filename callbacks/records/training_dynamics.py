@@ -32,7 +32,7 @@ class TrainingDynamics(StoreRecord[DynamicsStore], SeamClient, SelectionListener
 
     The values are those of the logits that ``training_step`` makes; nothing is forwarded for them. Of a module that
     leaves its losses in ``sample_losses`` only the losses are known. Rows that are trained on are entered, from all
-    ranks in one collective a step, so the record is equal on all ranks, and is saved with checkpoints. 57 bytes a
+    ranks in one collective a step, so the record is equal on all ranks, and is saved with checkpoints. 61 bytes a
     sample on the device (:class:`~curation.records.dynamics_store.DynamicsStore`). When the fit ends, on an error or
     an interruption too, rank 0 writes :class:`~curation.records.dynamics.SampleDynamics`, which ``curation audit``
     reads. Needs sample ids, unless ``DynamicDataPruning`` draws the samples.

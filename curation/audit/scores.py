@@ -1,10 +1,11 @@
 """Scores that say how suspicious a label is, and what a model forgets."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 
-from curation.checks import check_number
+from curation.checks import check_choice, check_number
 from curation.records.dynamics import SampleDynamics
 
 
@@ -107,14 +108,33 @@ def normalized_margin(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarr
     return (own - others.max(1) + 1) / 2
 
 
-def suspicion(dynamics: SampleDynamics) -> np.ndarray:
-    """How suspicious each sample is, the most suspicious highest: fp64 ``[N]``, NaN without a visit.
+def suspicion(dynamics: SampleDynamics, by: Literal["both", "margin", "probability_margin"] = "both") -> np.ndarray:
+    """How suspicious each sample is, the most suspicious highest; of sequences, and of losses alone, the mean loss.
 
-    Of classes the negative mean margin (:func:`area_under_margin`); of sequences, and where only losses are known,
-    the mean loss.
+    The mean margin of logits (:func:`area_under_margin`) finds labels that are wrong at random, and the mean margin
+    of probabilities, ``p_y - max_{c != y} p_c``, those of one class that are often given to one other, which a model
+    learns. ``"both"`` is their sum, each divided by its deviation over the samples; it is ours.
+
+    Args:
+        dynamics: The record.
+        by: What classes are ranked by, lowest first.
+
+    Returns:
+        fp64 ``[N]``, NaN without a visit.
+
+    Raises:
+        ValueError: If ``by`` is something else.
     """
-    values = -dynamics["margin"] if dynamics.kind == "classes" else dynamics["loss"]
-    return values.astype(np.float64)
+    check_choice("by", by, ("both", "margin", "probability_margin"))
+    if dynamics.kind != "classes":
+        return dynamics["loss"].astype(np.float64)
+    logits = dynamics["margin"].astype(np.float64)
+    probabilities = dynamics["probability"].astype(np.float64) - dynamics["rival_probability"]
+    if by != "both":
+        return -(logits if by == "margin" else probabilities)
+    visited = dynamics["visits"] > 0
+    logits, probabilities = (v / max(float(v[visited].std()), 1e-12) for v in (logits, probabilities))
+    return -logits - probabilities
 
 
 def slices(dynamics: SampleDynamics, suspects: np.ndarray, groups: Mapping[str, np.ndarray]) -> list[dict]:

@@ -13,7 +13,7 @@ from curation.tables import read_table, write_table
 
 MEANS = ("loss", "margin", "probability")
 COUNTS = ("visits", "right", "forgotten", "label", "suggested", "worst")
-COLUMNS = (*COUNTS, *MEANS, *(f"{name}_deviation" for name in MEANS), "last_loss")
+COLUMNS = (*COUNTS, *MEANS, *(f"{name}_deviation" for name in MEANS), "rival_probability", "last_loss")
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +23,7 @@ class SampleDynamics:
     Attributes:
         columns: ``visits``, ``right``, ``forgotten``, ``label``, ``suggested`` and ``worst``, int64 ``[N]``; means
             ``loss``, ``margin`` and ``probability`` over the visits, their standard deviations ``loss_deviation`` and
-            so on, and ``last_loss``, fp32 ``[N]``, NaN where they are not known. By sample id.
+            so on, ``rival_probability`` and ``last_loss``, fp32 ``[N]``, NaN where they are not known. By sample id.
         fingerprint: :func:`~curation.instances.selection_index.fingerprint` of the data set; empty if not known.
 
     Raises:
@@ -70,6 +70,7 @@ class SampleDynamics:
             columns[name] = np.where(visits > 0, values[name], np.nan).astype(np.float32)
             variance = values[f"{name}_squares"] / np.maximum(visits, 1)
             columns[f"{name}_deviation"] = np.where(visits > 0, np.sqrt(variance), np.nan).astype(np.float32)
+        columns["rival_probability"] = np.where(visits > 0, values["rival_probability"], np.nan).astype(np.float32)
         return cls({**columns, "last_loss": values["last_loss"]}, fingerprint)
 
     def save(self, path: str | PathLike[str]) -> None:

@@ -10,7 +10,7 @@ from curation.scoring.outcomes import OUTCOMES
 
 
 class DynamicsStore(SampleStore):
-    """Streaming moments of every sample over its visits; 57 bytes a sample.
+    """Streaming moments of every sample over its visits; 61 bytes a sample.
 
     Means and sums of squared deviations are updated by Welford's formulas, so no visit is stored. The suggested class
     is a weighted majority vote (Boyer and Moore, 1981) in which each visit votes for the largest class other than the
@@ -26,6 +26,7 @@ class DynamicsStore(SampleStore):
         loss, margin, probability: fp32 ``[N]``, means over the visits; 0 before the first, NaN where only losses are
             known.
         loss_squares, margin_squares, probability_squares: fp32 ``[N]``, sums of squared deviations from the means.
+        rival_probability: fp32 ``[N]``, mean probability of the largest other class; 0 of sequences and losses alone.
         last_loss: fp32 ``[N]``, the loss of the last visit; NaN before the first.
         right: int32 ``[N]``, visits at which the prediction was right.
         forgotten: int32 ``[N]``, visits at which it was wrong and had been right at the visit before
@@ -55,6 +56,7 @@ class DynamicsStore(SampleStore):
             for value in ("loss", "margin", "probability")
             for name in (value, f"{value}_squares")
         },
+        "rival_probability": (torch.float32, 0.0),
         "last_loss": (torch.float32, torch.nan),
         "right": (torch.int32, 0),
         "forgotten": (torch.int32, 0),
@@ -71,6 +73,7 @@ class DynamicsStore(SampleStore):
     loss_squares: Tensor
     margin_squares: Tensor
     probability_squares: Tensor
+    rival_probability: Tensor
     last_loss: Tensor
     right: Tensor
     forgotten: Tensor
@@ -108,6 +111,8 @@ class DynamicsStore(SampleStore):
             rows[name][at] = mean
             squares = f"{name}_squares"
             rows[squares][at] = rows[squares][at] + (new[name] - before) * (new[name] - mean)
+        before = rows["rival_probability"][at]
+        rows["rival_probability"][at] = before + (new["rival_probability"] - before) / visits
         rows["last_loss"][at] = new["loss"]
         right = new["right"] > 0
         rows["right"][at] = rows["right"][at] + right.int()

@@ -3,7 +3,7 @@
 import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,15 @@ from curation.files import replacing
 from curation.records import SampleDynamics
 from curation.tables import write_table
 
-SHOWN = ("loss", "last_loss", "margin", "margin_deviation", "probability", "probability_deviation")
+SHOWN = (
+    "loss",
+    "last_loss",
+    "margin",
+    "margin_deviation",
+    "probability",
+    "probability_deviation",
+    "rival_probability",
+)
 KINDS = (".csv", ".parquet")  # of tables
 
 
@@ -38,6 +46,7 @@ class Audit:
         groups: Parts of the data ``[N]`` by what they are divided by, besides the classes.
         kept: int64 ``[N]``, how often a selection trained on each sample; None without one.
         pairs: int64 ``[P, 2]``, near-duplicates with different labels; None where they were not looked for.
+        by: What classes are ranked by (:func:`~curation.audit.scores.suspicion`).
 
     Attributes:
         score: fp64 ``[N]``, the higher the more suspicious; NaN of threshold samples and of those never visited.
@@ -58,6 +67,7 @@ class Audit:
     groups: dict[str, np.ndarray] = field(default_factory=dict)
     kept: np.ndarray | None = None
     pairs: np.ndarray | None = None
+    by: Literal["both", "margin", "probability_margin"] = "both"
 
     def __post_init__(self) -> None:
         dynamics, size = self.dynamics, len(self.dynamics)
@@ -69,7 +79,7 @@ class Audit:
                     f"{self.threshold.min()} to {self.threshold.max()}."
                 )
             self.is_threshold[self.threshold] = True
-        self.score = np.where(self.is_threshold, np.nan, suspicion(dynamics))
+        self.score = np.where(self.is_threshold, np.nan, suspicion(dynamics, self.by))
         scored = np.flatnonzero(np.isfinite(self.score))
         self.order = scored[np.argsort(-self.score[scored], kind="stable")]
         self.estimate: WrongLabels | None = None

@@ -90,8 +90,16 @@ def test_scores_of_held_out_predictions(logits, data):
 
 def test_suspicion_is_by_margin_where_there_are_classes_and_by_loss_elsewhere():
     columns = {"margin": np.array([2.0, -1.0]), "loss": np.array([0.5, 0.25])}
-    assert suspicion(dynamics_of(**columns, label=np.array([0, 1]))).tolist() == [-2.0, 1.0]
+    columns |= {"probability": np.array([0.75, 0.25]), "rival_probability": np.array([0.25, 0.5])}
+    classes = dynamics_of(**columns, label=np.array([0, 1]))
+    assert suspicion(classes, "margin").tolist() == [-2.0, 1.0]
+    assert suspicion(classes, "probability_margin").tolist() == [-0.5, 0.25]
+    assert suspicion(classes).tolist() == pytest.approx([-2 / 1.5 - 0.5 / 0.375, 1 / 1.5 + 0.25 / 0.375])
     assert suspicion(dynamics_of(**columns, label=np.array([-1, -1]))).tolist() == [0.5, 0.25]
+    with pytest.raises(
+        ValueError, match="Argument `by` must be 'both', 'margin' or 'probability_margin', but got 'x'"
+    ):
+        suspicion(classes, "x")
 
 
 def test_slices_are_compared_with_all_and_leave_out_what_was_never_visited():

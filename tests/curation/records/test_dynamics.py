@@ -64,6 +64,7 @@ def test_the_record_equals_lists_of_visits(batches):
         for name, column in (("loss", loss), ("margin", margin), ("probability", probability)):
             assert dynamics[name][i] == pytest.approx(statistics.fmean(column), abs=1e-4)
             assert dynamics[f"{name}_deviation"][i] == pytest.approx(statistics.pstdev(column), abs=1e-3)
+        assert dynamics["rival_probability"][i] == pytest.approx(statistics.fmean(weight), abs=1e-4)
         assert dynamics["last_loss"][i] == loss[-1]
         assert dynamics["right"][i] == sum(right)
         assert dynamics["forgotten"][i] == sum(a and not b for a, b in itertools.pairwise(right))
@@ -88,7 +89,7 @@ def test_a_saved_record_goes_on_to_the_bit(batches):
 
 def test_bytes_of_a_sample_are_those_that_are_stated():
     store = DynamicsStore(3)
-    assert sum(column.element_size() for column in store.state_dict().values()) == 57
+    assert sum(column.element_size() for column in store.state_dict().values()) == 61
 
 
 def test_a_file_gives_the_record_back(tmp_path):

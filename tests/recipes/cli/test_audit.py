@@ -61,7 +61,7 @@ def dynamics(seed=0, **changes):
     columns |= {
         "visits": np.full(400, 5), "margin": margin, "probability": probability, "loss": -np.log(probability),
         "label": generator.integers(0, 3, 400), "suggested": generator.integers(0, 3, 400),
-        "probability_deviation": generator.random(400), "right": np.where(margin > 0, 5, 0),
+        "rival_probability": 1 - probability, "probability_deviation": generator.random(400), "right": np.where(margin > 0, 5, 0),
     }  # fmt: skip
     return SampleDynamics({**columns, **changes})
 
