@@ -42,7 +42,7 @@ from curation.recipes.text_classification.text_embeddings import embeddings
 from curation.records import DynamicsStore, SampleDynamics
 
 NOISES = {"symmetric 20 %": (0.2, False), "pairs 20 %": (0.2, True), "symmetric 5 %": (0.05, False)}
-SAMPLES = {"fashion_mnist": 12_000, "letter": 8_000, "texts": 5_000}
+SAMPLES = {"fashion_mnist": 6_000, "letter": 8_000, "texts": 5_000}
 EPOCHS = {"fashion_mnist": 10, "letter": 20, "texts": 20}
 THRESHOLD = 200
 BY = ("both", "margin", "probability_margin")

@@ -31,6 +31,7 @@ from curation.recipes import cli
 from curation.recipes.audit.audit import Audit, groups_of
 from curation.recipes.audit.page import as_page, sample_html
 from curation.recipes.audit.pictures import draw_audit
+from curation.recipes.cli import audit as audit_command
 from curation.recipes.image_classification import Images
 from curation.records import SampleDynamics
 from curation.records.dynamics import COLUMNS, COUNTS
@@ -61,7 +62,8 @@ def dynamics(seed=0, **changes):
     columns |= {
         "visits": np.full(400, 5), "margin": margin, "probability": probability, "loss": -np.log(probability),
         "label": generator.integers(0, 3, 400), "suggested": generator.integers(0, 3, 400),
-        "rival_probability": 1 - probability, "probability_deviation": generator.random(400), "right": np.where(margin > 0, 5, 0),
+        "rival_probability": 1 - probability, "probability_deviation": generator.random(400),
+        "right": np.where(margin > 0, 5, 0),
     }  # fmt: skip
     return SampleDynamics({**columns, **changes})
 
@@ -241,6 +243,17 @@ def test_the_recipe_finds_the_labels_that_are_wrong(trained, capsys):
     with warnings.catch_warnings(record=True) as told:
         run.fit(OfDigits(), plain.train_dataloader())
     assert not [str(warning.message) for warning in told if "other samples" in str(warning.message)]
+
+
+def test_the_first_rows_go_to_the_logger_where_asked_for(trained, monkeypatch):
+    logged = {}
+    monkeypatch.setattr(audit_command, "log_table", lambda trainer, name, columns, rows: logged.update({name: rows}))
+    monkeypatch.setattr(audit_command, "log_image", lambda trainer, name, image: logged.update({name: image}))
+    for log in ([], ["--log"]):
+        cli.main(["audit", str(trained), f"--output=audit{len(log)}.csv", "--rows=3", *log, *RECIPE])
+        assert set(logged) == ({"audit/suspects", "audit/map"} if log else set())
+    first = pyarrow.csv.read_csv("audit1.csv").slice(0, 3).to_pylist()
+    assert [row[0] for row in logged["audit/suspects"]] == [row["sample_id"] for row in first]
 
 
 class OfDigits(Classifier):
