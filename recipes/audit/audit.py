@@ -14,6 +14,7 @@ from curation.audit import (
     WrongLabels,
     below_threshold,
     cartography_regions,
+    check_errors_differ,
     estimate_wrong,
     slices,
     suspicion,
@@ -102,7 +103,10 @@ class Audit:
             return
         margins = self.dynamics["margin"].astype(np.float64)
         threshold = None if self.threshold is None else margins[self.is_threshold]
+        worst = self.order[np.argsort(margins[self.order], kind="stable")[: len(self.order) // 10]]
         try:
+            labels, suggested = (self.dynamics[name][worst] for name in ("label", "suggested"))
+            check_errors_differ(labels, suggested, self.dynamics.classes)
             self.estimate = estimate_wrong(margins[~self.is_threshold], threshold)
         except UnsupportedError as error:
             self.refused = str(error)
