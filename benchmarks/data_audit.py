@@ -45,7 +45,7 @@ NOISES = {"symmetric 20 %": (0.2, False), "pairs 20 %": (0.2, True), "symmetric 
 SAMPLES = {"fashion_mnist": 6_000, "letter": 8_000, "texts": 5_000}
 EPOCHS = {"fashion_mnist": 10, "letter": 20, "texts": 20}
 THRESHOLD = 200
-BY = ("both", "margin", "probability_margin")
+BY = ("auto", "margin", "probability_margin")
 
 
 def load(data: str, test: bool = False) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ def find(data: str, seeds: int, output: Path | None) -> None:
             probabilities = held_out(data, x, noisy, seed)
             usual, wrong = found.order, (noisy != y).numpy()[found.order]
             scores = {
-                **{by: suspicion(found.dynamics, by) for by in BY},  # type: ignore[arg-type]
+                **{by: suspicion(found.dynamics, by, found.threshold) for by in BY},  # type: ignore[arg-type]
                 "last loss": found.dynamics["last_loss"],
                 "self-confidence, 5 folds": -self_confidence(probabilities, noisy.numpy()),
                 "normalised margin, 5 folds": -normalized_margin(probabilities, noisy.numpy()),

@@ -70,30 +70,6 @@ def estimate_wrong(margins: np.ndarray, threshold: np.ndarray | None = None, see
     return wrong_by_mixture(margins, seed)
 
 
-def check_errors_differ(labels: np.ndarray, suggested: np.ndarray, classes: int) -> None:
-    """Refuse errors from each class to one other, which a model learns: they do not look like wrong labels.
-
-    Args:
-        labels: int64 ``[n]``, of the most suspicious samples.
-        suggested: int64 ``[n]``, the classes suggested in their place.
-        classes: Number of classes, ``C``.
-
-    Raises:
-        UnsupportedError: If more than ``(1 + 1 / (C - 1)) / 2`` of the samples have the suggestion that is the most
-            frequent one of their label: halfway from errors drawn from all classes to errors from one to one other.
-    """
-    if classes < 3 or not len(labels):
-        return
-    counts = np.zeros((classes, classes))
-    np.add.at(counts, (labels, suggested), 1)
-    share = counts.max(1).sum() / len(labels)
-    if share > (1 + 1 / (classes - 1)) / 2:
-        raise UnsupportedError(
-            f"{share:.0%} of the most suspicious labels have the suggestion that is usual for their class: errors "
-            "from one class to one other are learned, and margins do not count them"
-        )
-
-
 def wrong_by_threshold_samples(margins: np.ndarray, threshold: np.ndarray, seed: int = 0) -> WrongLabels:
     """The number of samples that look like the threshold samples.
 
@@ -104,7 +80,7 @@ def wrong_by_threshold_samples(margins: np.ndarray, threshold: np.ndarray, seed:
     point with many threshold samples, where hard samples with right labels may add to the estimate; with ``s = 0.1``
     one with few of them. The estimate is the mean of both, and the interval that of 200 bootstrap resamples with one
     or the other. It assumes that labels are wrong in the way of the threshold samples
-    (:func:`check_errors_differ`).
+    (:func:`~curation.audit.scores.errors_are_learned` says where not).
 
     Args:
         margins: ``[N]``, mean margins of the samples that are not threshold samples; NaN is left out.

@@ -108,16 +108,43 @@ def normalized_margin(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarr
     return (own - others.max(1) + 1) / 2
 
 
-def suspicion(dynamics: SampleDynamics, by: Literal["both", "margin", "probability_margin"] = "both") -> np.ndarray:
+def errors_are_learned(dynamics: SampleDynamics, threshold: np.ndarray | None = None) -> bool:
+    """Whether wrong labels seem to go from each class to one other, which a model learns.
+
+    Of the tenth of the samples with the lowest mean margins, more than ``(1 + 1 / (C - 1)) / 2`` have the suggestion
+    that is the most frequent one of their label: halfway from errors drawn from all classes to errors from one to one
+    other. With two classes there is no difference.
+
+    Args:
+        dynamics: The record, of classes.
+        threshold: int64 ``[M]``, threshold samples, which are left out; None for none.
+    """
+    margins, classes = dynamics["margin"].astype(np.float64), dynamics.classes
+    margins[[] if threshold is None else threshold] = np.nan
+    visited = np.flatnonzero(np.isfinite(margins))
+    worst = visited[np.argsort(margins[visited], kind="stable")[: len(visited) // 10]]
+    if classes < 3 or not len(worst):
+        return False
+    counts = np.zeros((classes, classes))
+    np.add.at(counts, (dynamics["label"][worst], dynamics["suggested"][worst]), 1)
+    return bool(counts.max(1).sum() / len(worst) > (1 + 1 / (classes - 1)) / 2)
+
+
+def suspicion(
+    dynamics: SampleDynamics,
+    by: Literal["auto", "margin", "probability_margin"] = "auto",
+    threshold: np.ndarray | None = None,
+) -> np.ndarray:
     """How suspicious each sample is, the most suspicious highest; of sequences, and of losses alone, the mean loss.
 
     The mean margin of logits (:func:`area_under_margin`) finds labels that are wrong at random, and the mean margin
-    of probabilities, ``p_y - max_{c != y} p_c``, those of one class that are often given to one other, which a model
-    learns. ``"both"`` is their sum, each divided by its deviation over the samples; it is ours.
+    of probabilities, ``p_y - max_{c != y} p_c``, those of one class that are often given to one other.
 
     Args:
         dynamics: The record.
-        by: What classes are ranked by, lowest first.
+        by: What classes are ranked by, lowest first; ``"auto"`` takes the margin of probabilities where
+            :func:`errors_are_learned`, else that of logits.
+        threshold: int64 ``[M]``, threshold samples, on which that does not depend.
 
     Returns:
         fp64 ``[N]``, NaN without a visit.
@@ -125,16 +152,12 @@ def suspicion(dynamics: SampleDynamics, by: Literal["both", "margin", "probabili
     Raises:
         ValueError: If ``by`` is something else.
     """
-    check_choice("by", by, ("both", "margin", "probability_margin"))
+    check_choice("by", by, ("auto", "margin", "probability_margin"))
     if dynamics.kind != "classes":
         return dynamics["loss"].astype(np.float64)
-    logits = dynamics["margin"].astype(np.float64)
-    probabilities = dynamics["probability"].astype(np.float64) - dynamics["rival_probability"]
-    if by != "both":
-        return -(logits if by == "margin" else probabilities)
-    visited = dynamics["visits"] > 0
-    logits, probabilities = (v / max(float(v[visited].std()), 1e-12) for v in (logits, probabilities))
-    return -logits - probabilities
+    if by == "margin" or (by == "auto" and not errors_are_learned(dynamics, threshold)):
+        return -dynamics["margin"].astype(np.float64)
+    return dynamics["rival_probability"].astype(np.float64) - dynamics["probability"]
 
 
 def slices(dynamics: SampleDynamics, suspects: np.ndarray, groups: Mapping[str, np.ndarray]) -> list[dict]:

@@ -14,7 +14,7 @@ from curation.audit import (
     WrongLabels,
     below_threshold,
     cartography_regions,
-    check_errors_differ,
+    errors_are_learned,
     estimate_wrong,
     slices,
     suspicion,
@@ -68,7 +68,7 @@ class Audit:
     groups: dict[str, np.ndarray] = field(default_factory=dict)
     kept: np.ndarray | None = None
     pairs: np.ndarray | None = None
-    by: Literal["both", "margin", "probability_margin"] = "both"
+    by: Literal["auto", "margin", "probability_margin"] = "auto"
 
     def __post_init__(self) -> None:
         dynamics, size = self.dynamics, len(self.dynamics)
@@ -80,7 +80,7 @@ class Audit:
                     f"{self.threshold.min()} to {self.threshold.max()}."
                 )
             self.is_threshold[self.threshold] = True
-        self.score = np.where(self.is_threshold, np.nan, suspicion(dynamics, self.by))
+        self.score = np.where(self.is_threshold, np.nan, suspicion(dynamics, self.by, self.threshold))
         scored = np.flatnonzero(np.isfinite(self.score))
         self.order = scored[np.argsort(-self.score[scored], kind="stable")]
         self.estimate: WrongLabels | None = None
@@ -101,12 +101,12 @@ class Audit:
         if self.dynamics.kind != "classes":
             self.refused = "only labels that are classes have margins"
             return
+        if errors_are_learned(self.dynamics, self.threshold):
+            self.refused = "errors seem to go from each class to one other, which margins do not count"
+            return
         margins = self.dynamics["margin"].astype(np.float64)
         threshold = None if self.threshold is None else margins[self.is_threshold]
-        worst = self.order[np.argsort(margins[self.order], kind="stable")[: len(self.order) // 10]]
         try:
-            labels, suggested = (self.dynamics[name][worst] for name in ("label", "suggested"))
-            check_errors_differ(labels, suggested, self.dynamics.classes)
             self.estimate = estimate_wrong(margins[~self.is_threshold], threshold)
         except UnsupportedError as error:
             self.refused = str(error)

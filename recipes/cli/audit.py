@@ -33,7 +33,7 @@ from curation.records import SampleDynamics
 from curation.records.ledger import Ledger
 from curation.sample_ids import SampleIds
 
-BY = ("both", "margin", "probability_margin")
+BY = ("auto", "margin", "probability_margin")
 
 
 def main(args: list[str]) -> None:
@@ -143,7 +143,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("curation audit", description=__doc__, allow_abbrev=False)
     parser.add_argument("record", help="file that TrainingDynamics has written")
     parser.add_argument("--output", required=True, type=Path, help="file for the ranked table (.csv or .parquet)")
-    parser.add_argument("--by", choices=BY, default="both", help="what classes are ranked by (%(default)s)")
+    parser.add_argument("--by", choices=BY, default="auto", help="what classes are ranked by (%(default)s)")
     parser.add_argument("--page", type=Path, metavar="FILE.html", help="write a page, with the samples of a recipe")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the map of the data, and the margins")
     parser.add_argument("--rows", type=int, default=50, help="suspects in the page and in W&B (%(default)s)")

@@ -8,7 +8,6 @@ import pytest
 from curation.audit import (
     UnsupportedError,
     below_threshold,
-    check_errors_differ,
     estimate_wrong,
     wrong_by_mixture,
     wrong_by_threshold_samples,
@@ -52,18 +51,6 @@ def test_what_the_margins_do_not_say_is_refused():
         estimate_wrong(np.array([1.0, 2.0, 3.0, np.nan]))
     with pytest.raises(UnsupportedError, match="two components"):
         estimate_wrong(np.zeros(100))
-
-
-def test_errors_from_one_class_to_one_other_are_refused():
-    generator = np.random.default_rng(0)
-    labels = generator.integers(0, 5, 300)
-    check_errors_differ(labels, (labels + generator.integers(1, 5, 300)) % 5, 5)
-    with pytest.raises(UnsupportedError, match="100% of the most suspicious labels have the suggestion"):
-        check_errors_differ(labels, (labels + 1) % 5, 5)
-    some = np.where(np.arange(300) < 165, (labels + 1) % 5, (labels + 2) % 5)  # 55 %, and halfway is 62.5 %
-    check_errors_differ(labels, some, 5)
-    check_errors_differ(labels % 2, 1 - labels % 2, 2)  # there is no other class
-    check_errors_differ(labels[:0], labels[:0], 5)
 
 
 def test_the_share_is_that_of_plain_loops():

@@ -11,6 +11,7 @@ from hypothesis.extra.numpy import arrays
 from curation.audit import (
     area_under_margin,
     cartography_regions,
+    errors_are_learned,
     forgetting_counts,
     normalized_margin,
     self_confidence,
@@ -94,12 +95,39 @@ def test_suspicion_is_by_margin_where_there_are_classes_and_by_loss_elsewhere():
     classes = dynamics_of(**columns, label=np.array([0, 1]))
     assert suspicion(classes, "margin").tolist() == [-2.0, 1.0]
     assert suspicion(classes, "probability_margin").tolist() == [-0.5, 0.25]
-    assert suspicion(classes).tolist() == pytest.approx([-2 / 1.5 - 0.5 / 0.375, 1 / 1.5 + 0.25 / 0.375])
     assert suspicion(dynamics_of(**columns, label=np.array([-1, -1]))).tolist() == [0.5, 0.25]
     with pytest.raises(
-        ValueError, match="Argument `by` must be 'both', 'margin' or 'probability_margin', but got 'x'"
+        ValueError, match="Argument `by` must be 'auto', 'margin' or 'probability_margin', but got 'x'"
     ):
         suspicion(classes, "x")
+
+
+def of_errors(share, classes=5, seed=0):
+    """A hundred samples of 1,000 with low margins, of which a share has the suggestion of one other class."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, classes, 1000)
+    learned = generator.random(1000) < share
+    suggested = (labels + np.where(learned, 1, generator.integers(1, classes, 1000))) % classes
+    margin = np.where(np.arange(1000) < 100, -5.0, 3.0)
+    return dynamics_of(
+        label=labels, suggested=suggested, margin=margin, probability=margin / 9, rival_probability=-margin / 9
+    )
+
+
+def test_errors_that_a_model_learns_are_ranked_by_probabilities():
+    assert not errors_are_learned(of_errors(0.0))
+    assert not errors_are_learned(of_errors(0.2))  # 40 % have the usual suggestion, and halfway is 62.5 %
+    assert errors_are_learned(of_errors(0.8))
+    assert not errors_are_learned(of_errors(1.0, classes=2))  # there is no other class
+    assert not errors_are_learned(dynamics_of(label=np.arange(5), suggested=np.arange(5)))  # too few samples
+    learned, others = of_errors(1.0), of_errors(0.0)
+    assert suspicion(learned).tolist() == suspicion(learned, "probability_margin").tolist()
+    assert suspicion(others).tolist() == suspicion(others, "margin").tolist()
+    columns = {**learned.columns, "margin": np.where(np.arange(1000) < 60, -9.0, learned["margin"])}
+    columns["suggested"] = np.where(np.arange(1000) < 60, others["suggested"], learned["suggested"])
+    mixed = SampleDynamics(columns)
+    assert not errors_are_learned(mixed)
+    assert errors_are_learned(mixed, np.arange(60))
 
 
 def test_slices_are_compared_with_all_and_leave_out_what_was_never_visited():
