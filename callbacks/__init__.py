@@ -19,6 +19,7 @@ from curation.callbacks.online.weighted_loss import TokenWeightedLoss, WeightedL
 from curation.callbacks.records.sample_record import SampleRecord
 from curation.callbacks.records.sample_table import SampleTable
 from curation.callbacks.records.selection_ledger import SelectionLedger
+from curation.callbacks.records.training_dynamics import TrainingDynamics
 from curation.callbacks.rollouts.difficulty_adaptive_rollouts import DifficultyAdaptiveRollouts
 from curation.callbacks.runs.exact_resume import ExactResume
 from curation.callbacks.runs.final_checkpoint import FinalCheckpoint
@@ -56,6 +57,7 @@ __all__ = [
     "SelectionRehearsal",
     "TokenMeter",
     "TokenWeightedLoss",
+    "TrainingDynamics",
     "UniformSelection",
     "UtilityDiversitySelection",
     "WeightedLoss",

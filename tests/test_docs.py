@@ -17,7 +17,7 @@ import curation
 from curation import callbacks
 from curation.recipes import cli
 from curation.recipes.catalogue import with_recipe_files
-from curation.recipes.cli import compare, export, select
+from curation.recipes.cli import audit, compare, export, select
 from curation.recipes.compare import arms
 from curation.recipes.compare.workload import make_workload
 
@@ -179,6 +179,10 @@ def test_commands_of_a_page_are_accepted(page, tmp_path, monkeypatch, capsys):
             options, rest = select.parse(args)
             select.make_selector(options)
             select.make_object("probe", options.probe, {}, {})
+            assert arms.resolve(with_recipe_files(rest))["data"]["class_path"]
+        elif subcommand == "audit":
+            options, rest = audit.parse(args)
+            assert options.record.endswith(".parquet")
             assert arms.resolve(with_recipe_files(rest))["data"]["class_path"]
         elif subcommand in ("recipes", "doctor", "--version"):
             cli.main([subcommand, *args])

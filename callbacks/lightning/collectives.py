@@ -49,6 +49,24 @@ def gather_rows(trainer: Trainer, rows: Tensor) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(everyone, sizes, strict=True)]).to(rows.device)
 
 
+def gather_samples(trainer: Trainer, ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Sample ids and values of all processes in the order of ranks, in one collective; their number may differ.
+
+    Args:
+        trainer: The trainer.
+        ids: int64 ``[B]``.
+        values: fp32 ``[B, n]`` on the same device.
+
+    Returns:
+        Ids and values of all rows, the same on every process.
+    """
+    if trainer.world_size == 1:
+        return ids, values
+    # One collective of integers: a float would round an id.
+    rows = gather_rows(trainer, torch.cat([ids[:, None], values.contiguous().view(torch.int32).long()], 1))
+    return rows[:, 0], rows[:, 1:].int().view(torch.float32)
+
+
 def sum_over_processes(trainer: Trainer, values: Tensor) -> Tensor:
     """Sum a tensor over all processes, in place.
 

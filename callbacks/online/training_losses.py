@@ -1,6 +1,6 @@
 """The losses of the rows of a training step, from the forward pass that it runs anyway."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -8,7 +8,16 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from curation.scoring import Criterion, Route, check_outputs, find_criterion, find_route, per_sample_loss
+from curation.scoring import (
+    Criterion,
+    Route,
+    check_outputs,
+    find_criterion,
+    find_route,
+    losses_alone,
+    per_sample_loss,
+    row_outcomes,
+)
 
 
 class WatchedLogits:
@@ -141,14 +150,43 @@ class TrainingLosses:
             )
         return losses.detach().float()
 
-    def missing(self) -> TypeError:
-        """The error of a step that has left no losses."""
-        return TypeError(
-            f"`{type(self._module).__name__}.training_step` shows no losses of its rows. {self._remedy()}"
-        )
+    def take_of_step(self, rows: int, outputs: Any) -> Tensor | None:
+        """As :meth:`take`, given what ``training_step`` returned; None where it skipped its batch.
+
+        Raises:
+            TypeError: If the step has left no losses, and did not skip its batch.
+        """
+        losses = self.take(rows)
+        skipped = step_loss(outputs) is None and self._module.automatic_optimization
+        if losses is None and not skipped:
+            raise TypeError(
+                f"`{type(self._module).__name__}.training_step` shows no losses of its rows. {self._remedy()}"
+            )
+        return losses
 
     def stop(self) -> None:
         """Remove the hook, and the losses of a step that has failed."""
         self._logits.stop()
         if self._given:
             self._module.sample_losses = None  # type: ignore[assignment]
+
+
+class TrainingOutcomes(TrainingLosses):
+    """As :class:`TrainingLosses`, with margins, probabilities and classes: the columns of ``row_outcomes``.
+
+    Of a module with ``sample_losses`` only the losses are known.
+    """
+
+    def _losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        loss: Any = self.criterion.bind(per_sample_loss)
+        return row_outcomes(logits, self.criterion.mask(targets), None if loss is per_sample_loss else loss)
+
+    def take(self, rows: int) -> Tensor | None:
+        """Outcomes fp32 ``[B, 8]`` of the training step; None if there are none."""
+        values = super().take(rows)
+        return losses_alone(values) if values is not None and values.dim() == 1 else values
+
+
+def step_loss(outputs: Any) -> Any:
+    """The loss in what ``training_step`` returned; None where there is none."""
+    return outputs.get("loss") if isinstance(outputs, Mapping) else outputs

@@ -23,13 +23,7 @@ def candidate_entries(callback: Callback, choice: Choice) -> tuple[Tensor, Tenso
     Raises:
         TypeError: If the samples have no ids.
     """
-    if choice.sample_ids is None:
-        raise TypeError(
-            f"{type(callback).__name__} needs sample ids: wrap the training data set in "
-            "`curation.sample_ids.SampleIds`, "
-            "and keep its key `sample_id` in a `collate_fn` of your own."
-        )
-    ids = choice.sample_ids
+    ids = sample_ids_of(callback, choice)
     unscored = torch.full(ids.shape, torch.nan, device=ids.device)
     if choice.scores is None or choice.rows is None:
         return ids, unscored, torch.ones_like(ids)
@@ -37,6 +31,25 @@ def candidate_entries(callback: Callback, choice: Choice) -> tuple[Tensor, Tenso
     ids = ids.to(scores.device, non_blocking=True)
     kept = torch.zeros_like(ids).index_add_(0, choice.rows, torch.ones_like(choice.rows))
     return ids, scores, kept
+
+
+def sample_ids_of(callback: Callback, choice: Choice) -> Tensor:
+    """Sample ids of the candidates of this rank, int64 ``[B]``.
+
+    Raises:
+        TypeError: If the samples have none.
+    """
+    if choice.sample_ids is None:
+        raise no_sample_ids(callback)
+    return choice.sample_ids
+
+
+def no_sample_ids(callback: Callback) -> TypeError:
+    """The error of a callback that needs sample ids."""
+    return TypeError(
+        f"{type(callback).__name__} needs sample ids: wrap the training data set in "
+        "`curation.sample_ids.SampleIds`, and keep its key `sample_id` in a `collate_fn` of your own."
+    )
 
 
 def check_selection(callback: Callback, trainer: Trainer) -> None:

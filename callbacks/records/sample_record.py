@@ -1,21 +1,18 @@
 """The last score of every sample, and how often it was seen and kept."""
 
-from typing import Any
-
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from curation.callbacks.lightning.collectives import gather_rows
-from curation.callbacks.lightning.fit_callback import FitCallback
+from curation.callbacks.lightning.collectives import gather_samples
 from curation.callbacks.lightning.loggers import log_histogram, not_essential, takes_histograms
 from curation.callbacks.lightning.loop import logs_now
 from curation.callbacks.online.choice import Choice, SelectionListener
 from curation.callbacks.records.entries import candidate_entries, check_selection
-from curation.checks import check_integer
+from curation.callbacks.records.store_record import StoreRecord
 from curation.records.score_store import ScoreStore
 
 
-class SampleRecord(FitCallback, SelectionListener):
+class SampleRecord(StoreRecord[ScoreStore], SelectionListener):
     """Remembers the last score of every sample, and how often it was seen and kept.
 
     The record is equal on all ranks: the candidates of each step are gathered in rank order. A score is as old as the
@@ -43,37 +40,22 @@ class SampleRecord(FitCallback, SelectionListener):
         True
     """
 
-    def __init__(self, size: int | None = None) -> None:
-        self.size: int | None = check_integer("size", size, 1, optional=True)
-        self.store: ScoreStore | None = None
-        self._state: dict[str, Any] | None = None
+    store_type = ScoreStore
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier fit."""
+        """Refuse a trainer without a selection; forget an earlier fit."""
         super().setup(trainer, pl_module, stage)
         if self.fitting:
             check_selection(self, trainer)
-            self.store = self._state = None
 
     def on_selection(self, trainer: Trainer, pl_module: LightningModule, step: int, choice: Choice) -> None:
         """Enter the candidates of all ranks."""
         ids, scores, kept = candidate_entries(self, choice)
-        if trainer.world_size > 1:
-            # One collective of integers: a float would round an id.
-            rows = gather_rows(trainer, torch.stack([ids, scores.view(torch.int32).long(), kept], dim=1))
-            ids, scores, kept = rows[:, 0], rows[:, 1].int().view(torch.float32), rows[:, 2]
-        if self.store is None:
-            size = self.size or len(trainer.train_dataloader.dataset)  # type: ignore[union-attr]
-            if int(ids.max()) >= size:  # only of the first batch, since this waits for the device
-                raise ValueError(
-                    f"Argument `size` must be more than every sample id, but {int(ids.max())} >= {size}."
-                )
-            self.store = ScoreStore(size, ids.device)
-            if self._state is not None:
-                self.store.load_state_dict(self._state)
-        self.store.update(ids, scores, kept, step)
+        ids, values = gather_samples(trainer, ids, torch.stack([scores, kept.float()], 1))
+        store = self.store_for(trainer, ids)
+        store.update(ids, values[:, 0], values[:, 1].int(), step)
         if logs_now(trainer):
-            never = self.store.kept.eq(0).float().mean()
+            never = store.kept.eq(0).float().mean()
             pl_module.log("curation/never_kept_fraction", never, on_step=True, on_epoch=False, batch_size=1)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -81,11 +63,3 @@ class SampleRecord(FitCallback, SelectionListener):
         if self.store is not None and takes_histograms(trainer):
             with not_essential("The histogram 'curation/times_kept'"):
                 log_histogram(trainer, "curation/times_kept", self.store.kept.tolist())
-
-    def state_dict(self) -> dict[str, Any]:
-        """The record; equal on all ranks."""
-        return {"store": self._state if self.store is None else self.store.state_dict()}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Keep the record of the checkpoint until the first batch makes the store."""
-        self._state = state["store"]

@@ -11,6 +11,7 @@ from curation.callbacks.lightning.fit_callback import FitCallback
 from curation.callbacks.lightning.loggers import log_table, not_essential, takes_media
 from curation.callbacks.lightning.loop import logging_step, logs_now
 from curation.callbacks.online.choice import Choice, SelectionListener
+from curation.callbacks.records.entries import sample_ids_of
 from curation.checks import check_integer
 
 
@@ -53,19 +54,13 @@ class SampleTable(FitCallback, SelectionListener):
 
     def on_selection(self, trainer: Trainer, pl_module: LightningModule, step: int, choice: Choice) -> None:
         """Remember the candidates of a logging step; the first batch is checked."""
-        if choice.sample_ids is None:
-            raise TypeError(
-                "SampleTable needs sample ids: wrap the training data set in `curation.sample_ids.SampleIds`, "
-                "and keep its key `sample_id` in a `collate_fn` of your own."
-            )
+        ids = sample_ids_of(self, choice)
         if not any(self._table.values()) and step == 0:
-            self._shown(trainer, int(choice.sample_ids[0]))
+            self._shown(trainer, int(ids[0]))
         if not (logs_now(trainer) and takes_media(trainer)) or choice.rows is None or choice.scores is None:
             return
         kept = set(choice.rows.tolist())
-        for row, (sample_id, score) in enumerate(
-            zip(choice.sample_ids.tolist(), choice.scores.tolist(), strict=True)
-        ):
+        for row, (sample_id, score) in enumerate(zip(ids.tolist(), choice.scores.tolist(), strict=True)):
             self._table[row in kept].append([logging_step(trainer), sample_id, score, row in kept])
 
     def _shown(self, trainer: Trainer, sample_id: int) -> dict[str, Any]:

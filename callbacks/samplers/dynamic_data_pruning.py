@@ -1,6 +1,5 @@
 """Dynamic data pruning in a fit: the sampler gets the losses of the training pass, the loss gets the weights."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from curation.callbacks.online.choice import Choice, SelectionListener
 from curation.callbacks.online.loss_check import LossCheck
 from curation.callbacks.online.online_selection import OnlineSelection
 from curation.callbacks.online.row_weights import RowWeights, WeighsRows
-from curation.callbacks.online.training_losses import TrainingLosses
+from curation.callbacks.online.training_losses import TrainingLosses, step_loss
 from curation.callbacks.samplers.round_training import RoundTraining
 from curation.checks import check_number
 from curation.samplers.dynamic_pruning import Batch, DynamicDataPruningSampler
@@ -175,18 +174,14 @@ class DynamicDataPruning(WeighsRows, RoundTraining[DynamicDataPruningSampler]):
         assert self._losses is not None
         assert self.row_weights is not None
         size = self.sampler.batch_size
-        losses = self._losses.take(size)
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        skipped = loss is None and pl_module.automatic_optimization
+        losses, loss = self._losses.take_of_step(size, outputs), step_loss(outputs)
         if losses is None:
-            if not skipped:
-                raise self._losses.missing()
             losses = torch.full((size,), torch.nan, device=pl_module.device)
         elif not pl_module.automatic_optimization:  # it may call no hook
             self.row_weights.check()
         if not self._check.done and self.row_weights.weights is None:
-            step_loss = loss * trainer.accumulate_grad_batches if isinstance(loss, Tensor) else None
-            self._check.compare(pl_module, step_loss, f"`{self._losses.name}`", "leave the losses in `sample_losses`")
+            whole = loss * trainer.accumulate_grad_batches if isinstance(loss, Tensor) else None
+            self._check.compare(pl_module, whole, f"`{self._losses.name}`", "leave the losses in `sample_losses`")
         self._report(trainer, pl_module, losses)
         drawn = losses if self._order is None else torch.empty_like(losses).scatter_(0, self._order, losses)
         everyone = trainer.strategy.all_gather(torch.cat([drawn, drawn.new_full((1,), elapsed(trainer))]))

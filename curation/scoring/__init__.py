@@ -9,6 +9,7 @@ from curation.scoring.losses import (
     per_sample_grad_norm,
     per_sample_loss,
 )
+from curation.scoring.outcomes import OUTCOMES, losses_alone, row_outcomes
 from curation.scoring.routes import (
     Route,
     check_outputs,
@@ -20,6 +21,7 @@ from curation.scoring.routes import (
 
 __all__ = [
     "IGNORED",
+    "OUTCOMES",
     "Criterion",
     "Route",
     "check_outputs",
@@ -30,9 +32,11 @@ __all__ = [
     "find_route",
     "head_as_identity",
     "hugging_face_models",
+    "losses_alone",
     "per_sample_from_hidden",
     "per_sample_grad_norm",
     "per_sample_loss",
+    "row_outcomes",
     "side_effect_free",
     "step_route",
 ]

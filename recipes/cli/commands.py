@@ -16,6 +16,7 @@ from curation.recipes.cli.parser_errors import describe_refusal
 from curation.recipes.sources import require_extra
 
 COMMANDS = (
+    "audit",
     "compare",
     "doctor",
     "export",

@@ -13,7 +13,7 @@ from curation.recipes.cli.yaml_text import MODE, register_mode
 from curation.recipes.sources import AUTO, name_sources, named_sources, require_extra
 
 DESCRIPTION = (
-    "See also `curation recipes|compare|report|ledger|irreducible|select|export --help`, `curation doctor` and "
+    "See also `curation recipes|compare|report|audit|ledger|irreducible|select|export --help`, `curation doctor` and "
     "`curation --version`."
 )
 

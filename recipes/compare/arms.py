@@ -26,6 +26,7 @@ from curation.callbacks import (
     HardBatchTraining,
     InstanceSelection,
     OnlineSelection,
+    TrainingDynamics,
 )
 from curation.recipes.cli.lightning_cli import run
 
@@ -52,7 +53,8 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 SHORT = "short"  # as full, for as many samples as uniform selection trains on
-LEFT_OUT = (Checkpoint, EarlyStopping, ProgressBar, Timer)  # callbacks that end a fit, or that nobody would see
+# Callbacks that end a fit, that nobody would see, or that write to one file for all runs.
+LEFT_OUT = (Checkpoint, EarlyStopping, ProgressBar, Timer, TrainingDynamics)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
+from curation.audit import ThresholdSamples
 from curation.batch import SampleIds
 from curation.checks import check_flag, check_integer, check_number, check_path, check_seed
 from curation.recipes.image_classification.fashion_mnist import IMAGES, class_names, load_images
@@ -40,6 +41,8 @@ class Images(LightningDataModule):
         num_workers: Worker processes of each data loader.
         seed: Seed of the split and of the wrong labels.
         download: Whether ``"auto"`` may download from the hub, unless ``HF_HUB_OFFLINE`` is 1.
+        threshold_samples: Share of the training images that get a wrong label to compare with, in [0, 1), as
+            :class:`~curation.audit.threshold_samples.ThresholdSamples`.
 
     Attributes:
         concepts: Index of the training labels, by sample id.
@@ -66,6 +69,7 @@ class Images(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         download: bool = False,
+        threshold_samples: float = 0.0,
     ) -> None:
         super().__init__()
         check_flag("download", download)
@@ -73,6 +77,7 @@ class Images(LightningDataModule):
         check_number("label_noise", label_noise, "[0, 1)")
         check_number("holdout", holdout, "(0, 1)")
         check_flag("swap", swap)
+        check_number("threshold_samples", threshold_samples, "[0, 1)")
         check_number("holdout_noise", holdout_noise, "[0, 1)")
         check_number("imbalance", imbalance, "[1, inf)")
         check_integer("rarest", rarest, 1)
@@ -82,6 +87,7 @@ class Images(LightningDataModule):
         self.label_noise = label_noise
         self.holdout = holdout
         self.swap = swap
+        self.threshold_samples = threshold_samples
         self.holdout_noise = holdout_noise
         self.imbalance = imbalance
         self.rarest = rarest
@@ -114,7 +120,10 @@ class Images(LightningDataModule):
             train = train[long_tailed(labels[train], self.imbalance, self.rarest)]
         images, test_images = (images - mean) / deviation, (test_images - mean) / deviation
         self.corrupted = corrupted[train]
-        self.train = SampleIds(TensorDataset(images[train], noisy_labels[train]))
+        dataset: Any = TensorDataset(images[train], noisy_labels[train])
+        if self.threshold_samples:
+            dataset = ThresholdSamples(dataset, classes, self.threshold_samples, seed=self.seed)
+        self.train = SampleIds(dataset)
         self.concepts = ConceptIndex.from_labels(noisy_labels[train], class_names(self.data, classes))
         self.val = TensorDataset(images[held_out], val_labels[held_out])
         self.test = TensorDataset(test_images, test_labels)

@@ -39,6 +39,7 @@ from curation.callbacks import (
     RunMeter,
     SampleRecord,
     SelectionLedger,
+    TrainingDynamics,
     UniformSelection,
     UtilityDiversitySelection,
     WeightedLoss,
@@ -300,6 +301,14 @@ CALLBACKS = {
         Entry(SampleRecord, records=True, acted=lambda record: int(record.store.seen.sum()) > 0),
         Entry(
             SelectionLedger, {"path": "ledger"}, records=True, acted=lambda _: Ledger("ledger").rows().num_rows > 0
+        ),
+        Entry(
+            TrainingDynamics,
+            {"path": "dynamics.parquet"},
+            {"size": 0},
+            ids=True,
+            refuses={**ONE_LOADER, "samples": "needs sample ids"},
+            acted=lambda dynamics: int(dynamics.store.visits.sum()) > 0,
         ),
         Entry(
             WeightedLoss,

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule
 
 from contract.registry import CALLBACKS
 from curation import (
+    audit,
     batch_size,
     callbacks,
     evaluation,
@@ -25,15 +26,30 @@ from curation import (
     rollouts,
     samplers,
 )
+from curation.audit import Corrections
 from curation.instances import CoverageInstanceSelector, InstanceSelector, SelectionIndex
-from curation.records import LedgerWriter
+from curation.records import DynamicsStore, LedgerWriter, SampleDynamics
 from curation.samplers import ConceptIndex
 
-PACKAGES = (batch_size, callbacks, evaluation, experts, instances, metrics, online, records, rollouts, samplers)
+PACKAGES = (
+    audit,
+    batch_size,
+    callbacks,
+    evaluation,
+    experts,
+    instances,
+    metrics,
+    online,
+    records,
+    rollouts,
+    samplers,
+)
 NOT_CONSTRUCTED = {  # by users: results and state that the package makes
     "Choice",
     "Completions",
     "CostRatio",
+    "UnsupportedError",
+    "WrongLabels",
     "Forecast",
     "Moments",
     "PromptCache",
@@ -42,11 +58,15 @@ NOT_CONSTRUCTED = {  # by users: results and state that the package makes
     "Window",
 }
 CONCEPTS = ConceptIndex.from_lists([["a"], ["b"], ["a", "b"]])
+DYNAMICS = SampleDynamics.of_store(DynamicsStore(3)).columns
 VALID: dict[str, dict[str, Any]] = {  # arguments without a default
     "ConceptAwareSampler": {"concepts": CONCEPTS, "batch_size": 1, "super_batch_size": 2},
     "ConceptAwareSelection": {"keep": 0.5},
     "ConceptCoverage": {"num_concepts": 3},
+    "CorrectedDataset": {"dataset": [0], "corrections": Corrections([1.0], [-1])},
+    "Corrections": {"weights": [1.0], "labels": [-1]},
     "DynamicDataPruningSampler": {"dataset": range(9), "batch_size": 2},
+    "DynamicsStore": {"size": 3},
     "ExpertLoad": {"experts": 2},
     "ExpertSpecialization": {"domains": 2, "experts": 2},
     "GlobalBatchSampler": {"samples": range(9), "seed": 0},
@@ -71,6 +91,9 @@ VALID: dict[str, dict[str, Any]] = {  # arguments without a default
     "SketchMemory": {"capacity": 4, "size": 2},
     "SubsetSampler": {"samples": range(9)},
     "TargetedSelector": {"targets": [[1.0]]},
+    "SampleDynamics": {"columns": DYNAMICS},
+    "ThresholdSamples": {"dataset": [("x", 0)] * 100, "classes": 2},
+    "TrainingDynamics": {"path": "dynamics.parquet"},
     "TokenBudgetSampler": {"lengths": [1, 2], "max_tokens": 2},
     "Uniform": {"rollouts": 2},
     "UniformSelection": {"keep": 0.5},
@@ -111,6 +134,7 @@ OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
     "DifficultyAdaptiveRollouts.preflight": (-1,),
     "DifficultyMemory.forgetting": (-0.1, 1),
     "Diversity.cap": (0,),
+    "DynamicsStore.size": (0,),
     "EditedNearestNeighboursFilter.n_neighbors": (0,),
     "EditedNearestNeighboursFilter.n_views": (0,),
     "EqualTreatment.max_rollouts": (0,),
@@ -188,6 +212,10 @@ OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
     "StratifiedRandomSelector.budget": (0, 1.5),
     "SubsetSampler.seed": (-1,),
     "TargetedSelector.budget": (0, 1.5),
+    "ThresholdSamples.classes": (0, 1),
+    "ThresholdSamples.seed": (-1,),
+    "ThresholdSamples.share": (0, 1),
+    "TrainingDynamics.size": (0,),
     "TokenBudgetSampler.max_tokens": (0, 1),
     "TokenWeightedLoss.tokens": (0, -1),
     "TokenBudgetSampler.seed": (-1,),

@@ -252,5 +252,5 @@ def test_a_package_is_found_without_importing_it(monkeypatch):
 
 
 def test_without_a_command_all_are_named():
-    with pytest.raises(SystemExit, match=r"name a command: fit, validate, test, compare, .*export"):
+    with pytest.raises(SystemExit, match=r"name a command: fit, validate, test, audit, compare, .*export"):
         cli.main([])

@@ -1,0 +1,1 @@
+"""The audit of a data set by the record of a run: table, pictures, page, corrections."""
