@@ -41,7 +41,11 @@ def folder_of_its_own(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "recipe", ["fashion_mnist_noisy", "fashion_mnist_hard_batches", "fashion_mnist_pruning", "fashion_mnist_proxy"]
+    "recipe",
+    [
+        *("fashion_mnist_noisy", "fashion_mnist_hard_batches", "fashion_mnist_pruning", "fashion_mnist_proxy"),
+        "fashion_mnist_audit",
+    ],
 )
 def test_a_recipe_runs_on_digits(recipe):
     run = cli.run(["fit", "--config", recipe, *DIGITS, "--trainer.max_steps=12", "--trainer.val_check_interval=4"])
