@@ -161,9 +161,10 @@ def drop(seeds: int, output: Path | None) -> None:
     """Accuracy on all samples, without suspects, and without as many at random."""
     data = "fashion_mnist"
     (x, y), (test_x, test_y) = load(data), load(data, test=True)
+    x, y = x[:3000], y[:3000]  # of many images the wrong ones cost less
     steps = {"max_steps": EPOCHS[data] * len(x) // 64}
     runs = []
-    for share in (0.0, 0.2, 0.4):
+    for share in (0.2, 0.4, 0.0):
         for seed in range(seeds):
             noisy = plant(y, share, False, seed)
             found = audit(data, x, noisy, seed)

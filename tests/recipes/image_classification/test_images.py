@@ -45,6 +45,7 @@ def folder_of_its_own(tmp_path, monkeypatch):
     [
         *("fashion_mnist_noisy", "fashion_mnist_hard_batches", "fashion_mnist_pruning", "fashion_mnist_proxy"),
         "fashion_mnist_batch_size",
+        "fashion_mnist_audit",
     ],
 )
 def test_a_recipe_runs_on_digits(recipe):
