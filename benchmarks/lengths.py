@@ -242,7 +242,7 @@ def compare(arms: dict[str, tuple[Any, int, bool, float, list[int]]], seeds: int
 def grouped(seeds: int = 5, first: int = 0) -> None:
     """Random and grouped batches of 16 replies of at most 128 tokens."""
     data = conversations("last", 128, tokenizer=MODEL, val_samples=128)
-    arms = {name: (data, 16, name == "grouped", 2e-3, [20, 36, 48]) for name in ("random", "grouped")}
+    arms = {name: (data, 16, name == "grouped", 2e-3, [18, 36]) for name in ("random", "grouped")}
     compare(arms, seeds, first)
 
 
