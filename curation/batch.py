@@ -49,10 +49,15 @@ def _is_column(node: Any) -> bool:
     return isinstance(node, (list, tuple)) and not _is_namedtuple(node) and not any(map(_holds_tensors, node))
 
 
+def _name(key: Any) -> str:
+    """A key in a path: 1 is not "1"."""
+    return key if isinstance(key, str) and not key.startswith("[") else f"[{key!r}]"
+
+
 def _children(node: Any) -> list[tuple[str, Any]] | None:
     """The named fields of a container, or None for a leaf."""
     if isinstance(node, Mapping):
-        return [(str(key), value) for key, value in node.items()]
+        return [(_name(key), value) for key, value in node.items()]
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
         return [(f.name, getattr(node, f.name)) for f in dataclasses.fields(node)]
     if _is_namedtuple(node):
@@ -180,7 +185,6 @@ def batch_size(batch: Any) -> int:
     """
     if _is_list_of_samples(batch):
         _refuse_samples(batch)
-    # A list, since the keys 1 and "1" have one path.
     sizes = [(path, leaf.size(0)) for path, leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() > 0]
     if not sizes:
         raise TypeError(f"The batch holds no tensor with a batch dimension, but is {type(batch).__name__}.")

@@ -7,7 +7,6 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from sklearn.utils.validation import check_random_state
 from torch import Tensor
 
 from curation.checks import check_flag, check_number, check_text
@@ -129,7 +128,7 @@ class TargetedSelector(InstanceSelector):
         if not read:
             raise ValueError("Argument `targets` must have a task, but got {}.")
         least = min(map(len, read.values()))
-        draw = check_random_state(self.random_state)
+        draw = np.random.default_rng(self._seed())
         return np.concatenate(
             [x if len(x) == least else x[np.sort(draw.permutation(len(x))[:least])] for x in read.values()]
         )

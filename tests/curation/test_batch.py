@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from curation.batch import Columns, batch_size, copied, refuse_samples, take_rows, trim_padding
+from curation.batch import Columns, batch_size, copied, leaves, refuse_samples, take_rows, trim_padding
 
 Pair = namedtuple("Pair", ["x", "y"])
 
@@ -138,7 +138,7 @@ def test_trimming_never_drops_a_label():
 
 
 def test_keys_that_look_alike_are_two_fields():
-    with pytest.raises(ValueError, match=r"batch\.1 has 4, batch\.1 has 5"):
+    with pytest.raises(ValueError, match=r"batch\.\[1\] has 4, batch\.1 has 5"):
         batch_size({1: X, "1": torch.zeros(5)})
 
 
@@ -234,3 +234,11 @@ def test_a_copy_shares_no_container_and_no_tensor():
     assert array.sum() == 0
     assert batch["b"].name == [{"i": 1}] * 4
     assert batch["c"] == [["d"]] * 4
+
+
+def test_a_number_and_its_text_are_two_keys():
+    batch = {"x": torch.arange(2), 0: ["a", "b"], "0": []}
+    columns = Columns()
+    columns.observe(batch)
+    assert take_rows(batch, torch.tensor([1]), columns) == {"x": torch.tensor([1]), 0: ["b"], "0": []}
+    assert [path for path, _ in leaves(batch)] == ["batch.x", "batch.[0]", "batch.0"]

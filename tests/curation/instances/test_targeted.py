@@ -101,8 +101,8 @@ def test_tasks_have_as_many_examples():
     tasks = {"long": examples[:30], "short": examples[30:]}
     selector = TargetedSelector(0.1, targets=tasks, random_state=3).fit(pool)
     assert selector.report_["examples"] == 20
-    drawn_rows = np.sort(np.random.RandomState(3).permutation(30)[:10])
-    both = np.concatenate([examples[:30][drawn_rows], examples[30:]])
+    rng = np.random.default_rng(np.random.RandomState(3).randint(2**31 - 1))
+    both = np.concatenate([examples[:30][np.sort(rng.permutation(30)[:10])], examples[30:]])
     assert selector.ranking_.tolist() == TargetedSelector(0.1, targets=both).fit(pool).ranking_.tolist()
 
 

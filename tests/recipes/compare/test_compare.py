@@ -181,7 +181,7 @@ def test_seconds_over_a_dask_cluster(tmp_path, monkeypatch):
     timing = json.loads((tmp_path / "out" / RECIPE / "timing/run.json").read_text())["points"][-1]
     assert (timing["step"], timing["seconds"]) == (24, w["budget"]["amount"])
     assert all(point["seconds"] >= w["budget"]["amount"] for point in last.values())
-    assert len({point["step"] for point in last.values()}) > 1  # as many as each has time for
+    assert all(point["step"] > 0 for point in last.values())  # as many as each has time for
     assert "one seed says nothing" in (tmp_path / "out/report.html").read_text()
 
 
