@@ -173,8 +173,7 @@ def best_ranks(
         mean[start:stop] = (rows @ centre).cpu().numpy()
         nearest.add(rounded @ rows.to(dtype).T, start)
     nearest.merge()
-    nearest.values = _similarities(pool, queries, nearest.ids, nearest.owners)
-    nearest.sort()
+    nearest.compare(pool, queries)
     best = torch.full((len(pool),), depth + 1)
     best.scatter_reduce_(0, nearest.ids.cpu(), nearest.places.cpu() + 1, "amin")
     return best.where(best <= depth, 0).numpy(), mean
@@ -231,16 +230,18 @@ class _Nearest:
         starts = torch.searchsorted(self.owners, torch.arange(len(self.floor), device=order.device))
         self.places = torch.arange(len(order), device=order.device) - starts[self.owners]
 
-
-def _similarities(pool: Any, queries: Tensor, ids: Tensor, owners: Tensor) -> Tensor:
-    """Cosine similarities of pairs of a row and an example, fp32 ``[n]``."""
-    values = torch.empty(len(ids), device=queries.device)
-    order = ids.argsort(stable=True)
-    for part in order.split(max(1, CACHED // queries.size(1))):
-        rows, places = ids[part].unique_consecutive(return_inverse=True)
-        near = _unit(pool, rows, queries.device).index_select(0, places)
-        values[part] = near.mul_(queries.index_select(0, owners[part])).sum(1)
-    return values
+    def compare(self, pool: Any, queries: Tensor) -> None:
+        """Compute the similarities anew, in fp32, and sort by them; equal ones in the order of the rows."""
+        order = self.ids.argsort(stable=True)
+        self.owners, self.ids = self.owners[order], self.ids[order]
+        values = []
+        size = max(1, CACHED // queries.size(1))
+        for ids, owners in zip(self.ids.split(size), self.owners.split(size), strict=True):
+            rows, places = ids.unique_consecutive(return_inverse=True)
+            near = _unit(pool, rows, queries.device).index_select(0, places)
+            values.append(near.mul_(queries.index_select(0, owners)).sum(1))
+        self.values = torch.cat(values)
+        self.sort()
 
 
 def _faster(queries: Tensor) -> torch.dtype:
