@@ -14,31 +14,13 @@ import time
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule, Trainer
+from dynamic_pruning import Net
+from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from curation.callbacks import AdaptiveBatchSize, BatchSizeScheduler
 
 ROWS = 256
-
-
-class Net(LightningModule):
-    """A perceptron of four hidden layers."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        sizes = [64, *[width] * 4, 10]
-        layers = [torch.nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
-        self.net = torch.nn.Sequential(*[m for layer in layers for m in (layer, torch.nn.ReLU())][:-1])
-
-    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
-        """Mean cross-entropy."""
-        return F.cross_entropy(self.net(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """SGD."""
-        return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
 class Clock(Callback):

@@ -118,10 +118,7 @@ def train(steps: int = 8) -> None:
         for name, data in made.items():
             seed_everything(turn, verbose=False)
             speed = Speed()
-            quiet = dict.fromkeys(
-                ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-            )
-            run = Trainer(max_steps=steps, callbacks=[speed], limit_val_batches=0, accelerator="cpu", **quiet)
+            run = Trainer(max_steps=steps, callbacks=[speed], limit_val_batches=0, accelerator="cpu", **QUIET)
             run.fit(SupervisedFineTuning(num_layers=6), data)
             rates[name] += speed.rates[3:]
     for name, found in rates.items():

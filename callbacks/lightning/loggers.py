@@ -103,6 +103,15 @@ def log_image(trainer: Trainer, name: str, image: Any) -> None:
                 logger.log_image(name, [str(image) if isinstance(image, Path) else image])
 
 
+def picture_folder(trainer: Trainer) -> str | None:
+    """The folder for pictures of a fit, on all processes at once; None where the fit logs nothing.
+
+    The logger tells its folder by a broadcast, so a picture that rank 0 draws alone has to know it before.
+    """
+    folder = trainer.log_dir or trainer.default_root_dir
+    return None if trainer.fast_dev_run or not trainer.loggers else str(folder).rstrip("/")  # type: ignore[attr-defined]
+
+
 def save_figure(figure: Any, path: str) -> None:
     """Write a matplotlib figure as PNG.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curation.batch import is_masked_text
 from curation.callbacks.lightning.fit_callback import FitCallback
-from curation.callbacks.lightning.loggers import log_image, not_essential, save_figure
+from curation.callbacks.lightning.loggers import log_image, not_essential, picture_folder, save_figure
 from curation.callbacks.lightning.loop import is_accumulating, logs_now, skips_backward
 from curation.scoring import IGNORED
 
@@ -62,8 +62,7 @@ class TokenMeter(FitCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
-        folder = trainer.log_dir or trainer.default_root_dir  # a broadcast, so not where rank 0 draws
-        self._folder = None if trainer.fast_dev_run or not trainer.loggers else str(folder)  # type: ignore[attr-defined]
+        self._folder = picture_folder(trainer)
         self._window = torch.zeros(2 * BINS + 3, dtype=torch.int64, device=pl_module.device)
         self._clock = time.perf_counter()
 
@@ -137,7 +136,7 @@ class TokenMeter(FitCallback):
             return
         with not_essential("The picture 'tokens.png'"):
             figure = draw_lengths(self.counts)
-            save_figure(figure, f"{self._folder.rstrip('/')}/tokens.png")
+            save_figure(figure, f"{self._folder}/tokens.png")
             log_image(trainer, "curation/tokens", figure)
 
     def state_dict(self) -> dict[str, Any]:

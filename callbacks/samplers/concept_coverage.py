@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from curation.callbacks.lightning.collectives import gather_rows
-from curation.callbacks.lightning.loggers import log_image, not_essential, save_figure
+from curation.callbacks.lightning.loggers import log_image, not_essential, picture_folder, save_figure
 from curation.callbacks.lightning.loop import logs_now, skips_backward
 from curation.callbacks.lightning.seam import SeamClient, check_one_loader
 from curation.callbacks.online.choice import Choice, SelectionListener
@@ -95,8 +95,7 @@ class ConceptCoverageMonitor(SeamClient, SelectionListener):
                 "`sampler` of the data loader, not `batch_sampler`.)"
             )
         check_length(self._index, trainer)
-        folder = trainer.log_dir or trainer.default_root_dir  # a broadcast, so not where rank 0 draws
-        self._folder = None if trainer.fast_dev_run or not trainer.loggers else str(folder)  # type: ignore[attr-defined]
+        self._folder = picture_folder(trainer)
         # Only the ratios of the targets matter here.
         self._weights = target_counts(self._index, "uniform" if targets is None else targets, 1)
         visits = torch.zeros(len(self._index), dtype=torch.int32) if self.visits is None else self.visits

@@ -250,8 +250,8 @@ def signal(
     """Leave out most prompts of rewards whose answers were all right, or all wrong: they have no advantage.
 
     A loss is here the share of wrong answers to a prompt. Of those with at most ``right`` or at least ``wrong`` (the
-    bounds of GRESO, arXiv 2506.02177) a random ``floor(prune n)`` are left out; the others are tested again. With the
-    ``smoothing`` of the sampler one group out of the way of a prompt does not count as much.
+    bounds of GRESO, arXiv 2506.02177) a random ``floor(prune n)`` are left out; the others are tested again. With
+    ``smoothing`` of the sampler one lucky or unlucky group does not decide.
 
     Args:
         losses: fp32 ``[N]``, in [0, 1]; prompts without one are visited.

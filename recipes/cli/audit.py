@@ -25,6 +25,7 @@ from curation.recipes.instance_selection.features import (
     features_and_labels,
     in_order,
     load_weights,
+    read_array,
     read_features,
 )
 from curation.recipes.pictures import save_picture
@@ -186,14 +187,9 @@ def read_ids(file: str) -> np.ndarray:
     Raises:
         ValueError: If the file does not hold integers ``[M]``.
     """
-    try:
-        ids: Any = np.load(file)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(
-            f"Argument `--threshold` must name a .npy file of integers, but got {file!r}: {error}"
-        ) from error
-    if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu" or ids.ndim != 1:
-        kind = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, np.ndarray) else type(ids).__name__
+    ids = read_array("--threshold", file, "integers")
+    if ids.dtype.kind not in "iu" or ids.ndim != 1:
+        kind = f"{ids.dtype} {list(ids.shape)}"
         raise ValueError(f"Argument `--threshold` must hold integers [M], but {file!r} holds {kind}.")
     return ids.astype(np.int64)
 

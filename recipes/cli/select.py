@@ -29,7 +29,13 @@ from curation.evaluation.retention import Part, Retention, retention
 from curation.instances.selection import index_of_selector, read_selection
 from curation.instances.selection_index import SelectionIndex, fingerprint
 from curation.recipes.cli.lightning_cli import run
-from curation.recipes.instance_selection.features import features_and_labels, in_order, load_weights, read_features
+from curation.recipes.instance_selection.features import (
+    features_and_labels,
+    in_order,
+    load_weights,
+    read_array,
+    read_features,
+)
 from curation.recipes.instance_selection.retention_report import draw_retention, kept_report, retention_report
 from curation.recipes.instance_selection.selecting import make_object, takes
 from curation.recipes.instance_selection.target_picture import draw_target
@@ -157,7 +163,9 @@ def parser() -> argparse.ArgumentParser:
     """The parser of the command's own options."""
     parser = argparse.ArgumentParser("curation select", description=__doc__, allow_abbrev=False)
     parser.add_argument("--output", required=True, type=Path, help="file for the index (Parquet)")
-    parser.add_argument("--budget", type=float, help=f"share of the samples to keep (default {BUDGET})")
+    parser.add_argument(
+        "--budget", type=float, help=f"share of the samples to keep (default {BUDGET}; with --target .1)"
+    )
     parser.add_argument(
         "--selector",
         default=SELECTOR,
@@ -210,7 +218,7 @@ def examples(file: str, data: LightningDataModule) -> np.ndarray:
         ValueError: If it has no texts, or the data module cannot embed them.
     """
     if file.endswith(".npy"):
-        return np.load(file)
+        return read_array("--target", file)
     if not hasattr(data, "features_of"):
         raise ValueError(
             f"Argument `--target` must be a .npy file of features [M, D] with this recipe, whose "

@@ -92,18 +92,31 @@ def read_features(file: str, count: int) -> np.ndarray:
     Raises:
         ValueError: If the file does not hold a row of numbers for each of ``count`` training samples.
     """
-    try:
-        features: Any = np.load(file)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(
-            f"Argument `--features` must name a .npy file of numbers, but got {file!r}: {error}"
-        ) from error
-    if not isinstance(features, np.ndarray) or features.dtype.kind not in "iufb":
-        kind = features.dtype if isinstance(features, np.ndarray) else type(features).__name__
-        raise ValueError(f"Argument `--features` must name a .npy file of numbers, but {file!r} holds {kind}.")
+    features = read_array("--features", file)
     if features.ndim != 2 or len(features) != count:
         raise ValueError(
             f"Argument `--features` must hold [{count}, D], a row for each training sample, but "
             f"{file!r} has {list(features.shape)}."
         )
     return features
+
+
+def read_array(option: str, file: str, what: str = "numbers") -> np.ndarray:
+    """The array in a ``.npy`` file.
+
+    Args:
+        option: The option that names the file, for the errors.
+        file: The file.
+        what: What it should hold, for the errors.
+
+    Raises:
+        ValueError: If the file holds no numbers.
+    """
+    try:
+        array: Any = np.load(file)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"Argument `{option}` must name a .npy file of {what}, but got {file!r}: {error}") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iufb":
+        kind = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+        raise ValueError(f"Argument `{option}` must name a .npy file of {what}, but {file!r} holds {kind}.")
+    return array

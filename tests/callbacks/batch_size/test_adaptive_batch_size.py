@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lines import ROWS, Line, ManualLine, assert_gradients_of_large_batches, fit, points
+from lines import ROWS, Line, ManualLine, SingleLine, assert_gradients_of_large_batches, fit, points
 from processes import on_two_ranks
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -98,24 +98,11 @@ def test_a_short_batch_is_no_test():
     assert len({noise for _, noise in adaptive.noise_scales}) == 1  # the average did not move
 
 
-class Half(Line):
-    """Weights in fp32, under autocast."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(self.weight.detach().float())
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        self.rows += y.tolist()
-        return ((x.float() @ self.weight[:, None])[:, 0].float() - y.float()).square().mean()
-
-
 @pytest.mark.parametrize("scale", [None, 64.0, 2.0**40])
 def test_a_scaler_does_not_change_the_estimate_and_its_overflow_is_none(scale):
     scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale, backoff_factor=2.0**-34)
     plugin = MixedPrecision("bf16-mixed" if scaler is None else "16-mixed", "cpu", scaler)
-    module, adaptive = Half(), AdaptiveBatchSize(1e9, first=4 * ROWS, every=1, decay=0.0)
+    module, adaptive = SingleLine(), AdaptiveBatchSize(1e9, first=4 * ROWS, every=1, decay=0.0)
     fit(module, 16 * ROWS, adaptive, epochs=1, plugins=[plugin])
     x, y = points(16 * ROWS).tensors
     overflows = int(scale == 2.0**40)

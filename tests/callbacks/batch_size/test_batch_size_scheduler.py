@@ -15,7 +15,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
-from lines import ROWS, Line, ManualLine, assert_gradients_of_large_batches, fit, points
+from lines import ROWS, Line, ManualLine, SingleLine, assert_gradients_of_large_batches, fit, points
 from mixture import Mixture, Tokens, error, slow_gradients
 from processes import on_two_ranks
 from torch.utils.data import DataLoader, IterableDataset
@@ -325,23 +325,10 @@ def test_gradients_are_clipped_after_they_are_divided():
     assert not torch.equal(whole.weight, clipped.weight)
 
 
-class Single(Line):
-    """Least squares in the precision of the fit, with weights in fp32."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(self.weight.detach().float())
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        self.rows += y.tolist()
-        return ((x.float() @ self.weight[:, None])[:, 0].float() - y.float()).square().mean()
-
-
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
 def test_mixed_precision_with_a_scaler(precision):
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0) if precision == "16-mixed" else None
-    module = Single()
+    module = SingleLine()
     plugins = [MixedPrecision(precision, "cpu", scaler)]
     fit(module, 11 * ROWS - 2, BatchSizeScheduler([(0, ROWS), (2 * ROWS, 3 * ROWS)]), plugins=plugins)
     assert len(module.steps) == 10

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from helpers import Classifier, data, trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from curation.callbacks import InstanceSelection
 from curation.instances import TargetedSelector, targeted
@@ -163,5 +165,12 @@ def test_a_row_of_zeros_is_like_nothing():
     assert TargetedSelector(1.0, targets=[[1.0, 0.0]]).fit(pool).ranking_.tolist() == [1, 0, 2]
 
 
-def test_a_callback_takes_it():
-    InstanceSelection(selector=TargetedSelector(0.5, targets=[[1.0, 0.0]]))
+def test_a_fit_trains_on_what_a_target_keeps():
+    pool = data(64)
+    selector = TargetedSelector(0.25, targets=pool.tensors[0][:2].numpy())
+    selection, module = InstanceSelection(selector=selector), Classifier()
+    trainer(selection, max_epochs=1).fit(module, DataLoader(pool, 8))
+    expected = TargetedSelector(0.25, targets=pool.tensors[0][:2].numpy()).fit(pool.tensors[0]).sample_indices_
+    assert selection.indices.tolist() == expected.tolist()
+    assert {0, 1} <= set(expected.tolist())
+    assert sum(module.seen) == 16
