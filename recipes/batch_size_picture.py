@@ -57,6 +57,7 @@ def draw(sizes: Sequence[tuple[int, int]], seen: int, noise_scales: Sequence[tup
         A ``matplotlib.figure.Figure``.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -65,6 +66,8 @@ def draw(sizes: Sequence[tuple[int, int]], seen: int, noise_scales: Sequence[tup
     finite = [(samples, scale) for samples, scale in noise_scales if 0 < scale < float("inf")]
     if finite:
         axes.plot(*zip(*finite, strict=True), ".", label="gradient noise scale")
-    axes.set(xlabel="samples seen", ylabel="rows", yscale="log")
+    axes.set(xlabel="samples seen", ylabel="rows")
+    axes.set_yscale("log", base=2)  # sizes are often doubled
+    axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.legend(frameon=False)
     return figure
