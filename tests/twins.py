@@ -256,14 +256,15 @@ def slow_pruning(rule: str, losses: list[float], generator, progress: float, num
         order = must + [i for i in order if i not in must]
         return dict.fromkeys(order[: max(1, n - int(prune * n), len(must))], 1.0)
     if rule == "signal":
-        silent = [i for i in range(n) if losses[i] <= 0.02 or losses[i] >= 0.89]
+        right, wrong = torch.tensor([0.02, 0.89]).tolist()  # as losses are, in fp32
+        silent = [i for i in range(n) if losses[i] <= right or losses[i] >= wrong]
         order = torch.randperm(len(silent), generator=generator).tolist()
         again = [silent[j] for j in order[: len(silent) - math.floor(prune * len(silent))]]
         return dict.fromkeys([i for i in range(n) if i not in silent] + again, 1.0)
     if rule == "hide":
         share = prune * (1.0, 1.0, 0.8, 0.6, 0.4)[min(4, int(5 * progress))]
         lowest = sorted(range(n), key=lambda i: (losses[i] if i in known else math.inf, i))[: int(share * n)]
-        left = [i for i in range(n) if not (i in lowest and float(torch.tensor(-losses[i]).exp()) >= 0.7)]
+        left = [i for i in range(n) if not (i in lowest and bool(torch.tensor(-losses[i]).exp() >= 0.7))]
         return dict.fromkeys(left or [max(range(n), key=lambda i: (losses[i], -i))], 1.0)
     if rule == "drop_high":
         order = sorted(range(n), key=lambda i: (-math.inf if math.isnan(losses[i]) else losses[i], i))

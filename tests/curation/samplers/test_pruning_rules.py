@@ -32,6 +32,12 @@ def test_a_round_equals_the_slow_twin(rule, losses, prune, progress, number, see
     assert got == pytest.approx(expected)
 
 
+def test_a_share_of_wrong_answers_at_the_bound_is_silent():
+    visited, _ = draw("signal", [0.0, 0.89, 0.5, 0.02], prune=0.99)
+    assert 2 in visited
+    assert len(visited) == 2  # one of the three silent ones is tested again
+
+
 @pytest.mark.parametrize("rule", list(RULES))
 @given(losses=records, prune=shares, seed=st.integers(0, 9))
 def test_what_was_not_seen_is_visited(rule, losses, prune, seed):
