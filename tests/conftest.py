@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-# A slow machine is no failure. CI tries the same inputs each time: new ones are for those who can look at what they find.
+# A slow machine is no failure. CI tries the same inputs each time; new ones are for those who can look at them.
 settings.register_profile("untimed", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("untimed")
 LONG = ("test_compare.py", "real_model", "test_five_steps", "killed_mid_epoch", "types_of_every")
