@@ -7,9 +7,8 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from curation import arrow as pa
 from curation.files import replacing
 
 _CHECKSUMS = b"checksums"
@@ -35,7 +34,7 @@ def write_table(
     checksums = json.dumps({name: _column_checksum(table, name) for name in columns} | {"": _text_checksum(texts)})
     table = table.replace_schema_metadata({**texts, _CHECKSUMS.decode(): checksums})
     with replacing(path) as new:
-        pq.write_table(table, new, compression="zstd", write_page_checksum=True)
+        pa.parquet.write_table(table, new, compression="zstd", write_page_checksum=True)
 
 
 def read_table(path: str | PathLike[str], columns: Sequence[str] | None = None) -> Any:
@@ -60,7 +59,7 @@ def read_table(path: str | PathLike[str], columns: Sequence[str] | None = None) 
         [0, 1, 2]
     """
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with pa.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             table = file.read(columns=None if columns is None else list(columns))
         missing = set(columns or []) - set(table.column_names)
         if missing:

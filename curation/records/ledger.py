@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from curation import arrow as pa
 from curation.checks import check_integer, check_path
 from curation.tables import read_table, write_table
 
@@ -260,6 +259,6 @@ class Ledger:
     def history(self, sample_id: int) -> dict[str, np.ndarray]:
         """Every row of one sample, in the order of steps: a dictionary of columns."""
         check_integer("sample_id", sample_id, 0)
-        tables = [table.filter(pc.equal(table["sample_id"], sample_id)) for table in self._tables(COLUMNS)]
+        tables = [table.filter(pa.compute.equal(table["sample_id"], sample_id)) for table in self._tables(COLUMNS)]
         table = pa.concat_tables(tables).sort_by("step")
         return {name: table[name].to_numpy() for name in COLUMNS}

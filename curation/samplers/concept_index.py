@@ -8,9 +8,8 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
+from curation import arrow as pa
 from curation.files import replacing
 from curation.samplers.concept_rows import CHUNK, check_parts, checksum, is_missing, plain_names, ranges, unique_rows
 
@@ -221,8 +220,8 @@ class ConceptIndex:
         chunks = dataset.select_columns([column]).with_format("arrow")[:][column]
         sizes, values = [np.zeros(1, np.int64)], []
         for chunk in chunks.chunks:
-            if any(check(chunk.type) for check in _LISTS):
-                lengths = pc.list_value_length(chunk).fill_null(0)
+            if any(getattr(pa.types, f"is_{kind}")(chunk.type) for kind in _LISTS):
+                lengths = pa.compute.list_value_length(chunk).fill_null(0)
                 sizes.append(lengths.to_numpy(zero_copy_only=False).astype(np.int64))
                 values.append(chunk.flatten())
             else:
@@ -333,7 +332,7 @@ class ConceptIndex:
         return index
 
 
-_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+_LISTS = ("list", "large_list", "fixed_size_list")
 
 
 def _check_samples(offsets: Any, ids: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from curation import arrow as pa
 from curation.checks import check_integer
 from curation.files import replacing
 from curation.sample_ids import SampleIds
