@@ -5,7 +5,7 @@ from typing import Any
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function compiled by numba, kept on disk where that can be written.
+    """The function compiled by numba, kept on disk where that can be written. Several threads may run it at once.
 
     Raises:
         ImportError: If numba is missing.
@@ -13,6 +13,6 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     import numba
 
     try:
-        return numba.njit(cache=True)(function)
+        return numba.njit(cache=True, nogil=True)(function)
     except RuntimeError:  # no folder for the cache can be written
-        return numba.njit(function)
+        return numba.njit(nogil=True)(function)

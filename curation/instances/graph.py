@@ -7,6 +7,9 @@ of a sample are the nearest of its group, exactly. Graphs differ in the ordering
 Cost: ``O(N S D)`` with groups of ``S``, in batched matrix products on the device of ``x``.
 """
 
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +18,9 @@ import torch
 from torch import Tensor
 
 from curation.checks import check_integer, check_number
+from curation.compiled import compiled
 
-BLOCK = 2**22  # distances in memory at a time
+BLOCK = 2**19  # distances in memory at a time
 
 
 @dataclass(frozen=True)
@@ -57,34 +61,120 @@ class Graph:
         return of_class.sum() / present.sum().clamp(min=1)
 
 
-def group_neighbours(x: Tensor, groups: Tensor, k: int) -> Graph:
-    """The nearest ``k`` samples of the same group, by exact distances.
+def group_neighbours(x: Tensor, groups: Tensor, k: int, graph: Graph | None = None) -> Graph:
+    """The nearest ``k`` samples of the same group, or of the neighbours in a graph, by exact distances.
 
     Args:
         x: Floating ``[N, D]``.
         groups: int64 ``[G, S]``, every sample once; -1 for an empty place.
         k: Most neighbours of a sample, >= 0; a sample is no neighbour of itself.
+        graph: Neighbours that are known, ``[N, k]``; None for none.
     """
     check_integer("k", k, 0)
     n, size = len(x), groups.shape[1]
     kept = min(k, size - 1)
-    ids = torch.full((n + 1, k), -1, device=x.device)  # one row more, for the empty places
-    distances = torch.full((n + 1, k), torch.inf, device=x.device)
-    itself = torch.eye(size, dtype=torch.bool, device=x.device)
+    if graph is None:
+        ids, distances = torch.full((n, k), -1, device=x.device), torch.full((n, k), torch.inf, device=x.device)
+    else:
+        ids, distances = graph.ids.clone(), graph.distances.clone()
+    insert = _insertion() if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) else _insert_sorted
     for part in groups.split(max(1, BLOCK // size**2)) if kept else []:
         empty = part < 0
         rows = _centred(x[part.clamp(min=0)], ~empty)
         squares = rows.square().sum(-1)
         partial = torch.baddbmm(squares[:, None], rows, rows.mT, alpha=-2)  # without the square of the row's sample
-        partial.masked_fill_(itself, torch.inf)
-        partial.masked_fill_(empty[:, None], torch.inf)
-        nearest, places = partial.topk(kept, largest=False)
-        neighbours = part.gather(1, places.flatten(1)).view_as(places)
-        neighbours.masked_fill_(nearest.isinf(), -1)
-        samples = part.where(~empty, n)
-        ids[samples, :kept] = neighbours
-        distances[samples, :kept] = (nearest + squares[..., None]).clamp_(min=0)
-    return Graph(ids[:n], distances[:n])
+        if x.device.type != "cpu" or empty.any():
+            partial.masked_fill_(empty[:, None], torch.inf)
+        insert(partial, squares, part, ids, distances)
+    return Graph(ids, distances)
+
+
+def _insert_sorted(partial: Tensor, squares: Tensor, part: Tensor, ids: Tensor, distances: Tensor) -> None:
+    """Enter the samples of groups into the lists of their neighbours, on any device.
+
+    Args:
+        partial: Squared distances ``[G, S, S]`` without the square of the row's sample; infinite to empty places.
+        squares: The squares ``[G, S]``.
+        part: The samples ``[G, S]``; -1 for an empty place.
+        ids: ``[N, k]``, neighbours so far; changed in place.
+        distances: ``[N, k]``, their squared distances, in ascending order; changed in place.
+    """
+    empty, size, k = part < 0, part.shape[1], ids.shape[1]
+    partial.masked_fill_(torch.eye(size, dtype=torch.bool, device=part.device), torch.inf)
+    nearest, places = partial.topk(min(k, size - 1), largest=False)
+    neighbours = part.gather(1, places.flatten(1)).view_as(places).masked_fill_(nearest.isinf(), -1)
+    there, samples = ~empty, part[~empty]
+    found = Graph(neighbours[there], (nearest + squares[..., None]).clamp_(min=0)[there].to(distances.dtype))
+    best = nearest_of(Graph(ids[samples], distances[samples]), found)
+    ids[samples], distances[samples] = best.ids, best.distances
+
+
+@functools.cache
+def _insertion() -> Callable[..., None]:
+    """As :func:`_insert_sorted`, by a compiled loop where numba is installed: several times as fast on a CPU."""
+    try:
+        insert = compiled(_insert)
+    except ImportError:
+        return _insert_sorted
+
+    def threaded(partial: Tensor, squares: Tensor, part: Tensor, ids: Tensor, distances: Tensor) -> None:
+        lists = ids.numpy(), distances.numpy()  # of samples that stand in one group only
+        threads = min(torch.get_num_threads(), len(part))
+        cuts = zip(*(values.tensor_split(threads) for values in (partial, squares, part)), strict=True)
+        if threads == 1:
+            insert(partial.numpy(), squares.numpy(), part.numpy(), *lists)
+            return
+        with ThreadPoolExecutor(threads) as pool:
+            for done in [pool.submit(insert, *(values.numpy() for values in cut), *lists) for cut in cuts]:
+                done.result()
+
+    return threaded
+
+
+def _insert(partial: Any, squares: Any, part: Any, ids: Any, distances: Any) -> None:
+    size, last, lanes = part.shape[1], ids.shape[1] - 1, 16
+    while lanes < 1.5 * last:
+        lanes *= 2
+    least, picked = np.empty(lanes, partial.dtype), np.empty(size, np.int64)
+    for g in range(part.shape[0]):
+        for i in range(size):
+            sample, square, row = part[g, i], squares[g, i], partial[g, i]
+            if sample < 0:
+                continue
+            near, lengths = ids[sample], distances[sample]
+            row[i] = np.inf
+            # What is farther than the k-th so far, or than the k-th of the least of as many parts, is passed over.
+            bound = lengths[last] - square + (abs(lengths[last]) + abs(square)) * np.float32(1e-6)  # it is rounded
+            if size >= 2 * lanes:
+                least[:] = np.inf
+                for start in range(0, size - lanes + 1, lanes):
+                    for lane in range(lanes):
+                        least[lane] = min(least[lane], row[start + lane])
+                for a in range(1, lanes):
+                    value, b = least[a], a
+                    while b > 0 and least[b - 1] > value:
+                        least[b] = least[b - 1]
+                        b -= 1
+                    least[b] = value
+                bound = min(bound, least[last])
+            count = 0
+            for j in range(size):
+                picked[count] = j
+                count += row[j] <= bound
+            for j in picked[:count]:
+                distance, other = max(row[j] + square, np.float32(0)), part[g, j]
+                if not distance < lengths[last]:
+                    continue
+                known = False
+                for e in range(last + 1):
+                    known |= near[e] == other
+                if known:
+                    continue
+                e = last
+                while e > 0 and lengths[e - 1] > distance:
+                    near[e], lengths[e] = near[e - 1], lengths[e - 1]
+                    e -= 1
+                near[e], lengths[e] = other, distance
 
 
 def _centred(rows: Tensor, present: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from curation.instances.graph import Graph, group_neighbours, nearest_of
+from curation.instances.graph import Graph, group_neighbours
 
 
 def bits(n: int, capacity: int) -> int:
@@ -52,7 +52,7 @@ def multi_view(x: Tensor, k: int, views: int, capacity: int, generator: torch.Ge
     """The nearest ``k`` in the union of the buckets of ``views`` independent hashes."""
     graph = single_level(x, k, capacity, generator)
     for _ in range(views - 1):
-        graph = nearest_of(graph, single_level(x, k, capacity, generator))
+        graph = group_neighbours(x, buckets(x, bits(len(x), capacity), generator), k, graph)
     return graph
 
 

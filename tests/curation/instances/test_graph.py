@@ -1,10 +1,12 @@
 import itertools
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from curation.instances import graph as graph_module
 from curation.instances import hashing
 from curation.instances.graph import Graph, exact, group_neighbours, hierarchical_small_world, mini_batch, nearest_of
 
@@ -46,6 +48,44 @@ def test_group_neighbours_are_the_nearest_of_the_group(n, size, k, seed):
     order = torch.randperm(n, generator=generator(seed))
     groups = torch.nn.functional.pad(order, (0, -n % size), value=-1).view(-1, size)
     assert_is(group_neighbours(x, groups, k), slow_group_neighbours(x, groups, k), k)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 90), st.integers(2, 90), st.integers(1, 30), st.integers(0, 99), st.sampled_from([1, 2]))
+def test_the_compiled_loop_equals_the_sort(n, size, k, seed, threads):
+    """On grids, where many distances are equal, and with further groups, neighbours of which are known."""
+    x = points(n, 3, seed).mul(2).round() if seed % 2 else points(n, 3, seed)
+    graphs = {insert: None for insert in (graph_module._insertion(), graph_module._insert_sorted)}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for insert in graphs:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(graph_module, "_insertion", lambda insert=insert: insert)
+                for view in range(3):
+                    order = torch.randperm(n, generator=generator(seed + view))
+                    groups = torch.nn.functional.pad(order, (0, -n % size), value=-1).view(-1, size)
+                    graphs[insert] = group_neighbours(x, groups, k, graphs[insert])
+    finally:
+        torch.set_num_threads(before)
+    fast, slow = graphs.values()
+    torch.testing.assert_close(fast.distances, slow.distances, rtol=1e-5, atol=1e-5)
+    assert ((fast.ids < 0) == (slow.ids < 0)).all()
+    of_ids = (x[:, None] - x[fast.ids.clamp(min=0)]).square().sum(-1).masked_fill(fast.ids < 0, torch.inf)
+    torch.testing.assert_close(fast.distances, of_ids, rtol=1e-4, atol=1e-4)
+    ordered = fast.ids.sort(dim=1).values
+    assert not ((ordered.diff(dim=1) == 0) & (ordered[:, 1:] >= 0)).any()
+    if not seed % 2:
+        assert (fast.ids == slow.ids).all()
+
+
+def test_without_numba_the_neighbours_are_the_same(monkeypatch):
+    x = points(500)
+    expected = hashing.multi_view(x, 7, 3, 32, generator())
+    monkeypatch.setattr(graph_module, "_insertion", graph_module._insertion.__wrapped__)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    assert graph_module._insertion() is graph_module._insert_sorted
+    assert (hashing.multi_view(x, 7, 3, 32, generator()).ids == expected.ids).all()
 
 
 def test_the_distances_are_those_of_the_ids():
