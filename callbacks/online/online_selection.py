@@ -3,7 +3,7 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -88,6 +88,7 @@ class OnlineSelection(SeamClient, ABC):
     has_scores = True
     guarded = True
     by_row = False
+    precision: str = "fit"  # of the scoring pass
 
     def __init__(
         self,
@@ -347,8 +348,15 @@ class OnlineSelection(SeamClient, ABC):
 
     @contextmanager
     def scoring(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-        """Run the module without side effects, in the precision of the fit; ``self.log`` in it is ignored."""
-        with muted(pl_module), side_effect_free(pl_module), trainer.precision_plugin.forward_context():
+        """Run the module without side effects, in the precision of the scores; ``self.log`` in it is ignored."""
+        with muted(pl_module), side_effect_free(pl_module), self.in_precision(trainer, pl_module):
+            yield
+
+    @contextmanager
+    def in_precision(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+        """Compute in the precision of the fit, or with autocast to bf16."""
+        cast = torch.autocast(pl_module.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+        with trainer.precision_plugin.forward_context(), cast:
             yield
 
     # ------------------------------------------------------------------ Lightning's hooks

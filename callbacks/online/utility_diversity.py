@@ -1,7 +1,5 @@
 """Utility-diversity selection (UDS, arXiv 2510.16882) as a callback."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -114,13 +112,6 @@ class UtilityDiversitySelection(OnlineSelection):
         with torch.no_grad():
             parts = zip(*measured[: batch_size(batch)], strict=True)
             return self.scorer.score_measured(Measured(*(self.in_row_order(torch.cat(part)) for part in parts)))
-
-    @contextmanager
-    def scoring(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-        """As in the base, in the precision asked for."""
-        cast = torch.autocast(pl_module.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
-        with super().scoring(trainer, pl_module), cast:
-            yield
 
     def _refresh(self, head: nn.Linear) -> None:
         """Compute the products with the head: once, or every 100 batches while it is trained."""

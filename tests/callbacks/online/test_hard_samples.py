@@ -492,3 +492,35 @@ def test_the_pool_takes_every_score_of_batches_that_grow():
     trainer(selection, max_epochs=1).fit(Plain(), DataLoader(data(12), batch_sampler=batches))
     assert selection.pool.shape == (12,)
     assert selection.pool.isfinite().all()
+
+
+@pytest.mark.parametrize("score", ["loss", "grad_norm"])
+def test_scores_in_bf16_are_those_of_the_fit_but_for_rounding(score):
+    seen = []
+
+    class Looks(Plain):
+        def forward(self, x):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return self.net(x)
+
+        def training_step(self, batch, batch_idx):
+            assert not torch.is_autocast_enabled("cpu")
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+    steps = {}
+    for precision in ("fit", "bf16"):
+        torch.manual_seed(0)  # of the order
+        selection = HardSampleSelection(keep=0.5, score=score, precision=precision)
+        keeps = Keeps(selection)
+        trainer(selection, keeps, max_epochs=1).fit(Looks(), loader())
+        steps[precision] = keeps.steps
+    exact, rounded = (steps[precision][0][1] for precision in ("fit", "bf16"))
+    assert any(seen)
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(exact, rounded)
+    torch.testing.assert_close(exact, rounded, rtol=0.03, atol=0.03)
+
+
+def test_a_precision_that_is_none_is_named():
+    with pytest.raises(ValueError, match=r"Argument `precision` must be 'fit' or 'bf16', but got 'fp16'"):
+        HardSampleSelection(keep=0.5, precision="fp16")
