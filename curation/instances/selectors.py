@@ -201,7 +201,7 @@ class GraphAttentionInstanceSelector(InstanceSelector):
         n_views: Number of independent hashes of a multi-view graph.
         n_graphs: Number of random graphs and networks. With one, samples are scored by a network that learned them.
         distance_quantile: Quantile of the edge lengths, in (0, 1], above which edges are left out.
-        epochs: Most epochs of training; more where they have less than 200 steps.
+        epochs: Most epochs of training; None for about 200 steps, whatever the number of samples.
         edge_dropout: Fraction of the edges that are left out in a step, in [0, 1).
         lr: Learning rate of AdamW.
         random_state: Seed or generator of graphs, networks and folds, as in scikit-learn.
@@ -236,7 +236,7 @@ class GraphAttentionInstanceSelector(InstanceSelector):
         n_views: int = 4,
         n_graphs: int = 4,
         distance_quantile: float = 1.0,
-        epochs: int = 10,
+        epochs: int | None = None,
         edge_dropout: float = 0.3,
         lr: float = 5e-3,
         random_state: Any = None,
@@ -263,7 +263,7 @@ class GraphAttentionInstanceSelector(InstanceSelector):
         check_choice("criterion", self.criterion, ("ambiguity", "confidence", "margin", "attention"))
         check_choice("select", self.select, ("coverage", "rank", "threshold"))
         for name in ("n_neighbors", "n_views", "n_graphs", "epochs"):
-            check_integer(name, getattr(self, name), 1)
+            check_integer(name, getattr(self, name), 1, optional=name == "epochs")
         check_number("distance_quantile", self.distance_quantile, "(0, 1]")
         check_number("edge_dropout", self.edge_dropout, "[0, 1)")
         check_number("lr", self.lr, "(0, inf)")

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from curation.instances import hashing
+from curation.instances import attention, hashing
 from curation.instances.attention import GraphAttentionLayer, GraphAttentionNetwork, Training, focal_loss, train
 
 
@@ -135,6 +135,18 @@ def test_the_same_seed_gives_the_same_network_and_the_global_streams_are_left_al
     one, same, other = (n.classify.weight for n in networks)
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("steps", "epochs", "expected"), [(4, None, 4), (12, None, 16), (4, 3, 6)])
+def test_training_on_many_samples_has_as_many_steps_as_on_few(monkeypatch, steps, epochs, expected):
+    """400 samples are two batches; an epoch is one of at most one batch, or of both, or there are three epochs."""
+    x, y, graph, order = problem()
+    everything, taken = torch.ones(400, dtype=torch.bool), []
+    monkeypatch.setattr(attention, "STEPS", steps)
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *a, **k: taken.append(1) or step(*a, **k))
+    train(x, y, graph, order, everything, ~everything, Training(epochs=epochs, patience=99), 0)
+    assert len(taken) == expected
 
 
 def test_it_trains_where_gradients_are_off():
