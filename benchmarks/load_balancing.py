@@ -1,11 +1,14 @@
 """The cost of load balancing: seconds that it adds to an update, and one collective against one per layer.
 
-    python benchmarks/load_balancing.py            # on an idle machine; prints one line of JSON per measurement
+    python benchmarks/load_balancing.py [--accumulate 16]    # on an idle machine; a line of JSON per measurement
 
 A decoder with 16 experts in each of 8 layers (Qwen3-MoE of transformers), micro-batches of 8 x 256 tokens, 4 to an
-update. Medians, and ratios within a round of fits. The collectives run on two processes (gloo).
+update. Medians, and ratios within a round of fits with their 95 % intervals; of prepass also what it adds over
+`running`, as a share of a forward pass over the micro-batches. The collectives run on two processes (gloo).
 """
 
+import argparse
+import itertools
 import json
 import logging
 import statistics
@@ -19,9 +22,10 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from curation.callbacks import GlobalBatchLoadBalancing
+from curation.evaluation.statistics import paired_interval
 from curation.recipes.mixture_of_experts.mixture_lm import MixtureLM
 
-ROUNDS, STEPS, ACCUMULATE = 5, 3, 4
+ROUNDS, STEPS = 9, 4
 ESTIMATORS: dict[str, dict[str, Any] | None] = {
     "none": None,
     "micro": {"scope": "micro"},
@@ -32,17 +36,18 @@ ESTIMATORS: dict[str, dict[str, Any] | None] = {
 class Steps(Callback):
     """Seconds of every update after the first. Comes before the other callbacks, so that a prepass counts."""
 
-    def __init__(self) -> None:
+    def __init__(self, accumulate: int) -> None:
+        self.accumulate = accumulate
         self.seconds: list[float] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Begin with a window."""
-        if batch_idx % ACCUMULATE == 0:
+        if batch_idx % self.accumulate == 0:
             self.began = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """End with it."""
-        if batch_idx % ACCUMULATE == ACCUMULATE - 1 and batch_idx >= ACCUMULATE:
+        if (batch_idx + 1) % self.accumulate == 0 and batch_idx >= self.accumulate:
             self.seconds.append(time.perf_counter() - self.began)
 
 
@@ -51,31 +56,54 @@ class Noise(LightningDataModule):
 
     names = ("one", "other")
 
+    def __init__(self, accumulate: int) -> None:
+        super().__init__()
+        self.accumulate = accumulate
+
     def train_dataloader(self) -> DataLoader:
         """Micro-batches."""
         rows = [{"input_ids": torch.randint(256, (256,)), "domain": torch.tensor(0)} for _ in range(64)]
-        return DataLoader(rows * (STEPS + 1), 8)  # type: ignore[arg-type]
+        return DataLoader(rows * (STEPS + 1) * (self.accumulate // 4), 8)  # type: ignore[arg-type]
 
 
-def overhead() -> None:
+def overhead(accumulate: int) -> None:
     """Print the seconds of an update with each estimator."""
-    seconds: dict[str, list[float]] = {name: [] for name in ESTIMATORS}
+    seconds: dict[str, list[float]] = {name: [] for name in (*ESTIMATORS, "forward")}
     for _ in range(ROUNDS):
         for name, options in ESTIMATORS.items():
             torch.manual_seed(0)
-            steps = Steps()
+            steps = Steps(accumulate)
             balancing = [] if options is None else [GlobalBatchLoadBalancing(**options)]
             run = Trainer(
-                callbacks=[steps, *balancing], max_steps=STEPS + 1, accumulate_grad_batches=ACCUMULATE,
+                callbacks=[steps, *balancing], max_steps=STEPS + 1, accumulate_grad_batches=accumulate,
                 limit_val_batches=0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
                 enable_model_summary=False,
             )  # fmt: skip
-            run.fit(MixtureLM(hidden=256, layers=8, heads=8, experts=16, expert_hidden=64), Noise())
+            module, data = MixtureLM(hidden=256, layers=8, heads=8, experts=16, expert_hidden=64), Noise(accumulate)
+            run.fit(module, data)
             seconds[name].append(statistics.median(steps.seconds))
+        forwards = []
+        for _ in range(STEPS):
+            batches = list(itertools.islice(data.train_dataloader(), accumulate))
+            start = time.perf_counter()
+            with torch.no_grad():
+                for batch in batches:
+                    module.eval()(batch["input_ids"])
+            forwards.append(time.perf_counter() - start)
+        seconds["forward"].append(statistics.median(forwards))
     for name, values in seconds.items():
-        ratio = statistics.median(v / none for v, none in zip(values, seconds["none"], strict=True))
-        median = statistics.median(values)
-        print(json.dumps({"estimator": name, "seconds_an_update": round(median, 3), "over_none": round(ratio, 3)}))
+        ratios = [v / none for v, none in zip(values, seconds["none"], strict=True)]
+        line = {"estimator": name, "seconds_an_update": statistics.median(values), **of_ratios("over_none", ratios)}
+        if name == "prepass":
+            columns = zip(values, seconds["running"], seconds["forward"], strict=True)
+            line |= of_ratios("added_over_forward", [(v - running) / forward for v, running, forward in columns])
+        print(json.dumps(line))
+
+
+def of_ratios(name: str, ratios: list[float]) -> dict[str, Any]:
+    """Their median, and the 95 % interval of their mean."""
+    _, low, high = paired_interval(ratios)
+    return {name: round(statistics.median(ratios), 3), f"{name}_interval": [round(low, 3), round(high, 3)]}
 
 
 def reduce(rank: int, layers: int, experts: int) -> None:
@@ -99,5 +127,7 @@ def reduce(rank: int, layers: int, experts: int) -> None:
 
 if __name__ == "__main__":
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    overhead()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--accumulate", type=int, default=4, help="micro-batches of an update, a multiple of 4")
+    overhead(parser.parse_args().accumulate)
     multiprocessing.spawn(reduce, args=(48, 128), nprocs=2)
