@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curation.checks import check_flag, check_number, check_text
+from curation.checks import check_flag, check_integer, check_number, check_text
 from curation.instances.selector import InstanceSelector
 
 CELLS = 1 << 20  # cosines that are computed at a time
@@ -22,8 +22,9 @@ class TargetedSelector(InstanceSelector):
 
     Each example of the target ranks the whole pool by cosine similarity, and the score of a row is the best of its
     ranks: ``S_j = -min_i r_ij``. So every example has as many of the kept rows as any other, as far as they differ; a
-    mean of similarities would follow the most common kind. Ties go to the larger mean similarity, then to the first
-    row. Features are made unit norm, and not standardised; a row of zeros has a similarity of 0 to everything.
+    mean of similarities would follow the most common kind. With ``agree`` of ``k`` the score is the ``k``-th best of
+    its ranks, so that an example that is like no other brings few rows. Ties go to the larger mean similarity, then
+    to the first row. Features are made unit norm, and not standardised; a row of zeros has a similarity of 0 to everything.
 
     Only ranks that can be kept are found: matrix products in blocks, of which the highest few stay for each example,
     ``O(N M D)`` time and ``O(M T + N)`` memory. The pool may be a memory map, which is read in blocks.
@@ -32,17 +33,19 @@ class TargetedSelector(InstanceSelector):
         budget: Share of the rows that stay, in (0, 1]; with ``lengths`` of the tokens.
         targets: Examples ``[M, D]``, or a ``.npy`` file of them; or a dict of these by the name of a task, of which
             as many examples are taken as the smallest has.
+        agree: Examples that must rank a row high, ``k``; 1 is the rule of the paper. Well below the number of
+            examples of the rarest kind.
         lengths: Tokens of each row, integers ``[N]``; rows are kept in their order until the budget is spent.
         random_state: Seed of the examples that are taken where tasks have different numbers.
         device: Where the products are computed; None for the CPU.
         verbose: Show a progress bar.
 
     Attributes:
-        scores_: fp32 ``[N]``, minus the best rank; -inf for rows behind all that stay.
+        scores_: fp32 ``[N]``, minus the ``k``-th best rank; -inf for rows behind all that stay.
         report_: Also ``examples``, and ``depth``, the ranks that were looked at.
 
     Raises:
-        ValueError: If there are no targets, or they have another number of features or a row that is zero or not
+        ValueError: If there are no targets, fewer than must agree, or they have another number of features or a row that is zero or not
             finite; of :meth:`fit`.
 
     Example:
@@ -57,6 +60,7 @@ class TargetedSelector(InstanceSelector):
         self,
         budget: float = 0.1,
         targets: Any = None,
+        agree: int = 1,
         lengths: Any = None,
         random_state: Any = 0,
         device: str | None = None,
@@ -64,6 +68,7 @@ class TargetedSelector(InstanceSelector):
     ) -> None:
         self.budget = budget
         self.targets = targets
+        self.agree = agree
         self.lengths = lengths
         self.random_state = random_state
         self.device = device
@@ -78,12 +83,15 @@ class TargetedSelector(InstanceSelector):
         """
         start = perf_counter()
         check_number("budget", self.budget, "(0, 1]")
+        check_integer("agree", self.agree, 1)
         check_flag("verbose", self.verbose)
         check_text("device", self.device, optional=True)
         pool = X if isinstance(X, (np.ndarray, Tensor)) else np.asarray(X, dtype=np.float32)
         if len(pool.shape) != 2 or not len(pool):
             raise ValueError(f"Argument `X` must be [N, D] with at least one row, but is {list(pool.shape)}.")
         examples = self._examples(pool.shape[1])
+        if self.agree > len(examples):
+            raise ValueError(f"Argument `agree` must be in [1, {len(examples)} examples], but got {self.agree}.")
         cost = np.ones(len(pool), np.int64) if self.lengths is None else np.asarray(self.lengths)
         if cost.shape != (len(pool),) or cost.dtype.kind not in "iu" or cost.min() < 0 or not cost.any():
             raise ValueError(
@@ -93,13 +101,13 @@ class TargetedSelector(InstanceSelector):
         device = torch.device(self.device or "cpu")
         cheapest = np.sort(cost).cumsum()
         most = max(1, int(np.searchsorted(cheapest, self.budget * cheapest[-1], side="right")))  # rows that can stay
-        depth = min(len(pool), max(LEAST, -(-4 * most // len(examples))))
+        depth = min(len(pool), max(LEAST, -(-4 * most * self.agree // len(examples))))
         while True:
-            best, mean = best_ranks(pool, examples, depth, device, _progress if self.verbose else iter)
+            best, mean = best_ranks(pool, examples, depth, device, _progress if self.verbose else iter, self.agree)
             ranked = np.flatnonzero(best)
             order = ranked[np.lexsort((ranked, -mean[ranked], best[ranked]))]
             spent = cost[order].cumsum()
-            if depth == len(pool) or spent[-1] >= self.budget * cheapest[-1]:
+            if depth == len(pool) or (len(spent) and spent[-1] >= self.budget * cheapest[-1]):
                 break
             depth = min(len(pool), 4 * depth)  # examples share their nearest rows
         stay = max(1, int(np.searchsorted(spent, self.budget * cheapest[-1] + 1e-9, side="right")))
@@ -140,8 +148,9 @@ def best_ranks(
     depth: int,
     device: torch.device | str = "cpu",
     progress: Callable[[list[Any]], Iterable[Any]] = iter,
+    agree: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best rank of each row of a pool for any example, by cosine similarity.
+    """The best rank of each row of a pool for any example, or the ``k``-th best, by cosine similarity.
 
     Args:
         pool: Floating ``[N, D]``: an array, a tensor, or a memory map.
@@ -149,6 +158,7 @@ def best_ranks(
         depth: Ranks that are found, in [1, N].
         device: Where the products are computed.
         progress: Wraps the list of blocks.
+        agree: ``k``, in [1, M].
 
     Returns:
         Ranks int64 ``[N]`` from 1, 0 beyond the depth; equal similarities are ranked in the order of the rows. And
@@ -174,9 +184,19 @@ def best_ranks(
         nearest.add(rounded @ rows.to(dtype).T, start)
     nearest.merge()
     nearest.compare(pool, queries)
-    best = torch.full((len(pool),), depth + 1)
-    best.scatter_reduce_(0, nearest.ids.cpu(), nearest.places.cpu() + 1, "amin")
-    return best.where(best <= depth, 0).numpy(), mean
+    return _kth_places(nearest.ids.cpu(), nearest.places.cpu(), len(pool), depth, agree).numpy(), mean
+
+
+def _kth_places(ids: Tensor, places: Tensor, rows: int, depth: int, agree: int) -> Tensor:
+    """The ``k``-th smallest place of each row, int64 ``[N]`` from 1; 0 for one with fewer below the depth."""
+    pairs = (ids * depth + places)[places < depth].sort().values
+    ids, places = pairs // depth, pairs % depth
+    owners, counts = ids.unique_consecutive(return_counts=True)
+    last = counts.cumsum(0) - counts + agree - 1
+    enough = counts >= agree
+    best = torch.zeros(rows, dtype=torch.int64)
+    best[owners[enough]] = places[last[enough]] + 1
+    return best
 
 
 class _Nearest:

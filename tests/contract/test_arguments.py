@@ -211,6 +211,7 @@ OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
     "SketchMemory.size": (0,),
     "StratifiedRandomSelector.budget": (0, 1.5),
     "SubsetSampler.seed": (-1,),
+    "TargetedSelector.agree": (0,),
     "TargetedSelector.budget": (0, 1.5),
     "ThresholdSamples.classes": (0, 1),
     "ThresholdSamples.seed": (-1,),
