@@ -24,7 +24,8 @@ class TargetedSelector(InstanceSelector):
     ranks: ``S_j = -min_i r_ij``. So every example has as many of the kept rows as any other, as far as they differ; a
     mean of similarities would follow the most common kind. With ``agree`` of ``k`` the score is the ``k``-th best of
     its ranks, so that an example that is like no other brings few rows. Ties go to the larger mean similarity, then
-    to the first row. Features are made unit norm, and not standardised; a row of zeros has a similarity of 0 to everything.
+    to the first row. Features are made unit norm, and not standardised; a row of zeros has a similarity of 0 to
+    everything.
 
     Only ranks that can be kept are found: matrix products in blocks, of which the highest few stay for each example,
     ``O(N M D)`` time and ``O(M T + N)`` memory. The pool may be a memory map, which is read in blocks.
@@ -45,8 +46,8 @@ class TargetedSelector(InstanceSelector):
         report_: Also ``examples``, and ``depth``, the ranks that were looked at.
 
     Raises:
-        ValueError: If there are no targets, fewer than must agree, or they have another number of features or a row that is zero or not
-            finite; of :meth:`fit`.
+        ValueError: If there are no targets, fewer than must agree, or they have another number of features or a row
+            that is zero or not finite; of :meth:`fit`.
 
     Example:
         >>> pool = [[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [-1.0, 0.0]]
@@ -173,18 +174,19 @@ def best_ranks(
     """
     queries = torch.nn.functional.normalize(torch.from_numpy(examples).to(device), dim=1)
     centre, dtype = queries.mean(0), _faster(queries)
-    # Of unit vectors: both factors and the product are rounded, and sums of fp32 are.
-    error = (3 * torch.finfo(dtype).eps / 2 if dtype == torch.bfloat16 else 0.0) + queries.size(1) * 2.0**-23
     rounded = queries.to(dtype)
+    # Of a product of rounded unit vectors, before it is rounded itself; and its sums, in fp32, are rounded.
+    error = 1.01 * (queries - rounded.float()).norm(dim=1).max() + queries.size(1) * 2.0**-23
     mean = np.empty(len(pool), np.float32)
-    nearest = _Nearest(len(queries), depth, 2 * error, queries.device)
+    nearest = _Nearest(len(queries), depth, dtype, min(2 * depth, len(pool)), queries.device)
     for start, stop in progress(list(_blocks(len(pool), len(queries), depth))):
         rows = _unit(pool, slice(start, stop), queries.device)
         mean[start:stop] = (rows @ centre).cpu().numpy()
-        nearest.add(rounded @ rows.to(dtype).T, start)
+        near = rows.to(dtype)
+        nearest.add(rounded @ near.T, start, error + (rows - near.float()).norm(dim=1).max())
     nearest.merge()
-    nearest.compare(pool, queries)
-    return _kth_places(nearest.ids.cpu(), nearest.places.cpu(), len(pool), depth, agree).numpy(), mean
+    ids, places = nearest.compare(pool, queries)
+    return _kth_places(ids.cpu(), places.cpu(), len(pool), depth, agree).numpy(), mean
 
 
 def _kth_places(ids: Tensor, places: Tensor, rows: int, depth: int, agree: int) -> Tensor:
@@ -200,68 +202,126 @@ def _kth_places(ids: Tensor, places: Tensor, rows: int, depth: int, agree: int) 
 
 
 class _Nearest:
-    """The nearest rows of each example among those that were seen, in order of example and similarity.
+    """The nearest rows of each example among those that were seen.
 
     Args:
         examples: Their number ``M``.
         depth: Rows to keep for each, ``T``.
-        slack: Similarity by which rows behind these may still be among them, since similarities are rounded.
+        dtype: What similarities are rounded to, so that rows behind these may still be among them.
+        width: Rows that there is room for at first, ``W``; more is made where more are alike.
         device: The device.
 
     Attributes:
-        owners: int64 ``[n]``, examples, about ``T`` times each.
-        ids: int64 ``[n]``, rows of the pool.
-        values: floating ``[n]``, their similarities.
-        places: int64 ``[n]``, their places in the order of their example, from 0.
+        ids: int64 ``[M, W]``, rows of the pool.
+        values: fp32 ``[M, W]``, their similarities; -inf for empty places.
+        sizes: int64 ``[M]``, the places of each example that are not empty; these come first.
+        last: fp32 ``[M]``, the similarity of the ``T``-th.
     """
 
-    def __init__(self, examples: int, depth: int, slack: float, device: torch.device) -> None:
-        self.depth, self.slack = depth, slack
-        self.floor = torch.full((examples, 1), -torch.inf, device=device)
-        self.owners, self.ids, self.places = (torch.zeros(0, dtype=torch.int64, device=device) for _ in range(3))
-        self.values = torch.zeros(0, device=device)
-        self._found: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._waiting = self._seen = self._merged = 0
+    def __init__(self, examples: int, depth: int, dtype: torch.dtype, width: int, device: torch.device) -> None:
+        self.depth, self.dtype = depth, dtype
+        self.last = torch.full((examples,), -torch.inf, device=device)
+        self.error = torch.zeros((), device=device)
+        self.values = torch.full((examples, width), -torch.inf, device=device)
+        self.ids = torch.zeros((examples, width), dtype=torch.int64, device=device)
+        self.sizes = torch.zeros(examples, dtype=torch.int64, device=device)
+        self._seen = self._merged = 0
 
-    def add(self, similarities: Tensor, first: int) -> None:
-        """Enter the similarities ``[M, B]`` of the rows from ``first`` on."""
-        owners, columns = (similarities >= self.floor.to(similarities.dtype)).nonzero(as_tuple=True)
-        self._found.append((owners, columns + first, similarities[owners, columns].float()))
-        self._waiting += len(owners)
+    def add(self, similarities: Tensor, first: int, error: Tensor) -> None:
+        """Enter the similarities ``[M, B]`` of the rows from ``first`` on, that were so far off before rounding."""
+        self.error = torch.maximum(self.error, error)
+        owners, columns = _at_least(similarities, self.floor())
+        counts = owners.bincount(minlength=len(self.sizes))
+        if int((self.sizes + counts).max()) > self.values.size(1):
+            self.merge()
+        self._put(owners, columns + first, similarities[owners, columns].float(), counts)
         self._seen += similarities.size(1)
-        if self._seen >= 2 * self._merged or self._waiting > 2 * CELLS:
+        if self._seen >= 2 * self._merged:
             self.merge()
 
+    def floor(self) -> Tensor:
+        """What a similarity of the nearest is not below, ``[M]``.
+
+        Rounding is monotone. The product of the last may be less by half a step than what it was rounded to; it and
+        that of another row are off by the error.
+        """
+        step = torch.finfo(self.dtype).eps / 2
+        return (self.last - step * self.last.abs() - 2 * self.error).to(self.dtype)
+
     def merge(self) -> None:
-        """Forget what is too far behind, and raise the floors."""
-        parts = [(self.owners, self.ids, self.values), *self._found]
-        self.owners, self.ids, self.values = (torch.cat(column) for column in zip(*parts, strict=True))
-        self.sort()
-        last = self.places == self.depth - 1
-        self.floor[self.owners[last], 0] = self.values[last] - self.slack
-        kept = self.values >= self.floor[self.owners, 0]
-        self.owners, self.ids, self.values = self.owners[kept], self.ids[kept], self.values[kept]
-        self._found, self._waiting, self._merged = [], 0, self._seen
+        """Raise the floors, and forget what is below them."""
+        self._merged = self._seen
+        width = int(self.sizes.max())
+        if width >= self.depth:
+            self.last = _largest(self.values[:, :width], self.depth)
+        owners, ids, values = self.entries()
+        kept = values >= self.floor().float()[owners]
+        owners, ids, values = owners[kept], ids[kept], values[kept]
+        counts = owners.bincount(minlength=len(self.sizes))
+        self.values.fill_(-torch.inf)
+        self.sizes.zero_()
+        self._put(owners, ids, values, counts, room=2)
 
-    def sort(self) -> None:
-        """Put rows into the order of example and similarity; equal ones stay in theirs."""
-        order = (self.owners - self.values.double() / 4).sort(stable=True).indices  # similarities are in [-1, 1]
-        self.owners, self.ids, self.values = self.owners[order], self.ids[order], self.values[order]
-        starts = torch.searchsorted(self.owners, torch.arange(len(self.floor), device=order.device))
-        self.places = torch.arange(len(order), device=order.device) - starts[self.owners]
+    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Examples ``[n]`` in their order, rows of the pool, and similarities."""
+        owners, places = _at_least(self.values, torch.full_like(self.last, -2))  # similarities are in [-1, 1]
+        return owners, self.ids[owners, places], self.values[owners, places]
 
-    def compare(self, pool: Any, queries: Tensor) -> None:
-        """Compute the similarities anew, in fp32, and sort by them; equal ones in the order of the rows."""
-        order = self.ids.argsort(stable=True)
-        self.owners, self.ids = self.owners[order], self.ids[order]
+    def _put(self, owners: Tensor, ids: Tensor, values: Tensor, counts: Tensor, room: int = 1) -> None:
+        """Enter rows of examples that are in order, so many of each; with room for so many times as many."""
+        short = room * int((self.sizes + counts).max()) - self.values.size(1)
+        if short > 0:
+            self.values = torch.nn.functional.pad(self.values, (0, short), value=-torch.inf)
+            self.ids = torch.nn.functional.pad(self.ids, (0, short))
+        starts = self.sizes - counts.cumsum(0) + counts
+        places = torch.arange(len(owners), device=owners.device) + starts[owners]
+        self.values[owners, places] = values
+        self.ids[owners, places] = ids
+        self.sizes += counts
+
+    def compare(self, pool: Any, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the similarities anew, in fp32.
+
+        Returns:
+            Rows of the pool ``[n]``, and their places in the order of their example, from 0; equal ones are in the
+            order of the rows.
+        """
+        owners, ids, _ = self.entries()
+        order = ids.argsort(stable=True)
+        owners, ids = owners[order], ids[order]
         values = []
         size = max(1, CACHED // queries.size(1))
-        for ids, owners in zip(self.ids.split(size), self.owners.split(size), strict=True):
-            rows, places = ids.unique_consecutive(return_inverse=True)
+        for part, examples in zip(ids.split(size), owners.split(size), strict=True):
+            rows, places = part.unique_consecutive(return_inverse=True)
             near = _unit(pool, rows, queries.device).index_select(0, places)
-            values.append(near.mul_(queries.index_select(0, owners)).sum(1))
-        self.values = torch.cat(values)
-        self.sort()
+            values.append(near.mul_(queries.index_select(0, examples)).sum(1))
+        order = (owners - torch.cat(values).double() / 4).sort(stable=True).indices  # similarities are in [-1, 1]
+        places = torch.empty_like(order)
+        places[order] = torch.arange(len(order), device=order.device)
+        counts = owners.bincount(minlength=len(self.sizes))
+        return ids, places - (counts.cumsum(0) - counts)[owners]
+
+
+def _at_least(values: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of a matrix ``[M, B]``, row by row, at which it is not below the floor ``[M]`` of the row."""
+    floor = floor[:, None]
+    if values.is_cuda:
+        rows, columns = (values >= floor).nonzero(as_tuple=True)
+        return rows, columns
+    if values.dtype == torch.bfloat16 and bool((floor >= 0).all()):  # then they are in the order of their bits
+        values, floor = values.view(torch.int16), floor.view(torch.int16)
+    elif values.dtype == torch.bfloat16:
+        values, floor = values.float(), floor.float()
+    at = np.flatnonzero(values.numpy() >= floor.numpy())  # several times as fast as torch
+    return torch.from_numpy(at // values.size(1)), torch.from_numpy(at % values.size(1))
+
+
+def _largest(values: Tensor, k: int) -> Tensor:
+    """The ``k``-th largest of each row, fp32 ``[M]``."""
+    if values.is_cuda:
+        return values.topk(k, sorted=False).values.amin(1)
+    at = values.size(1) - k
+    return torch.from_numpy(np.partition(values.numpy(), at, axis=1)[:, at].copy())
 
 
 def _faster(queries: Tensor) -> torch.dtype:
