@@ -4,6 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from curation.instances.contamination import contaminated
+    from curation.instances.duplicates import near_duplicates
     from curation.instances.selection import Selection, check_selection, read_selection
     from curation.instances.selection_index import SelectionIndex, Selector, fingerprint
     from curation.instances.selector import InstanceSelector, class_budgets
@@ -27,7 +29,9 @@ __all__ = [
     "TargetedSelector",
     "check_selection",
     "class_budgets",
+    "contaminated",
     "fingerprint",
+    "near_duplicates",
     "read_selection",
 ]
 _MODULES = {
@@ -35,6 +39,8 @@ _MODULES = {
     **dict.fromkeys(("SelectionIndex", "Selector", "fingerprint"), "selection_index"),
     **dict.fromkeys(("InstanceSelector", "class_budgets"), "selector"),
     "TargetedSelector": "targeted",
+    "contaminated": "contamination",
+    "near_duplicates": "duplicates",
 }
 
 

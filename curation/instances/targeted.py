@@ -18,7 +18,7 @@ LEAST = 16  # ranks that are looked at
 
 
 class TargetedSelector(InstanceSelector):
-    """Keeps the rows of a pool that are nearest to examples of a target.
+    """Keeps the rows of a pool that are nearest to examples of a target, or whose loss falls most by training on it.
 
     Each example of the target ranks the whole pool by cosine similarity, and the score of a row is the best of its
     ranks: ``S_j = -min_i r_ij``. So every example has as many of the kept rows as any other, as far as they differ; a
@@ -37,12 +37,18 @@ class TargetedSelector(InstanceSelector):
         agree: Examples that must rank a row high, ``k``; 1 is the rule of the paper. Well below the number of
             examples of the rarest kind.
         lengths: Tokens of each row, integers ``[N]``; rows are kept in their order until the budget is spent.
+        losses: In the place of ``targets``: mean losses of the tokens of each row, floating ``[2, N]``, by a model
+            and by the same after training on the target. The score is what the loss falls by (CoLoR-Filter, arXiv
+            2406.10670), and the pool is only counted.
+        exclude: Rows that may not stay, bool ``[N]``, such as :func:`~curation.instances.contamination.contaminated`
+            ones; the selection is that from the other rows.
         random_state: Seed of the examples that are taken where tasks have different numbers.
         device: Where the products are computed; None for the CPU.
         verbose: Show a progress bar.
 
     Attributes:
-        scores_: fp32 ``[N]``, minus the ``k``-th best rank; -inf for rows behind all that stay.
+        scores_: fp32 ``[N]``, minus the ``k``-th best rank; -inf for rows behind all that stay. Or the fall of the
+            loss; -inf for excluded rows.
         report_: Also ``examples``, and ``depth``, the ranks that were looked at.
 
     Raises:
@@ -63,12 +69,16 @@ class TargetedSelector(InstanceSelector):
         targets: Any = None,
         agree: int = 1,
         lengths: Any = None,
+        losses: Any = None,
+        exclude: Any = None,
         random_state: Any = 0,
         device: str | None = None,
         verbose: bool = False,
     ) -> None:
         self.budget = budget
         self.targets = targets
+        self.losses = losses
+        self.exclude = exclude
         self.agree = agree
         self.lengths = lengths
         self.random_state = random_state
@@ -90,48 +100,77 @@ class TargetedSelector(InstanceSelector):
         pool = X if isinstance(X, (np.ndarray, Tensor)) else np.asarray(X, dtype=np.float32)
         if len(pool.shape) != 2 or not len(pool):
             raise ValueError(f"Argument `X` must be [N, D] with at least one row, but is {list(pool.shape)}.")
-        examples = self._examples(pool.shape[1])
-        if self.agree > len(examples):
-            raise ValueError(f"Argument `agree` must be in [1, {len(examples)} examples], but got {self.agree}.")
-        cost = np.ones(len(pool), np.int64) if self.lengths is None else np.asarray(self.lengths)
-        if cost.shape != (len(pool),) or cost.dtype.kind not in "iu" or cost.min() < 0 or not cost.any():
+        n = len(pool)
+        if (self.targets is None) == (self.losses is None):
+            raise ValueError("Argument `targets` must be the features of examples, [M, D], or else `losses` [2, N].")
+        cost = np.ones(n, np.int64) if self.lengths is None else np.asarray(self.lengths)
+        out = np.zeros(n, bool) if self.exclude is None else np.asarray(self.exclude)
+        if out.shape != (n,) or out.dtype != bool or out.all():
             raise ValueError(
-                f"Argument `lengths` must be integers >= 0, one for each of {len(pool)} rows and not all 0, but is "
+                f"Argument `exclude` must be bool [{n}] and not all True, but is {out.dtype} {list(out.shape)}."
+            )
+        if cost.shape != (n,) or cost.dtype.kind not in "iu" or cost.min() < 0 or not cost[~out].any():
+            raise ValueError(
+                f"Argument `lengths` must be integers >= 0, one for each of {n} rows and not all 0, but is "
                 f"{cost.dtype} {list(cost.shape)}."
             )
-        device = torch.device(self.device or "cpu")
-        cheapest = np.sort(cost).cumsum()
-        most = max(1, int(np.searchsorted(cheapest, self.budget * cheapest[-1], side="right")))  # rows that can stay
-        depth = min(len(pool), max(LEAST, -(-4 * most * self.agree // len(examples))))
-        while True:
-            best, mean = best_ranks(pool, examples, depth, device, _progress if self.verbose else iter, self.agree)
-            ranked = np.flatnonzero(best)
-            order = ranked[np.lexsort((ranked, -mean[ranked], best[ranked]))]
-            spent = cost[order].cumsum()
-            if depth == len(pool) or (len(spent) and spent[-1] >= self.budget * cheapest[-1]):
-                break
-            depth = min(len(pool), 4 * depth)  # examples share their nearest rows
-        stay = max(1, int(np.searchsorted(spent, self.budget * cheapest[-1] + 1e-9, side="right")))
+        cheapest = np.sort(cost[~out]).cumsum()
+        share = self.budget * cheapest[-1]
+        most = max(1, int(np.searchsorted(cheapest, share, side="right")))  # rows that can stay
+        if self.losses is None:
+            order, self.scores_, report = self._by_rank(pool, out, cost, share, most)
+        else:
+            order, self.scores_, report = self._by_loss(out)
+        stay = max(1, int(np.searchsorted(cost[order].cumsum(), share + 1e-9, side="right")))
         if self.lengths is None:
-            stay = max(1, round(self.budget * len(pool)))
+            stay = max(1, round(share))
         self.ranking_ = order[:stay]
         self.sample_indices_ = np.sort(self.ranking_)
-        self.scores_ = np.where(best > 0, -best, -np.inf).astype(np.float32)
         self.classes_, self.n_features_in_ = np.zeros(1, np.int64), pool.shape[1]
         self.report_ = {
-            "samples": len(pool),
+            "samples": n,
             "kept": stay,
-            "reduction": 1 - stay / len(pool),
-            "examples": len(examples),
-            "depth": depth,
+            "reduction": 1 - stay / n,
+            **report,
             "seconds": perf_counter() - start,
         }
         return self
 
+    def _by_rank(
+        self, pool: Any, out: np.ndarray, cost: np.ndarray, share: float, most: int
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+        """Rows, best first, at least those that stay; the scores of all; and what is reported."""
+        examples = self._examples(pool.shape[1])
+        if self.agree > len(examples):
+            raise ValueError(f"Argument `agree` must be in [1, {len(examples)} examples], but got {self.agree}.")
+        device, rows = torch.device(self.device or "cpu"), int((~out).sum())
+        depth = min(rows, max(LEAST, -(-4 * most * self.agree // len(examples))))
+        while True:
+            progress = _progress if self.verbose else iter
+            best, mean = best_ranks(pool, examples, depth, device, progress, self.agree, out if out.any() else None)
+            ranked = np.flatnonzero(best)
+            order = ranked[np.lexsort((ranked, -mean[ranked], best[ranked]))]
+            if depth == rows or cost[order].sum() >= share:
+                break
+            depth = min(rows, 4 * depth)  # examples share their nearest rows
+        scores = np.where(best > 0, -best, -np.inf).astype(np.float32)
+        return order, scores, {"examples": len(examples), "depth": depth}
+
+    def _by_loss(self, out: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+        """Rows, the largest fall of the loss first; the scores of all; and what is reported."""
+        if self.agree != 1:
+            raise ValueError(f"Argument `agree` must be 1 with `losses`, but got {self.agree}.")
+        losses = np.asarray(self.losses, np.float64)
+        if losses.shape != (2, len(out)) or not np.isfinite(losses[:, ~out]).all():
+            raise ValueError(
+                f"Argument `losses` must be finite numbers [2, {len(out)}], but is {list(losses.shape)} with "
+                f"{int((~np.isfinite(losses)).sum())} that are not finite."
+            )
+        scores = np.where(out, -np.inf, losses[0] - losses[1])
+        return np.argsort(-scores, kind="stable")[: int((~out).sum())], scores.astype(np.float32), {}
+
     def _examples(self, features: int) -> np.ndarray:
         """The examples of the target, fp32 ``[M, D]``, as many of each task."""
-        if self.targets is None:
-            raise ValueError("Argument `targets` must be the features of examples, [M, D], but got None.")
         tasks = self.targets if isinstance(self.targets, Mapping) else {"": self.targets}
         read = {name: _checked(name, values, features) for name, values in tasks.items()}
         if not read:
@@ -150,6 +189,7 @@ def best_ranks(
     device: torch.device | str = "cpu",
     progress: Callable[[list[Any]], Iterable[Any]] = iter,
     agree: int = 1,
+    exclude: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The best rank of each row of a pool for any example, or the ``k``-th best, by cosine similarity.
 
@@ -160,6 +200,7 @@ def best_ranks(
         device: Where the products are computed.
         progress: Wraps the list of blocks.
         agree: ``k``, in [1, M].
+        exclude: Rows that have no rank and take none, bool ``[N]``.
 
     Returns:
         Ranks int64 ``[N]`` from 1, 0 beyond the depth; equal similarities are ranked in the order of the rows. And
@@ -182,8 +223,14 @@ def best_ranks(
     for start, stop in progress(list(_blocks(len(pool), len(queries), depth))):
         rows = _unit(pool, slice(start, stop), queries.device)
         mean[start:stop] = (rows @ centre).cpu().numpy()
+        ids = torch.arange(start, stop, device=queries.device)
+        if exclude is not None:
+            stays = torch.from_numpy(~exclude[start:stop]).to(queries.device)
+            rows, ids = rows[stays], ids[stays]
+            if not len(ids):
+                continue
         near = rows.to(dtype)
-        nearest.add(rounded @ near.T, start, error + (rows - near.float()).norm(dim=1).max())
+        nearest.add(rounded @ near.T, ids, error + (rows - near.float()).norm(dim=1).max())
     nearest.merge()
     ids, places = nearest.compare(pool, queries)
     return _kth_places(ids.cpu(), places.cpu(), len(pool), depth, agree).numpy(), mean
@@ -227,14 +274,14 @@ class _Nearest:
         self.sizes = torch.zeros(examples, dtype=torch.int64, device=device)
         self._seen = self._merged = 0
 
-    def add(self, similarities: Tensor, first: int, error: Tensor) -> None:
-        """Enter the similarities ``[M, B]`` of the rows from ``first`` on, that were so far off before rounding."""
+    def add(self, similarities: Tensor, ids: Tensor, error: Tensor) -> None:
+        """Enter the similarities ``[M, B]`` of rows ``[B]``, that were so far off before rounding."""
         self.error = torch.maximum(self.error, error)
         owners, columns = _at_least(similarities, self.floor())
         counts = owners.bincount(minlength=len(self.sizes))
         if int((self.sizes + counts).max()) > self.values.size(1):
             self.merge()
-        self._put(owners, columns + first, similarities[owners, columns].float(), counts)
+        self._put(owners, ids[columns], similarities[owners, columns].float(), counts)
         self._seen += similarities.size(1)
         if self._seen >= 2 * self._merged:
             self.merge()

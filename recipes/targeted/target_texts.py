@@ -110,7 +110,7 @@ class TargetTexts(Domains):
         if self.keep == "centroid":
             targets = targets.mean(0, keepdims=True)
         agree = 1 if self.keep == "centroid" else self.agree
-        rows = TargetedSelector(self.budget, targets, agree).fit(x).sample_indices_
+        rows = TargetedSelector(self.budget, targets, agree=agree).fit(x).sample_indices_
         if self.keep == "same_domains":
             counts = np.bincount(domain[rows], minlength=domain[-1] + 1)
             parts = [draw.choice(np.flatnonzero(domain == i), count, replace=False) for i, count in enumerate(counts)]

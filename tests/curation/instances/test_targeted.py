@@ -130,6 +130,12 @@ def test_pools_of_every_kind(kind, tmp_path):
     ("options", "pool", "message"),
     [
         ({}, [[1.0, 0.0]], "`targets` must be the features of examples"),
+        ({"targets": [[1.0, 0.0]], "losses": [[1.0], [0.5]]}, [[1.0, 0.0]], "or else `losses`"),
+        ({"losses": [[1.0], [0.5]], "agree": 2}, [[1.0, 0.0]], "`agree` must be 1 with `losses`, but got 2"),
+        ({"losses": [[1.0, 2.0]]}, [[1.0, 0.0]], r"`losses` must be finite numbers \[2, 1\], but is \[1, 2\]"),
+        ({"losses": [[1.0], [np.nan]]}, [[1.0, 0.0]], r"`losses` must be finite .* with 1 that are not finite"),
+        ({"targets": [[1.0, 0.0]], "exclude": [True]}, [[1.0, 0.0]], r"must be bool \[1\] and not all True"),
+        ({"targets": [[1.0, 0.0]], "exclude": [0]}, [[1.0, 0.0]], r"`exclude` must be bool \[1\] .* is int64"),
         ({"targets": {}}, [[1.0, 0.0]], "`targets` must have a task"),
         ({"targets": [[1.0]]}, [[1.0, 0.0]], r"`targets` must be \[M, 2\].*is \[1, 1\]"),
         ({"targets": [1.0, 0.0]}, [[1.0, 0.0]], r"`targets` must be \[M, 2\].*is \[2\]"),
@@ -161,6 +167,33 @@ def test_one_example_and_more_examples_than_rows():
     best, mean = twin(pool, examples)
     expected = np.lexsort((np.arange(20), -mean, best))[:5]
     assert TargetedSelector(0.25, targets=examples).fit(pool).ranking_.tolist() == expected.tolist()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 200), st.integers(1, 12), st.integers(0, 2**20), st.floats(0.02, 1.0), st.booleans())
+def test_excluded_rows_are_as_if_they_were_not_there(n, m, seed, budget, tokens):
+    pool, examples = drawn(n, m, 6, seed)
+    rng = np.random.default_rng(seed)
+    out, lengths = rng.random(n) < rng.random(), rng.integers(1, 50, n) if tokens else None
+    out[0] = False
+    selector = TargetedSelector(budget, targets=examples, lengths=lengths, exclude=out).fit(pool)
+    rest = TargetedSelector(budget, targets=examples, lengths=None if lengths is None else lengths[~out])
+    assert selector.ranking_.tolist() == np.flatnonzero(~out)[rest.fit(pool[~out]).ranking_].tolist()
+    assert np.isneginf(selector.scores_[out]).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 100), st.integers(0, 2**20), st.floats(0.02, 1.0))
+def test_by_losses_those_stay_that_training_on_the_target_lowers_most(n, seed, budget):
+    rng = np.random.default_rng(seed)
+    losses, out = rng.integers(0, 9, (2, n)) / 4, rng.random(n) < 0.3
+    out[0] = False
+    losses[:, out] = np.nan
+    falls = [(float(after - before), row) for row, (before, after) in enumerate(losses.T.tolist()) if not out[row]]
+    expected = [row for _, row in sorted(falls)][: max(1, round(budget * len(falls)))]
+    selector = TargetedSelector(budget, losses=losses, exclude=out).fit(np.zeros((n, 1)))
+    assert selector.ranking_.tolist() == expected
+    assert selector.scores_[expected].tolist() == (losses[0] - losses[1])[expected].tolist()
 
 
 def test_a_row_of_zeros_is_like_nothing():
