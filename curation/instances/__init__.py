@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from curation.instances.contamination import contaminated
     from curation.instances.duplicates import near_duplicates
+    from curation.instances.feature_shards import FeatureShards
     from curation.instances.selection import Selection, check_selection, read_selection
     from curation.instances.selection_index import SelectionIndex, Selector, fingerprint
     from curation.instances.selector import InstanceSelector, class_budgets
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CoverageInstanceSelector",
     "EditedNearestNeighboursFilter",
+    "FeatureShards",
     "GraphAttentionInstanceSelector",
     "InstanceSelector",
     "Selection",
@@ -38,6 +40,7 @@ _MODULES = {
     **dict.fromkeys(("Selection", "check_selection", "read_selection"), "selection"),
     **dict.fromkeys(("SelectionIndex", "Selector", "fingerprint"), "selection_index"),
     **dict.fromkeys(("InstanceSelector", "class_budgets"), "selector"),
+    "FeatureShards": "feature_shards",
     "TargetedSelector": "targeted",
     "contaminated": "contamination",
     "near_duplicates": "duplicates",

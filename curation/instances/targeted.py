@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from curation.checks import check_flag, check_integer, check_number, check_text
+from curation.instances.feature_shards import FeatureShards
 from curation.instances.selector import InstanceSelector
 
 CELLS = 1 << 20  # cosines that are computed at a time
@@ -89,7 +90,8 @@ class TargetedSelector(InstanceSelector):
         """Select.
 
         Args:
-            X: Features ``[N, D]`` of the pool: an array, a tensor or a memory map of floats.
+            X: Features ``[N, D]`` of the pool: an array, a tensor or a memory map of floats, or
+                :class:`~curation.instances.feature_shards.FeatureShards`.
             y: Ignored: what other selectors take for labels.
         """
         start = perf_counter()
@@ -97,7 +99,7 @@ class TargetedSelector(InstanceSelector):
         check_integer("agree", self.agree, 1)
         check_flag("verbose", self.verbose)
         check_text("device", self.device, optional=True)
-        pool = X if isinstance(X, (np.ndarray, Tensor)) else np.asarray(X, dtype=np.float32)
+        pool = X if isinstance(X, (np.ndarray, Tensor, FeatureShards)) else np.asarray(X, dtype=np.float32)
         if len(pool.shape) != 2 or not len(pool):
             raise ValueError(f"Argument `X` must be [N, D] with at least one row, but is {list(pool.shape)}.")
         n = len(pool)
@@ -194,7 +196,7 @@ def best_ranks(
     """The best rank of each row of a pool for any example, or the ``k``-th best, by cosine similarity.
 
     Args:
-        pool: Floating ``[N, D]``: an array, a tensor, or a memory map.
+        pool: Floating ``[N, D]``: an array, a tensor, a memory map, or shards.
         examples: fp32 ``[M, D]``.
         depth: Ranks that are found, in [1, N].
         device: Where the products are computed.
