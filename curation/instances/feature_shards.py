@@ -93,6 +93,7 @@ class FeatureShards:
         """The features of a row group, ``[n, D]``."""
         if self._read[0] != number:
             self._read = (-1, np.empty((0, 0)))  # never two in memory
+            pa.default_memory_pool().release_unused()
             path, i = self._groups[number]
             lists = pq.ParquetFile(path).read_row_group(i, columns=[self.column]).column(0)
             lengths = pc.unique(pc.list_value_length(lists)).to_pylist()

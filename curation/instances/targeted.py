@@ -16,6 +16,8 @@ from curation.instances.selector import InstanceSelector
 CELLS = 1 << 20  # cosines that are computed at a time
 CACHED = 1 << 19  # numbers of a block that is gone through several times
 LEAST = 16  # ranks that are looked at
+SAMPLE = 1 << 25  # cosines that a forecast computes
+PER_RANK, PER_ROW = 200, 40  # bytes in memory
 
 
 class TargetedSelector(InstanceSelector):
@@ -147,6 +149,12 @@ class TargetedSelector(InstanceSelector):
             raise ValueError(f"Argument `agree` must be in [1, {len(examples)} examples], but got {self.agree}.")
         device, rows = torch.device(self.device or "cpu"), int((~out).sum())
         depth = min(rows, max(LEAST, -(-4 * most * self.agree // len(examples))))
+        if self.verbose:
+            seconds, size = forecast(pool, examples, depth, device)
+            print(
+                f"{rows:,} rows for {len(examples):,} examples: about {seconds:.0f} s, {size / 2**30:.1f} GiB beside "
+                "the pool"
+            )
         while True:
             progress = _progress if self.verbose else iter
             best, mean = best_ranks(pool, examples, depth, device, progress, self.agree, out if out.any() else None)
@@ -236,6 +244,22 @@ def best_ranks(
     nearest.merge()
     ids, places = nearest.compare(pool, queries)
     return _kth_places(ids.cpu(), places.cpu(), len(pool), depth, agree).numpy(), mean
+
+
+def forecast(pool: Any, examples: np.ndarray, depth: int, device: torch.device | str = "cpu") -> tuple[float, float]:
+    """Seconds and bytes that :func:`best_ranks` will take: the time from its first rows, as of all if they are few.
+
+    Args:
+        pool: As in :func:`best_ranks`.
+        examples: fp32 ``[M, D]``.
+        depth: Ranks that are found.
+        device: Where the products are computed.
+    """
+    first = pool[: max(1, SAMPLE // len(examples))]
+    start = perf_counter()
+    best_ranks(first, examples, max(1, depth * len(first) // len(pool)), device)
+    seconds = (perf_counter() - start) * len(pool) / len(first)
+    return seconds, PER_RANK * len(examples) * depth + PER_ROW * len(pool)
 
 
 def _kth_places(ids: Tensor, places: Tensor, rows: int, depth: int, agree: int) -> Tensor:
@@ -338,13 +362,13 @@ class _Nearest:
         owners, ids, _ = self.entries()
         order = ids.argsort(stable=True)
         owners, ids = owners[order], ids[order]
-        values = []
+        values = torch.empty(len(ids), device=queries.device)
         size = max(1, CACHED // queries.size(1))
-        for part, examples in zip(ids.split(size), owners.split(size), strict=True):
+        for part, examples, found in zip(ids.split(size), owners.split(size), values.split(size), strict=True):
             rows, places = part.unique_consecutive(return_inverse=True)
             near = _unit(pool, rows, queries.device).index_select(0, places)
-            values.append(near.mul_(queries.index_select(0, examples)).sum(1))
-        order = (owners - torch.cat(values).double() / 4).sort(stable=True).indices  # similarities are in [-1, 1]
+            torch.sum(near.mul_(queries.index_select(0, examples)), 1, out=found)
+        order = (owners - values.double() / 4).sort(stable=True).indices  # similarities are in [-1, 1]
         places = torch.empty_like(order)
         places[order] = torch.arange(len(order), device=order.device)
         counts = owners.bincount(minlength=len(self.sizes))

@@ -31,7 +31,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from curation.callbacks.lightning.loggers import log_image, takes_media
 from curation.checks import check_integer, check_number
 from curation.evaluation.retention import Part, Retention, retention
-from curation.instances import contaminated, near_duplicates
+from curation.instances import FeatureShards, contaminated, near_duplicates
 from curation.instances.contamination import WORD
 from curation.instances.selection import index_of_selector, read_selection
 from curation.instances.selection_index import SelectionIndex, fingerprint
@@ -90,7 +90,7 @@ def main(args: list[str]) -> None:
     x, y = train
     labels = None if np.isnan(y).all() else y
     validation = None if labels is None or targeted else read("val", "validation")[1]
-    features = x if options.features is None else read_features(options.features, len(y))
+    features = x if options.features is None else given_features(options, len(y))
     if options.target:
         selector.targets = {file: examples(file, data) for file in options.target}
     if options.losses:
@@ -151,7 +151,8 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise FileExistsError(f"Argument `--picture` must name a new file, but {str(options.picture)!r} exists.")
     for name in ("ckpt_path", "features", "index", "decontaminate"):
         file = getattr(options, name)
-        if file is not None and not Path(file).is_file():
+        shards = name == "features" and options.target and Path(file or "").is_dir()
+        if file is not None and not shards and not Path(file).is_file():
             raise ValueError(f"Argument `--{name}` must name a file, but there is no {file!r}.")
     if options.ckpt_path is not None and options.layer is None:
         raise ValueError("Argument `--layer` must be given with `--ckpt_path`, but got None.")
@@ -192,6 +193,8 @@ def _check_target(options: argparse.Namespace) -> None:
             raise ValueError(f"Argument `--{option}` needs `--target` or `--losses`.")
     if options.duplicates is not None:
         check_number("--duplicates", options.duplicates, "(0, 1]")
+        if options.features is not None and os.path.isdir(options.features):
+            raise ValueError("Argument `--duplicates` must be left out where `--features` is a folder.")
     check_integer("--ngram", options.ngram, 1)
 
 
@@ -245,7 +248,12 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--layer", help="submodule whose output are the features (default: the inputs, flattened)")
     parser.add_argument("--ckpt_path", help="checkpoint of the module, for --layer")
-    parser.add_argument("--features", metavar="FILE.npy", help="[N, D], to select by in the place of the probe's")
+    parser.add_argument(
+        "--features",
+        metavar="FILE.npy",
+        help="[N, D], to select by in the place of the probe's; with --target also a folder of Parquet files with a "
+        "column `features`, which are not read into memory",
+    )
     parser.add_argument(
         "--probe",
         default=PROBE,
@@ -304,6 +312,23 @@ def read_texts(option: str, file: str) -> list[str]:
     return rows[column][:]
 
 
+def given_features(options: argparse.Namespace, count: int) -> Any:
+    """Features ``[N, D]`` of a ``.npy`` file, or of a folder of Parquet files.
+
+    Raises:
+        ValueError: If there is not a row for each of ``count`` training samples.
+    """
+    if not os.path.isdir(options.features):
+        return read_features(options.features, count)
+    shards = FeatureShards(options.features)
+    if len(shards) != count:
+        raise ValueError(
+            f"Argument `--features` must hold [{count}, D], a row for each training sample, but {options.features!r} "
+            f"has {list(shards.shape)}."
+        )
+    return shards
+
+
 def read_losses(file: str, count: int) -> np.ndarray:
     """Losses ``[N]`` in a ``.npy`` file, or in one of ``curation irreducible``.
 
@@ -325,7 +350,7 @@ def read_losses(file: str, count: int) -> np.ndarray:
     return losses
 
 
-def left_out(options: argparse.Namespace, features: np.ndarray, data: LightningDataModule) -> np.ndarray:
+def left_out(options: argparse.Namespace, features: Any, data: LightningDataModule) -> np.ndarray:
     """The rows that may not stay, bool ``[N]``: near a test, and near-duplicates where asked for; and say how many.
 
     Raises:
@@ -346,6 +371,9 @@ def left_out(options: argparse.Namespace, features: np.ndarray, data: LightningD
             f"{out.sum():,} of {len(out):,} samples left out: they share {options.ngram} words in a row with a test; "
             f"{short:,} of {len(tests):,} tests have fewer words, and are not looked for"
         )
+    if isinstance(features, FeatureShards):
+        print("near-duplicates are not looked for in Parquet files")
+        return out
     similarity = SIMILARITY if options.duplicates is None else options.duplicates
     repeats = near_duplicates(features, similarity)
     done = "not left out" if options.duplicates is None else "left out"
@@ -421,6 +449,8 @@ def configuration(options: argparse.Namespace, overrides: list[str], selector: A
     several = (*(options.target or ()), *(options.losses or ()))
     files = (options.ckpt_path, options.features, options.index, options.decontaminate, *several)
     named = [text.rpartition("=")[2] for text in (*overrides, *files) if text]
+    folders = [Path(name) for name in named if os.path.isdir(name)]
+    named += [str(file) for folder in folders for file in sorted(folder.glob("*.parquet"))]
     hashes = {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in named if os.path.isfile(file)}
     return vars(options) | {"budget": getattr(selector, "budget", None), "recipe": overrides, "files": hashes}
 

@@ -1,10 +1,13 @@
 """`curation select`: what is selected by, what is written, and what is said of it."""
 
 import json
+import re
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning.pytorch.loggers import WandbLogger
@@ -514,6 +517,32 @@ def test_what_is_shared_with_a_test_and_what_is_there_twice_does_not_stay(capsys
     assert shared.sum() > 0 < near.sum()
     assert len(kept) == round(0.5 * (~(shared | near)).sum())
     assert not (shared | near)[kept].any()
+
+
+def test_features_in_files_that_are_not_read_into_memory(capsys):
+    x = np.random.default_rng(0).standard_normal((len(digits_of_recipe()), 5)).astype(np.float32)
+    np.save("ones.npy", x[:4])
+    np.save("all.npy", x)
+    Path("shards").mkdir()
+    half = len(x) // 2
+    for name, part in (("a", x[:half]), ("b", x[half:])):
+        pq.write_table(pa.table({"features": list(part)}), f"shards/{name}.parquet")
+    common = ["select", *DIGITS, "--target", "ones.npy"]
+    cli.main([*common, "--features=all.npy", "--output", "one.parquet"])
+    assert "near-duplicates (cosine" in capsys.readouterr().out
+    cli.main([*common, "--features=shards", "--output", "two.parquet", "--picture", "two.png"])
+    printed = capsys.readouterr().out
+    assert "near-duplicates are not looked for" in printed
+    assert re.search(rf"{len(x):,} rows for 4 examples: about \d+ s, 0\.\d GiB beside the pool", printed)
+    one, two = (SelectionIndex.load(f"{name}.parquet") for name in ("one", "two"))
+    assert one.indices.tolist() == two.indices.tolist()
+    Path("shards/b.parquet").unlink()
+    with pytest.raises(SystemExit, match=rf"`--features` must hold \[{len(x)}, D\].* has \[{half}, 5\]"):
+        cli.main([*common, "--features=shards", "--output", "three.parquet"])
+    with pytest.raises(SystemExit, match="`--duplicates` must be left out where `--features` is a folder"):
+        cli.main([*common, "--features=shards", "--duplicates=0.9", "--output", "three.parquet"])
+    with pytest.raises(SystemExit, match=r"must name a new file, but 'two\.parquet' exists"):  # of other shards
+        cli.main([*common, "--features=shards", "--output", "two.parquet"])
 
 
 def features_of(options):
