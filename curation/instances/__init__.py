@@ -4,6 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from curation.instances.contamination import contaminated
+    from curation.instances.duplicates import near_duplicates
+    from curation.instances.feature_shards import FeatureShards
     from curation.instances.selection import Selection, check_selection, read_selection
     from curation.instances.selection_index import SelectionIndex, Selector, fingerprint
     from curation.instances.selector import InstanceSelector, class_budgets
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CoverageInstanceSelector",
     "EditedNearestNeighboursFilter",
+    "FeatureShards",
     "GraphAttentionInstanceSelector",
     "InstanceSelector",
     "Selection",
@@ -27,14 +31,19 @@ __all__ = [
     "TargetedSelector",
     "check_selection",
     "class_budgets",
+    "contaminated",
     "fingerprint",
+    "near_duplicates",
     "read_selection",
 ]
 _MODULES = {
     **dict.fromkeys(("Selection", "check_selection", "read_selection"), "selection"),
     **dict.fromkeys(("SelectionIndex", "Selector", "fingerprint"), "selection_index"),
     **dict.fromkeys(("InstanceSelector", "class_budgets"), "selector"),
+    "FeatureShards": "feature_shards",
     "TargetedSelector": "targeted",
+    "contaminated": "contamination",
+    "near_duplicates": "duplicates",
 }
 
 

@@ -9,21 +9,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curation.checks import check_flag, check_number, check_text
+from curation.checks import check_flag, check_integer, check_number, check_text
+from curation.instances.feature_shards import FeatureShards
 from curation.instances.selector import InstanceSelector
 
 CELLS = 1 << 20  # cosines that are computed at a time
 CACHED = 1 << 19  # numbers of a block that is gone through several times
 LEAST = 16  # ranks that are looked at
+SAMPLE = 1 << 25  # cosines that a forecast computes
+PER_RANK, PER_ROW = 200, 40  # bytes in memory
 
 
 class TargetedSelector(InstanceSelector):
-    """Keeps the rows of a pool that are nearest to examples of a target.
+    """Keeps the rows of a pool that are nearest to examples of a target, or whose loss falls most by training on it.
 
     Each example of the target ranks the whole pool by cosine similarity, and the score of a row is the best of its
     ranks: ``S_j = -min_i r_ij``. So every example has as many of the kept rows as any other, as far as they differ; a
-    mean of similarities would follow the most common kind. Ties go to the larger mean similarity, then to the first
-    row. Features are made unit norm, and not standardised; a row of zeros has a similarity of 0 to everything.
+    mean of similarities would follow the most common kind. With ``agree`` of ``k`` the score is the ``k``-th best of
+    its ranks, so that an example that is like no other brings few rows. Ties go to the larger mean similarity, then
+    to the first row. Features are made unit norm, and not standardised; a row of zeros has a similarity of 0 to
+    everything.
 
     Only ranks that can be kept are found: matrix products in blocks, of which the highest few stay for each example,
     ``O(N M D)`` time and ``O(M T + N)`` memory. The pool may be a memory map, which is read in blocks.
@@ -32,18 +37,26 @@ class TargetedSelector(InstanceSelector):
         budget: Share of the rows that stay, in (0, 1]; with ``lengths`` of the tokens.
         targets: Examples ``[M, D]``, or a ``.npy`` file of them; or a dict of these by the name of a task, of which
             as many examples are taken as the smallest has.
+        agree: Examples that must rank a row high, ``k``; 1 is the rule of the paper. Well below the number of
+            examples of the rarest kind.
         lengths: Tokens of each row, integers ``[N]``; rows are kept in their order until the budget is spent.
+        losses: In the place of ``targets``: mean losses of the tokens of each row, floating ``[2, N]``, by a model
+            and by the same after training on the target. The score is what the loss falls by (CoLoR-Filter, arXiv
+            2406.10670), and the pool is only counted.
+        exclude: Rows that may not stay, bool ``[N]``, such as :func:`~curation.instances.contamination.contaminated`
+            ones; the selection is that from the other rows.
         random_state: Seed of the examples that are taken where tasks have different numbers.
         device: Where the products are computed; None for the CPU.
         verbose: Show a progress bar.
 
     Attributes:
-        scores_: fp32 ``[N]``, minus the best rank; -inf for rows behind all that stay.
+        scores_: fp32 ``[N]``, minus the ``k``-th best rank; -inf for rows behind all that stay. Or the fall of the
+            loss; -inf for excluded rows.
         report_: Also ``examples``, and ``depth``, the ranks that were looked at.
 
     Raises:
-        ValueError: If there are no targets, or they have another number of features or a row that is zero or not
-            finite; of :meth:`fit`.
+        ValueError: If there are no targets, fewer than must agree, or they have another number of features or a row
+            that is zero or not finite; of :meth:`fit`.
 
     Example:
         >>> pool = [[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [-1.0, 0.0]]
@@ -57,13 +70,19 @@ class TargetedSelector(InstanceSelector):
         self,
         budget: float = 0.1,
         targets: Any = None,
+        agree: int = 1,
         lengths: Any = None,
+        losses: Any = None,
+        exclude: Any = None,
         random_state: Any = 0,
         device: str | None = None,
         verbose: bool = False,
     ) -> None:
         self.budget = budget
         self.targets = targets
+        self.losses = losses
+        self.exclude = exclude
+        self.agree = agree
         self.lengths = lengths
         self.random_state = random_state
         self.device = device
@@ -73,56 +92,95 @@ class TargetedSelector(InstanceSelector):
         """Select.
 
         Args:
-            X: Features ``[N, D]`` of the pool: an array, a tensor or a memory map of floats.
+            X: Features ``[N, D]`` of the pool: an array, a tensor or a memory map of floats, or
+                :class:`~curation.instances.feature_shards.FeatureShards`.
             y: Ignored: what other selectors take for labels.
         """
         start = perf_counter()
         check_number("budget", self.budget, "(0, 1]")
+        check_integer("agree", self.agree, 1)
         check_flag("verbose", self.verbose)
         check_text("device", self.device, optional=True)
-        pool = X if isinstance(X, (np.ndarray, Tensor)) else np.asarray(X, dtype=np.float32)
+        pool = X if isinstance(X, (np.ndarray, Tensor, FeatureShards)) else np.asarray(X, dtype=np.float32)
         if len(pool.shape) != 2 or not len(pool):
             raise ValueError(f"Argument `X` must be [N, D] with at least one row, but is {list(pool.shape)}.")
-        examples = self._examples(pool.shape[1])
-        cost = np.ones(len(pool), np.int64) if self.lengths is None else np.asarray(self.lengths)
-        if cost.shape != (len(pool),) or cost.dtype.kind not in "iu" or cost.min() < 0 or not cost.any():
+        n = len(pool)
+        if (self.targets is None) == (self.losses is None):
+            raise ValueError("Argument `targets` must be the features of examples, [M, D], or else `losses` [2, N].")
+        cost = np.ones(n, np.int64) if self.lengths is None else np.asarray(self.lengths)
+        out = np.zeros(n, bool) if self.exclude is None else np.asarray(self.exclude)
+        if out.shape != (n,) or out.dtype != bool or out.all():
             raise ValueError(
-                f"Argument `lengths` must be integers >= 0, one for each of {len(pool)} rows and not all 0, but is "
+                f"Argument `exclude` must be bool [{n}] and not all True, but is {out.dtype} {list(out.shape)}."
+            )
+        if cost.shape != (n,) or cost.dtype.kind not in "iu" or cost.min() < 0 or not cost[~out].any():
+            raise ValueError(
+                f"Argument `lengths` must be integers >= 0, one for each of {n} rows and not all 0, but is "
                 f"{cost.dtype} {list(cost.shape)}."
             )
-        device = torch.device(self.device or "cpu")
-        cheapest = np.sort(cost).cumsum()
-        most = max(1, int(np.searchsorted(cheapest, self.budget * cheapest[-1], side="right")))  # rows that can stay
-        depth = min(len(pool), max(LEAST, -(-4 * most // len(examples))))
-        while True:
-            best, mean = best_ranks(pool, examples, depth, device, _progress if self.verbose else iter)
-            ranked = np.flatnonzero(best)
-            order = ranked[np.lexsort((ranked, -mean[ranked], best[ranked]))]
-            spent = cost[order].cumsum()
-            if depth == len(pool) or spent[-1] >= self.budget * cheapest[-1]:
-                break
-            depth = min(len(pool), 4 * depth)  # examples share their nearest rows
-        stay = max(1, int(np.searchsorted(spent, self.budget * cheapest[-1] + 1e-9, side="right")))
+        cheapest = np.sort(cost[~out]).cumsum()
+        share = self.budget * cheapest[-1]
+        most = max(1, int(np.searchsorted(cheapest, share, side="right")))  # rows that can stay
+        if self.losses is None:
+            order, self.scores_, report = self._by_rank(pool, out, cost, share, most)
+        else:
+            order, self.scores_, report = self._by_loss(out)
+        stay = max(1, int(np.searchsorted(cost[order].cumsum(), share + 1e-9, side="right")))
         if self.lengths is None:
-            stay = max(1, round(self.budget * len(pool)))
+            stay = max(1, round(share))
         self.ranking_ = order[:stay]
         self.sample_indices_ = np.sort(self.ranking_)
-        self.scores_ = np.where(best > 0, -best, -np.inf).astype(np.float32)
         self.classes_, self.n_features_in_ = np.zeros(1, np.int64), pool.shape[1]
         self.report_ = {
-            "samples": len(pool),
+            "samples": n,
             "kept": stay,
-            "reduction": 1 - stay / len(pool),
-            "examples": len(examples),
-            "depth": depth,
+            "reduction": 1 - stay / n,
+            **report,
             "seconds": perf_counter() - start,
         }
         return self
 
+    def _by_rank(
+        self, pool: Any, out: np.ndarray, cost: np.ndarray, share: float, most: int
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+        """Rows, best first, at least those that stay; the scores of all; and what is reported."""
+        examples = self._examples(pool.shape[1])
+        if self.agree > len(examples):
+            raise ValueError(f"Argument `agree` must be in [1, {len(examples)} examples], but got {self.agree}.")
+        device, rows = torch.device(self.device or "cpu"), int((~out).sum())
+        depth = min(rows, max(LEAST, -(-4 * most * self.agree // len(examples))))
+        if self.verbose:
+            seconds, size = forecast(pool, examples, depth, device)
+            print(
+                f"{rows:,} rows for {len(examples):,} examples: about {seconds:.0f} s, {size / 2**30:.1f} GiB beside "
+                "the pool"
+            )
+        while True:
+            progress = _progress if self.verbose else iter
+            best, mean = best_ranks(pool, examples, depth, device, progress, self.agree, out if out.any() else None)
+            ranked = np.flatnonzero(best)
+            order = ranked[np.lexsort((ranked, -mean[ranked], best[ranked]))]
+            if depth == rows or cost[order].sum() >= share:
+                break
+            depth = min(rows, 4 * depth)  # examples share their nearest rows
+        scores = np.where(best > 0, -best, -np.inf).astype(np.float32)
+        return order, scores, {"examples": len(examples), "depth": depth}
+
+    def _by_loss(self, out: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+        """Rows, the largest fall of the loss first; the scores of all; and what is reported."""
+        if self.agree != 1:
+            raise ValueError(f"Argument `agree` must be 1 with `losses`, but got {self.agree}.")
+        losses = np.asarray(self.losses, np.float64)
+        if losses.shape != (2, len(out)) or not np.isfinite(losses[:, ~out]).all():
+            raise ValueError(
+                f"Argument `losses` must be finite numbers [2, {len(out)}], but is {list(losses.shape)} with "
+                f"{int((~np.isfinite(losses)).sum())} that are not finite."
+            )
+        scores = np.where(out, -np.inf, losses[0] - losses[1])
+        return np.argsort(-scores, kind="stable")[: int((~out).sum())], scores.astype(np.float32), {}
+
     def _examples(self, features: int) -> np.ndarray:
         """The examples of the target, fp32 ``[M, D]``, as many of each task."""
-        if self.targets is None:
-            raise ValueError("Argument `targets` must be the features of examples, [M, D], but got None.")
         tasks = self.targets if isinstance(self.targets, Mapping) else {"": self.targets}
         read = {name: _checked(name, values, features) for name, values in tasks.items()}
         if not read:
@@ -140,15 +198,19 @@ def best_ranks(
     depth: int,
     device: torch.device | str = "cpu",
     progress: Callable[[list[Any]], Iterable[Any]] = iter,
+    agree: int = 1,
+    exclude: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best rank of each row of a pool for any example, by cosine similarity.
+    """The best rank of each row of a pool for any example, or the ``k``-th best, by cosine similarity.
 
     Args:
-        pool: Floating ``[N, D]``: an array, a tensor, or a memory map.
+        pool: Floating ``[N, D]``: an array, a tensor, a memory map, or shards.
         examples: fp32 ``[M, D]``.
         depth: Ranks that are found, in [1, N].
         device: Where the products are computed.
         progress: Wraps the list of blocks.
+        agree: ``k``, in [1, M].
+        exclude: Rows that have no rank and take none, bool ``[N]``.
 
     Returns:
         Ranks int64 ``[N]`` from 1, 0 beyond the depth; equal similarities are ranked in the order of the rows. And
@@ -163,85 +225,176 @@ def best_ranks(
     """
     queries = torch.nn.functional.normalize(torch.from_numpy(examples).to(device), dim=1)
     centre, dtype = queries.mean(0), _faster(queries)
-    # Of unit vectors: both factors and the product are rounded, and sums of fp32 are.
-    error = (3 * torch.finfo(dtype).eps / 2 if dtype == torch.bfloat16 else 0.0) + queries.size(1) * 2.0**-23
     rounded = queries.to(dtype)
+    # Of a product of rounded unit vectors, before it is rounded itself; and its sums, in fp32, are rounded.
+    error = 1.01 * (queries - rounded.float()).norm(dim=1).max() + queries.size(1) * 2.0**-23
     mean = np.empty(len(pool), np.float32)
-    nearest = _Nearest(len(queries), depth, 2 * error, queries.device)
+    nearest = _Nearest(len(queries), depth, dtype, min(2 * depth, len(pool)), queries.device)
     for start, stop in progress(list(_blocks(len(pool), len(queries), depth))):
         rows = _unit(pool, slice(start, stop), queries.device)
         mean[start:stop] = (rows @ centre).cpu().numpy()
-        nearest.add(rounded @ rows.to(dtype).T, start)
+        ids = torch.arange(start, stop, device=queries.device)
+        if exclude is not None:
+            stays = torch.from_numpy(~exclude[start:stop]).to(queries.device)
+            rows, ids = rows[stays], ids[stays]
+            if not len(ids):
+                continue
+        near = rows.to(dtype)
+        nearest.add(rounded @ near.T, ids, error + (rows - near.float()).norm(dim=1).max())
     nearest.merge()
-    nearest.compare(pool, queries)
-    best = torch.full((len(pool),), depth + 1)
-    best.scatter_reduce_(0, nearest.ids.cpu(), nearest.places.cpu() + 1, "amin")
-    return best.where(best <= depth, 0).numpy(), mean
+    ids, places = nearest.compare(pool, queries)
+    return _kth_places(ids.cpu(), places.cpu(), len(pool), depth, agree).numpy(), mean
+
+
+def forecast(pool: Any, examples: np.ndarray, depth: int, device: torch.device | str = "cpu") -> tuple[float, float]:
+    """Seconds and bytes that :func:`best_ranks` will take: the time from its first rows, as of all if they are few.
+
+    Args:
+        pool: As in :func:`best_ranks`.
+        examples: fp32 ``[M, D]``.
+        depth: Ranks that are found.
+        device: Where the products are computed.
+    """
+    first = pool[: max(1, SAMPLE // len(examples))]
+    start = perf_counter()
+    best_ranks(first, examples, max(1, depth * len(first) // len(pool)), device)
+    seconds = (perf_counter() - start) * len(pool) / len(first)
+    return seconds, PER_RANK * len(examples) * depth + PER_ROW * len(pool)
+
+
+def _kth_places(ids: Tensor, places: Tensor, rows: int, depth: int, agree: int) -> Tensor:
+    """The ``k``-th smallest place of each row, int64 ``[N]`` from 1; 0 for one with fewer below the depth."""
+    pairs = (ids * depth + places)[places < depth].sort().values
+    ids, places = pairs // depth, pairs % depth
+    owners, counts = ids.unique_consecutive(return_counts=True)
+    last = counts.cumsum(0) - counts + agree - 1
+    enough = counts >= agree
+    best = torch.zeros(rows, dtype=torch.int64)
+    best[owners[enough]] = places[last[enough]] + 1
+    return best
 
 
 class _Nearest:
-    """The nearest rows of each example among those that were seen, in order of example and similarity.
+    """The nearest rows of each example among those that were seen.
 
     Args:
         examples: Their number ``M``.
         depth: Rows to keep for each, ``T``.
-        slack: Similarity by which rows behind these may still be among them, since similarities are rounded.
+        dtype: What similarities are rounded to, so that rows behind these may still be among them.
+        width: Rows that there is room for at first, ``W``; more is made where more are alike.
         device: The device.
 
     Attributes:
-        owners: int64 ``[n]``, examples, about ``T`` times each.
-        ids: int64 ``[n]``, rows of the pool.
-        values: floating ``[n]``, their similarities.
-        places: int64 ``[n]``, their places in the order of their example, from 0.
+        ids: int64 ``[M, W]``, rows of the pool.
+        values: fp32 ``[M, W]``, their similarities; -inf for empty places.
+        sizes: int64 ``[M]``, the places of each example that are not empty; these come first.
+        last: fp32 ``[M]``, the similarity of the ``T``-th.
     """
 
-    def __init__(self, examples: int, depth: int, slack: float, device: torch.device) -> None:
-        self.depth, self.slack = depth, slack
-        self.floor = torch.full((examples, 1), -torch.inf, device=device)
-        self.owners, self.ids, self.places = (torch.zeros(0, dtype=torch.int64, device=device) for _ in range(3))
-        self.values = torch.zeros(0, device=device)
-        self._found: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._waiting = self._seen = self._merged = 0
+    def __init__(self, examples: int, depth: int, dtype: torch.dtype, width: int, device: torch.device) -> None:
+        self.depth, self.dtype = depth, dtype
+        self.last = torch.full((examples,), -torch.inf, device=device)
+        self.error = torch.zeros((), device=device)
+        self.values = torch.full((examples, width), -torch.inf, device=device)
+        self.ids = torch.zeros((examples, width), dtype=torch.int64, device=device)
+        self.sizes = torch.zeros(examples, dtype=torch.int64, device=device)
+        self._seen = self._merged = 0
 
-    def add(self, similarities: Tensor, first: int) -> None:
-        """Enter the similarities ``[M, B]`` of the rows from ``first`` on."""
-        owners, columns = (similarities >= self.floor.to(similarities.dtype)).nonzero(as_tuple=True)
-        self._found.append((owners, columns + first, similarities[owners, columns].float()))
-        self._waiting += len(owners)
+    def add(self, similarities: Tensor, ids: Tensor, error: Tensor) -> None:
+        """Enter the similarities ``[M, B]`` of rows ``[B]``, that were so far off before rounding."""
+        self.error = torch.maximum(self.error, error)
+        owners, columns = _at_least(similarities, self.floor())
+        counts = owners.bincount(minlength=len(self.sizes))
+        if int((self.sizes + counts).max()) > self.values.size(1):
+            self.merge()
+        self._put(owners, ids[columns], similarities[owners, columns].float(), counts)
         self._seen += similarities.size(1)
-        if self._seen >= 2 * self._merged or self._waiting > 2 * CELLS:
+        if self._seen >= 2 * self._merged:
             self.merge()
 
+    def floor(self) -> Tensor:
+        """What a similarity of the nearest is not below, ``[M]``.
+
+        Rounding is monotone. The product of the last may be less by half a step than what it was rounded to; it and
+        that of another row are off by the error.
+        """
+        step = torch.finfo(self.dtype).eps / 2
+        return (self.last - step * self.last.abs() - 2 * self.error).to(self.dtype)
+
     def merge(self) -> None:
-        """Forget what is too far behind, and raise the floors."""
-        parts = [(self.owners, self.ids, self.values), *self._found]
-        self.owners, self.ids, self.values = (torch.cat(column) for column in zip(*parts, strict=True))
-        self.sort()
-        last = self.places == self.depth - 1
-        self.floor[self.owners[last], 0] = self.values[last] - self.slack
-        kept = self.values >= self.floor[self.owners, 0]
-        self.owners, self.ids, self.values = self.owners[kept], self.ids[kept], self.values[kept]
-        self._found, self._waiting, self._merged = [], 0, self._seen
+        """Raise the floors, and forget what is below them."""
+        self._merged = self._seen
+        width = int(self.sizes.max())
+        if width >= self.depth:
+            self.last = _largest(self.values[:, :width], self.depth)
+        owners, ids, values = self.entries()
+        kept = values >= self.floor().float()[owners]
+        owners, ids, values = owners[kept], ids[kept], values[kept]
+        counts = owners.bincount(minlength=len(self.sizes))
+        self.values.fill_(-torch.inf)
+        self.sizes.zero_()
+        self._put(owners, ids, values, counts, room=2)
 
-    def sort(self) -> None:
-        """Put rows into the order of example and similarity; equal ones stay in theirs."""
-        order = (self.owners - self.values.double() / 4).sort(stable=True).indices  # similarities are in [-1, 1]
-        self.owners, self.ids, self.values = self.owners[order], self.ids[order], self.values[order]
-        starts = torch.searchsorted(self.owners, torch.arange(len(self.floor), device=order.device))
-        self.places = torch.arange(len(order), device=order.device) - starts[self.owners]
+    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Examples ``[n]`` in their order, rows of the pool, and similarities."""
+        owners, places = _at_least(self.values, torch.full_like(self.last, -2))  # similarities are in [-1, 1]
+        return owners, self.ids[owners, places], self.values[owners, places]
 
-    def compare(self, pool: Any, queries: Tensor) -> None:
-        """Compute the similarities anew, in fp32, and sort by them; equal ones in the order of the rows."""
-        order = self.ids.argsort(stable=True)
-        self.owners, self.ids = self.owners[order], self.ids[order]
-        values = []
+    def _put(self, owners: Tensor, ids: Tensor, values: Tensor, counts: Tensor, room: int = 1) -> None:
+        """Enter rows of examples that are in order, so many of each; with room for so many times as many."""
+        short = room * int((self.sizes + counts).max()) - self.values.size(1)
+        if short > 0:
+            self.values = torch.nn.functional.pad(self.values, (0, short), value=-torch.inf)
+            self.ids = torch.nn.functional.pad(self.ids, (0, short))
+        starts = self.sizes - counts.cumsum(0) + counts
+        places = torch.arange(len(owners), device=owners.device) + starts[owners]
+        self.values[owners, places] = values
+        self.ids[owners, places] = ids
+        self.sizes += counts
+
+    def compare(self, pool: Any, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the similarities anew, in fp32.
+
+        Returns:
+            Rows of the pool ``[n]``, and their places in the order of their example, from 0; equal ones are in the
+            order of the rows.
+        """
+        owners, ids, _ = self.entries()
+        order = ids.argsort(stable=True)
+        owners, ids = owners[order], ids[order]
+        values = torch.empty(len(ids), device=queries.device)
         size = max(1, CACHED // queries.size(1))
-        for ids, owners in zip(self.ids.split(size), self.owners.split(size), strict=True):
-            rows, places = ids.unique_consecutive(return_inverse=True)
+        for part, examples, found in zip(ids.split(size), owners.split(size), values.split(size), strict=True):
+            rows, places = part.unique_consecutive(return_inverse=True)
             near = _unit(pool, rows, queries.device).index_select(0, places)
-            values.append(near.mul_(queries.index_select(0, owners)).sum(1))
-        self.values = torch.cat(values)
-        self.sort()
+            torch.sum(near.mul_(queries.index_select(0, examples)), 1, out=found)
+        order = (owners - values.double() / 4).sort(stable=True).indices  # similarities are in [-1, 1]
+        places = torch.empty_like(order)
+        places[order] = torch.arange(len(order), device=order.device)
+        counts = owners.bincount(minlength=len(self.sizes))
+        return ids, places - (counts.cumsum(0) - counts)[owners]
+
+
+def _at_least(values: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of a matrix ``[M, B]``, row by row, at which it is not below the floor ``[M]`` of the row."""
+    floor = floor[:, None]
+    if values.is_cuda:
+        rows, columns = (values >= floor).nonzero(as_tuple=True)
+        return rows, columns
+    if values.dtype == torch.bfloat16 and bool((floor >= 0).all()):  # then they are in the order of their bits
+        values, floor = values.view(torch.int16), floor.view(torch.int16)
+    elif values.dtype == torch.bfloat16:
+        values, floor = values.float(), floor.float()
+    at = np.flatnonzero(values.numpy() >= floor.numpy())  # several times as fast as torch
+    return torch.from_numpy(at // values.size(1)), torch.from_numpy(at % values.size(1))
+
+
+def _largest(values: Tensor, k: int) -> Tensor:
+    """The ``k``-th largest of each row, fp32 ``[M]``."""
+    if values.is_cuda:
+        return values.topk(k, sorted=False).values.amin(1)
+    at = values.size(1) - k
+    return torch.from_numpy(np.partition(values.numpy(), at, axis=1)[:, at].copy())
 
 
 def _faster(queries: Tensor) -> torch.dtype:

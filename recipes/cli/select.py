@@ -6,7 +6,10 @@ and ``curation.callbacks.InstanceSelection(index="FILE.parquet")`` trains on it.
 interrupted, goes on with the index that is there.
 
 ``curation select --config RECIPE --target FILE --output FILE.parquet`` keeps the 10 % that rank first for examples of
-a target (``curation.instances.TargetedSelector``). No probe measures these: they are chosen for the target alone.
+a target (``curation.instances.TargetedSelector``), or with ``--losses BEFORE AFTER`` those whose loss training on the
+target lowers most; the files are those of ``curation irreducible``. No probe measures these: they are chosen for the
+target alone. Near-duplicates are reported, and left out with ``--duplicates=.95``; with ``--decontaminate FILE``
+texts are left out that share 13 words in a row with one of the file.
 """
 
 import argparse
@@ -14,11 +17,13 @@ import dataclasses
 import hashlib
 import json
 import os
+import pickle
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -26,6 +31,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from curation.callbacks.lightning.loggers import log_image, takes_media
 from curation.checks import check_integer, check_number
 from curation.evaluation.retention import Part, Retention, retention
+from curation.instances import FeatureShards, contaminated, near_duplicates
+from curation.instances.contamination import WORD
 from curation.instances.selection import index_of_selector, read_selection
 from curation.instances.selection_index import SelectionIndex, fingerprint
 from curation.recipes.cli.lightning_cli import run
@@ -42,9 +49,11 @@ from curation.recipes.instance_selection.target_picture import draw_target
 from curation.recipes.pictures import save_picture
 
 BUDGET = 0.04
+SIMILARITY, WORDS = 0.95, 13  # of near-duplicates; words in a row that are shared with a test
 TARGETED = "curation.instances.TargetedSelector"
 SELECTOR = "curation.instances.GraphAttentionInstanceSelector"
 PROBE, REGRESSION_PROBE = "sklearn.ensemble.RandomForestClassifier", "sklearn.ensemble.RandomForestRegressor"
+REPEATS = 5
 REPORT = ("output", "picture", "probe", "repeats")  # options that change the report, but not the selection
 
 
@@ -56,7 +65,8 @@ def main(args: list[str]) -> None:
         OSError: If a file to write exists or cannot be written.
     """
     options, overrides = parse(args)
-    if options.target:
+    targeted = bool(options.target or options.losses)
+    if targeted:
         options.selector = TARGETED
     selector: Any = None if options.index else make_selector(options)
     make_object("probe", options.probe, {}, {})
@@ -79,10 +89,14 @@ def main(args: list[str]) -> None:
     train_loader, train = read("train", "training")
     x, y = train
     labels = None if np.isnan(y).all() else y
-    validation = None if labels is None or options.target else read("val", "validation")[1]
-    features = x if options.features is None else read_features(options.features, len(y))
+    validation = None if labels is None or targeted else read("val", "validation")[1]
+    features = x if options.features is None else given_features(options, len(y))
     if options.target:
         selector.targets = {file: examples(file, data) for file in options.target}
+    if options.losses:
+        selector.losses = [read_losses(file, len(y)) for file in options.losses]
+    if targeted:
+        selector.exclude = left_out(options, features, data)
     seconds = time.perf_counter() - began
     if options.output.exists():
         index = made_before(options, overrides, selector, train_loader.dataset)
@@ -96,8 +110,11 @@ def main(args: list[str]) -> None:
         )
         print(f"index: {options.output}", flush=True)
     retained = None
-    if options.target:
+    if targeted:
         print("\n".join(kept_report(y, index.indices)))
+    if options.losses:
+        return
+    if options.target:
         targets = np.concatenate(list(selector.targets.values()))
         figure = draw_target(features, labels, index.indices, targets, getattr(data, "names", None))
         log_image(trainer, "instances/selection", figure)
@@ -132,17 +149,18 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     options, overrides = parser().parse_known_args(args)
     if options.picture is not None and options.picture.exists():
         raise FileExistsError(f"Argument `--picture` must name a new file, but {str(options.picture)!r} exists.")
-    for name in ("ckpt_path", "features", "index"):
+    for name in ("ckpt_path", "features", "index", "decontaminate"):
         file = getattr(options, name)
-        if file is not None and not Path(file).is_file():
+        shards = name == "features" and options.target and Path(file or "").is_dir()
+        if file is not None and not shards and not Path(file).is_file():
             raise ValueError(f"Argument `--{name}` must name a file, but there is no {file!r}.")
     if options.ckpt_path is not None and options.layer is None:
         raise ValueError("Argument `--layer` must be given with `--ckpt_path`, but got None.")
-    for file in options.target or ():
-        if not Path(file).is_file():
-            raise ValueError(f"Argument `--target` must name a file, but there is no {file!r}.")
-    if options.target and (options.selector, options.index) != (SELECTOR, None):
-        raise ValueError("Argument `--target` must be left out with `--selector` and `--index`: it has a selector.")
+    for name in ("target", "losses"):
+        for file in getattr(options, name) or ():
+            if not Path(file).is_file():
+                raise ValueError(f"Argument `--{name}` must name a file, but there is no {file!r}.")
+    _check_target(options)
     if options.index is not None and (options.selector, options.budget, options.options) != (SELECTOR, None, "{}"):
         raise ValueError(
             "Argument `--index` must be left out with `--selector`, `--budget` and `--options`, but got "
@@ -157,6 +175,27 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     except (ValueError, TypeError) as error:
         raise ValueError(f"Argument `--options` must be a JSON object, but got {options.options!r}.") from error
     return options, overrides
+
+
+def _check_target(options: argparse.Namespace) -> None:
+    """Refuse options that go with a target, or without one, only."""
+    if options.target and options.losses:
+        raise ValueError("Argument `--target` must be left out with `--losses`, which are of a target.")
+    name = "--target" if options.target else "--losses" if options.losses else ""
+    if name and (options.selector, options.index) != (SELECTOR, None):
+        raise ValueError(f"Argument `{name}` must be left out with `--selector` and `--index`: it has a selector.")
+    if name and (options.probe, options.repeats) != (PROBE, REPEATS):
+        raise ValueError(f"Argument `{name}` must be left out with `--probe` and `--repeats`: nothing is probed.")
+    if options.losses and options.picture is not None:
+        raise ValueError("Argument `--picture` must be left out with `--losses`: it shows likeness to examples.")
+    for option in ("decontaminate", "duplicates"):
+        if not name and getattr(options, option) is not None:
+            raise ValueError(f"Argument `--{option}` needs `--target` or `--losses`.")
+    if options.duplicates is not None:
+        check_number("--duplicates", options.duplicates, "(0, 1]")
+        if options.features is not None and os.path.isdir(options.features):
+            raise ValueError("Argument `--duplicates` must be left out where `--features` is a folder.")
+    check_integer("--ngram", options.ngram, 1)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -180,6 +219,26 @@ def parser() -> argparse.ArgumentParser:
         "(or `question`), which the recipe's data module embeds; again for each further target",
     )
     parser.add_argument(
+        "--losses",
+        nargs=2,
+        metavar=("BEFORE", "AFTER"),
+        help="in the place of --target: losses [N] by a model and by the same after training on the target, .npy or "
+        "the .pt of `curation irreducible`",
+    )
+    parser.add_argument(
+        "--duplicates",
+        type=float,
+        metavar="SIMILARITY",
+        help="leave out near-duplicates, from this cosine similarity on (default: report those from "
+        f"{SIMILARITY} on)",
+    )
+    parser.add_argument(
+        "--decontaminate",
+        metavar="FILE",
+        help="leave out texts that share words in a row with a test, .jsonl or .parquet with a column `text`",
+    )
+    parser.add_argument("--ngram", type=int, default=WORDS, help="how many words in a row (%(default)s)")
+    parser.add_argument(
         "--options", default="{}", metavar="JSON", help="its other arguments, as '{\"n_neighbors\": 5}'"
     )
     parser.add_argument(
@@ -189,14 +248,21 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--layer", help="submodule whose output are the features (default: the inputs, flattened)")
     parser.add_argument("--ckpt_path", help="checkpoint of the module, for --layer")
-    parser.add_argument("--features", metavar="FILE.npy", help="[N, D], to select by in the place of the probe's")
+    parser.add_argument(
+        "--features",
+        metavar="FILE.npy",
+        help="[N, D], to select by in the place of the probe's; with --target also a folder of Parquet files with a "
+        "column `features`, which are not read into memory",
+    )
     parser.add_argument(
         "--probe",
         default=PROBE,
         metavar="CLASS_PATH",
         help="class of what says what the selection retains (%(default)s; of numbers the regressor)",
     )
-    parser.add_argument("--repeats", type=int, default=5, help="selections, and as many random ones (%(default)s)")
+    parser.add_argument(
+        "--repeats", type=int, default=REPEATS, help="selections, and as many random ones (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="first seed of the selector and of the probes")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw what was kept, and what it retains")
     return parser
@@ -205,8 +271,8 @@ def parser() -> argparse.ArgumentParser:
 def make_selector(options: argparse.Namespace, repeat: int = 0) -> Any:
     """The selector of a repeat, with the budget and the seed where it takes them."""
     required = options.options | ({} if options.budget is None else {"budget": options.budget})
-    defaults = {"random_state": options.seed + repeat} | ({} if options.target else {"budget": BUDGET})
-    defaults |= {"verbose": True} if options.target else {}
+    targeted = options.target or options.losses
+    defaults = {"random_state": options.seed + repeat} | ({"verbose": True} if targeted else {"budget": BUDGET})
     accepted = {name: value for name, value in defaults.items() if name not in required}
     return make_object("selector", options.selector, accepted, required)
 
@@ -224,6 +290,15 @@ def examples(file: str, data: LightningDataModule) -> np.ndarray:
             f"Argument `--target` must be a .npy file of features [M, D] with this recipe, whose "
             f"{type(data).__name__} has no method `features_of(texts)`, but got {file!r}."
         )
+    return data.features_of(read_texts("--target", file)).numpy()
+
+
+def read_texts(option: str, file: str) -> list[str]:
+    """The texts in a ``.jsonl`` or ``.parquet`` file.
+
+    Raises:
+        ValueError: If it has no column of them.
+    """
     import datasets
 
     kind = "parquet" if file.endswith(".parquet") else "json"
@@ -231,10 +306,79 @@ def examples(file: str, data: LightningDataModule) -> np.ndarray:
     column = next((name for name in ("text", "question", "prompt") if name in rows.column_names), None)
     if column is None:
         raise ValueError(
-            f"Argument `--target` must have a column text, question or prompt, but {file!r} has "
+            f"Argument `{option}` must have a column text, question or prompt, but {file!r} has "
             f"{', '.join(rows.column_names)}."
         )
-    return data.features_of(rows[column][:]).numpy()
+    return rows[column][:]
+
+
+def given_features(options: argparse.Namespace, count: int) -> Any:
+    """Features ``[N, D]`` of a ``.npy`` file, or of a folder of Parquet files.
+
+    Raises:
+        ValueError: If there is not a row for each of ``count`` training samples.
+    """
+    if not os.path.isdir(options.features):
+        return read_features(options.features, count)
+    shards = FeatureShards(options.features)
+    if len(shards) != count:
+        raise ValueError(
+            f"Argument `--features` must hold [{count}, D], a row for each training sample, but {options.features!r} "
+            f"has {list(shards.shape)}."
+        )
+    return shards
+
+
+def read_losses(file: str, count: int) -> np.ndarray:
+    """Losses ``[N]`` in a ``.npy`` file, or in one of ``curation irreducible``.
+
+    Raises:
+        ValueError: If the file does not hold a loss for each of ``count`` training samples.
+    """
+    if file.endswith(".npy"):
+        losses = read_array("--losses", file)
+    else:
+        try:
+            losses = torch.load(file, map_location="cpu", weights_only=True).numpy()
+        except (pickle.UnpicklingError, EOFError, RuntimeError, AttributeError) as error:
+            raise ValueError(f"Argument `--losses` must name files of losses, but got {file!r}: {error}") from error
+    if losses.shape != (count,):
+        raise ValueError(
+            f"Argument `--losses` must hold [{count}], a loss for each training sample, but {file!r} has "
+            f"{list(losses.shape)}."
+        )
+    return losses
+
+
+def left_out(options: argparse.Namespace, features: Any, data: LightningDataModule) -> np.ndarray:
+    """The rows that may not stay, bool ``[N]``: near a test, and near-duplicates where asked for; and say how many.
+
+    Raises:
+        ValueError: If the data module has no texts to compare with tests.
+    """
+    out = np.zeros(len(features), bool)
+    if options.decontaminate:
+        texts = getattr(data, "train_texts", None)
+        if not texts:
+            name = type(data).__name__
+            raise ValueError(
+                f"Argument `--decontaminate` needs a data module with `train_texts`, but {name} has none."
+            )
+        tests = read_texts("--decontaminate", options.decontaminate)
+        out = contaminated(texts, tests, options.ngram)
+        short = sum(len(WORD.findall(test)) < options.ngram for test in tests)
+        print(
+            f"{out.sum():,} of {len(out):,} samples left out: they share {options.ngram} words in a row with a test; "
+            f"{short:,} of {len(tests):,} tests have fewer words, and are not looked for"
+        )
+    if isinstance(features, FeatureShards):
+        print("near-duplicates are not looked for in Parquet files")
+        return out
+    similarity = SIMILARITY if options.duplicates is None else options.duplicates
+    repeats = near_duplicates(features, similarity)
+    done = "not left out" if options.duplicates is None else "left out"
+    print(f"{repeats.sum():,} of {len(out):,} samples are near-duplicates (cosine >= {similarity:g}), {done}")
+    return out if options.duplicates is None else out | repeats
 
 
 def make_recipe(overrides: list[str]) -> tuple[Trainer, LightningModule, LightningDataModule]:
@@ -302,8 +446,11 @@ def selections(
 
 def configuration(options: argparse.Namespace, overrides: list[str], selector: Any) -> dict[str, Any]:
     """How a selection is made: options, recipe, and hashes of the files that they name."""
-    files = (options.ckpt_path, options.features, options.index, *(options.target or ()))
+    several = (*(options.target or ()), *(options.losses or ()))
+    files = (options.ckpt_path, options.features, options.index, options.decontaminate, *several)
     named = [text.rpartition("=")[2] for text in (*overrides, *files) if text]
+    folders = [Path(name) for name in named if os.path.isdir(name)]
+    named += [str(file) for folder in folders for file in sorted(folder.glob("*.parquet"))]
     hashes = {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in named if os.path.isfile(file)}
     return vars(options) | {"budget": getattr(selector, "budget", None), "recipe": overrides, "files": hashes}
 

@@ -57,6 +57,7 @@ class TextEmbeddings(LightningDataModule):
     Attributes:
         names: Names of the classes, in alphabetical order.
         shape: ``(D,)`` of an embedding.
+        train_texts: The training texts by sample id, after ``setup``.
         corrupted: Whether a training label is wrong, bool ``[N]`` by sample id.
 
     Raises:
@@ -104,6 +105,7 @@ class TextEmbeddings(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.corrupted = torch.zeros(0, dtype=torch.bool)
+        self.train_texts: list[str] = []
         self.train: SampleIds | None = None
 
     def setup(self, stage: str) -> None:
@@ -113,7 +115,8 @@ class TextEmbeddings(LightningDataModule):
         parts = load_texts(self.data, self.samples_per_class)
         self.names = sorted({label for part in parts.values() for label in part["label"]})
         classes = {name: i for i, name in enumerate(self.names)}
-        x = self.embed([text for part in parts.values() for text in part["text"]])
+        texts = [text for part in parts.values() for text in part["text"]]
+        x = self.embed(texts)
         y = torch.tensor([classes[label] for part in parts.values() for label in part["label"]])
         self.shape = x.shape[1:]
         ends = np.cumsum([len(part) for part in parts.values()])
@@ -124,6 +127,7 @@ class TextEmbeddings(LightningDataModule):
         for name in HELD_OUT:
             if name not in rows:
                 rows[name], train = train[:size], train[size:]
+        self.train_texts = [texts[row] for row in train]
         labels, self.corrupted = corrupt_labels(y[train], self.label_noise, len(classes), generator)
         self.train = SampleIds(TensorDataset(x[train], labels))
         self.val, self.test = (TensorDataset(x[rows[name]], y[rows[name]]) for name in HELD_OUT)

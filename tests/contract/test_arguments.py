@@ -2,11 +2,14 @@
 
 import inspect
 import math
+import tempfile
 from collections.abc import Iterator
 from types import NoneType, UnionType
 from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import Proxy
@@ -58,6 +61,9 @@ NOT_CONSTRUCTED = {  # by users: results and state that the package makes
     "Window",
 }
 CONCEPTS = ConceptIndex.from_lists([["a"], ["b"], ["a", "b"]])
+FOLDER = tempfile.TemporaryDirectory()
+FEATURES = f"{FOLDER.name}/features.parquet"
+pq.write_table(pa.table({"features": [[0.0]]}), FEATURES)
 DYNAMICS = SampleDynamics.of_store(DynamicsStore(3)).columns
 VALID: dict[str, dict[str, Any]] = {  # arguments without a default
     "ConceptAwareSampler": {"concepts": CONCEPTS, "batch_size": 1, "super_batch_size": 2},
@@ -68,6 +74,7 @@ VALID: dict[str, dict[str, Any]] = {  # arguments without a default
     "DynamicDataPruningSampler": {"dataset": range(9), "batch_size": 2},
     "DynamicsStore": {"size": 3},
     "ExpertLoad": {"experts": 2},
+    "FeatureShards": {"files": FEATURES},
     "ExpertSpecialization": {"domains": 2, "experts": 2},
     "GlobalBatchSampler": {"samples": range(9), "seed": 0},
     "HardBatchSampler": {"dataset": range(9), "batch_size": 2},
@@ -211,6 +218,8 @@ OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
     "SketchMemory.size": (0,),
     "StratifiedRandomSelector.budget": (0, 1.5),
     "SubsetSampler.seed": (-1,),
+    "FeatureShards.memory": (0,),
+    "TargetedSelector.agree": (0,),
     "TargetedSelector.budget": (0, 1.5),
     "ThresholdSamples.classes": (0, 1),
     "ThresholdSamples.seed": (-1,),

@@ -13,8 +13,8 @@ from curation.instances import TargetedSelector, targeted
 from curation.instances.targeted import best_ranks
 
 
-def twin(pool, examples):
-    """Best rank of each row, from 1, and mean similarity; fp64."""
+def twin(pool, examples, agree=1):
+    """Best rank of each row, from 1, or the k-th best, and mean similarity; fp64."""
     pool, examples = (x.astype(np.float64) for x in (pool, examples))
     similarities = (
         examples / np.linalg.norm(examples, axis=1)[:, None] @ (pool / np.linalg.norm(pool, axis=1)[:, None]).T
@@ -22,7 +22,7 @@ def twin(pool, examples):
     ranks = np.empty(similarities.shape, int)
     for row, order in zip(ranks, np.argsort(-similarities, axis=1, kind="stable"), strict=True):
         row[order] = np.arange(1, len(pool) + 1)
-    return ranks.min(0), similarities.mean(0)
+    return np.sort(ranks, 0)[agree - 1], similarities.mean(0)
 
 
 def drawn(n, m, d, seed=0):
@@ -66,12 +66,13 @@ def test_equal_rows_are_ranked_in_their_order(screened_in):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 200), st.integers(1, 12), st.integers(0, 2**20), st.sampled_from([0.02, 0.1, 0.5, 1.0]))
-def test_what_stays_is_first_by_best_rank_and_mean(n, m, seed, budget):
+@given(st.integers(1, 200), st.integers(1, 12), st.integers(0, 2**20), st.floats(0.02, 1.0), st.floats(0.0, 1.0))
+def test_what_stays_is_first_by_best_rank_and_mean(n, m, seed, budget, share):
     pool, examples = drawn(n, m, 6, seed)
-    best, mean = twin(pool, examples)
+    agree = 1 + int(share * (m - 1))
+    best, mean = twin(pool, examples, agree)
     order = np.lexsort((np.arange(n), -mean, best))
-    selector = TargetedSelector(budget, targets=examples).fit(pool)
+    selector = TargetedSelector(budget, targets=examples, agree=agree).fit(pool)
     kept = max(1, round(budget * n))
     assert selector.ranking_.tolist() == order[:kept].tolist()
     assert selector.sample_indices_.tolist() == sorted(order[:kept])
@@ -129,6 +130,12 @@ def test_pools_of_every_kind(kind, tmp_path):
     ("options", "pool", "message"),
     [
         ({}, [[1.0, 0.0]], "`targets` must be the features of examples"),
+        ({"targets": [[1.0, 0.0]], "losses": [[1.0], [0.5]]}, [[1.0, 0.0]], "or else `losses`"),
+        ({"losses": [[1.0], [0.5]], "agree": 2}, [[1.0, 0.0]], "`agree` must be 1 with `losses`, but got 2"),
+        ({"losses": [[1.0, 2.0]]}, [[1.0, 0.0]], r"`losses` must be finite numbers \[2, 1\], but is \[1, 2\]"),
+        ({"losses": [[1.0], [np.nan]]}, [[1.0, 0.0]], r"`losses` must be finite .* with 1 that are not finite"),
+        ({"targets": [[1.0, 0.0]], "exclude": [True]}, [[1.0, 0.0]], r"must be bool \[1\] and not all True"),
+        ({"targets": [[1.0, 0.0]], "exclude": [0]}, [[1.0, 0.0]], r"`exclude` must be bool \[1\] .* is int64"),
         ({"targets": {}}, [[1.0, 0.0]], "`targets` must have a task"),
         ({"targets": [[1.0]]}, [[1.0, 0.0]], r"`targets` must be \[M, 2\].*is \[1, 1\]"),
         ({"targets": [1.0, 0.0]}, [[1.0, 0.0]], r"`targets` must be \[M, 2\].*is \[2\]"),
@@ -140,6 +147,8 @@ def test_pools_of_every_kind(kind, tmp_path):
         ({"targets": [[1.0, 0.0]]}, np.zeros((0, 2)), r"`X` must be \[N, D\]"),
         ({"targets": [[1.0, 0.0]], "budget": 0.0}, [[1.0, 0.0]], "`budget` must be in"),
         ({"targets": [[1.0, 0.0]], "budget": 1.5}, [[1.0, 0.0]], "`budget` must be in"),
+        ({"targets": [[1.0, 0.0]], "agree": 0}, [[1.0, 0.0]], "`agree` must be"),
+        ({"targets": [[1.0, 0.0]], "agree": 2}, [[1.0, 0.0]], r"`agree` must be in \[1, 1 examples\], but got 2"),
         ({"targets": [[1.0, 0.0]], "lengths": [1, 2]}, [[1.0, 0.0]], "`lengths` must be integers"),
         ({"targets": [[1.0, 0.0]], "lengths": [0]}, [[1.0, 0.0]], "not all 0"),
     ],
@@ -158,6 +167,33 @@ def test_one_example_and_more_examples_than_rows():
     best, mean = twin(pool, examples)
     expected = np.lexsort((np.arange(20), -mean, best))[:5]
     assert TargetedSelector(0.25, targets=examples).fit(pool).ranking_.tolist() == expected.tolist()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 200), st.integers(1, 12), st.integers(0, 2**20), st.floats(0.02, 1.0), st.booleans())
+def test_excluded_rows_are_as_if_they_were_not_there(n, m, seed, budget, tokens):
+    pool, examples = drawn(n, m, 6, seed)
+    rng = np.random.default_rng(seed)
+    out, lengths = rng.random(n) < rng.random(), rng.integers(1, 50, n) if tokens else None
+    out[0] = False
+    selector = TargetedSelector(budget, targets=examples, lengths=lengths, exclude=out).fit(pool)
+    rest = TargetedSelector(budget, targets=examples, lengths=None if lengths is None else lengths[~out])
+    assert selector.ranking_.tolist() == np.flatnonzero(~out)[rest.fit(pool[~out]).ranking_].tolist()
+    assert np.isneginf(selector.scores_[out]).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 100), st.integers(0, 2**20), st.floats(0.02, 1.0))
+def test_by_losses_those_stay_that_training_on_the_target_lowers_most(n, seed, budget):
+    rng = np.random.default_rng(seed)
+    losses, out = rng.integers(0, 9, (2, n)) / 4, rng.random(n) < 0.3
+    out[0] = False
+    losses[:, out] = np.nan
+    falls = [(float(after - before), row) for row, (before, after) in enumerate(losses.T.tolist()) if not out[row]]
+    expected = [row for _, row in sorted(falls)][: max(1, round(budget * len(falls)))]
+    selector = TargetedSelector(budget, losses=losses, exclude=out).fit(np.zeros((n, 1)))
+    assert selector.ranking_.tolist() == expected
+    assert selector.scores_[expected].tolist() == (losses[0] - losses[1])[expected].tolist()
 
 
 def test_a_row_of_zeros_is_like_nothing():
