@@ -76,7 +76,7 @@ class PromptMemory(SampleStore):
         self.wrong: float = check_number("wrong", wrong, "(0, 1]")
         if right >= wrong:
             raise ValueError(f"Argument `right` must be below `wrong`, {wrong}, but got {right!r}.")
-        self.explore = torch.full((2,), 0.5, device=device)
+        self.explore = torch.full((2,), 0.5, dtype=torch.float32, device=device)
 
     @property
     def rate(self) -> Tensor:
@@ -125,7 +125,7 @@ class PromptMemory(SampleStore):
         known = shares.isfinite().sum().clamp(min=1)
         silent = torch.stack([(shares <= self.right).sum(), (shares >= self.wrong).sum()]) / known
         goal = torch.arange(1, 3, device=silent.device) * (target / 3)
-        self.explore = (self.explore + torch.where(silent >= goal, -by, by)).clamp(0.05, 0.95)
+        self.explore = (self.explore + torch.where(silent >= goal, -by, by).float()).clamp(0.05, 0.95)
 
     def to(self, device: torch.device | str) -> "PromptMemory":
         """The same memory on a device: itself, or a copy."""
@@ -180,7 +180,7 @@ class PromptMemory(SampleStore):
             table = read_table(path)
             texts = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
             state: dict[str, Any] = {n: torch.from_numpy(table[n].to_numpy().copy()) for n in self.columns}
-            state["explore"] = torch.tensor([float(x) for x in texts["explore"].split()])
+            state["explore"] = torch.tensor([float(x) for x in texts["explore"].split()], dtype=torch.float32)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(
                 f"Argument `path` must be a file of `PromptMemory`, but got {str(path)!r}: {error}"

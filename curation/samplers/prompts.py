@@ -110,12 +110,6 @@ class PromptSampler(DynamicDataPruningSampler):
             self.statistics[f"{name}_fraction"] = float(value.float().mean())
         self.statistics["explore_right"], self.statistics["explore_wrong"] = memory.explore.tolist()
 
-    @property
-    def histograms(self) -> dict[str, Tensor]:
-        """The pass rates of the prompts that were visited, fp32 ``[n]``, by the name of a metric."""
-        rates = self.memory.rate
-        return {"pass_rate": rates[rates.isfinite()]}
-
     def trained(self, losses: Tensor) -> None:
         """Record that the next batch was trained on.
 

@@ -275,16 +275,16 @@ class PolicyModule(LightningModule):
         wait_for(self.device)
         completions = rollouts.completions
         assert completions.log_probs is not None
-        tokens = float(completions.lengths.sum())
+        tokens = int(completions.lengths.sum())
         counts = torch.tensor([len(rollouts.rewards), tokens, self.not_scored], device=self.device)
         made, all_tokens, not_scored = self.trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         self.rollouts_made += int(made)
-        self.tokens_made += int(all_tokens)
+        self.tokens_made += all_tokens
         self.log_dict(
             {
                 "rollouts/total": float(self.rollouts_made),
                 "rollouts/reward": rollouts.rewards.mean(),
-                "rollouts/tokens": tokens,
+                "rollouts/tokens": float(tokens),
                 "rollouts/tokens_total": float(self.tokens_made),
                 "rollouts/length": tokens / len(rollouts.rewards),
                 "rollouts/finished": completions.finished.float().mean(),
@@ -319,7 +319,9 @@ class PolicyModule(LightningModule):
         NaN for a prompt that was not answered.
         """
         index, rewards = rollouts.prompt_index.cpu(), rollouts.rewards.cpu().float()
-        means = torch.full((prompts,), torch.nan).index_reduce_(0, index, rewards, "mean", include_self=False)
+        means = torch.full((prompts,), torch.nan, dtype=torch.float32).index_reduce_(
+            0, index, rewards, "mean", include_self=False
+        )
         return (1 - means).to(self.device)
 
     def _update_lengths(self, ids: Tensor, rollouts: Rollouts) -> None:
