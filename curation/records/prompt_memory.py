@@ -148,12 +148,13 @@ class PromptMemory(SampleStore):
         super().load_state_dict({name: state[name] for name in self.columns})
         self.explore = state["explore"].to(self.explore.device, copy=True)
 
-    def save(self, path: str | PathLike[str], prompts: str = "", **more: Any) -> None:
+    def save(self, path: str | PathLike[str], prompts: str = "", settings: str = "", **more: Any) -> None:
         """Write a Parquet file with a row for each prompt; the file is replaced as a whole.
 
         Args:
             path: The file.
             prompts: What tells these prompts from others, such as a checksum of their texts.
+            settings: How the outcomes were made, for a reader.
             more: Further columns ``[N]`` by name.
 
         Raises:
@@ -161,7 +162,8 @@ class PromptMemory(SampleStore):
         """
         columns = {name: getattr(self, name).cpu().numpy() for name in self.columns}
         columns = {"prompt": np.arange(len(self)), "pass_rate": self.rate.cpu().numpy(), **columns, **more}
-        write_table(path, columns, {"prompts": prompts, "explore": " ".join(map(str, self.explore.tolist()))})
+        explore = " ".join(map(str, self.explore.tolist()))
+        write_table(path, columns, {"prompts": prompts, "settings": settings, "explore": explore})
 
     def read(self, path: str | PathLike[str], prompts: str = "") -> Any:
         """Take over a file of :meth:`save`.

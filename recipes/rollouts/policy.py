@@ -451,6 +451,12 @@ class PolicyModule(LightningModule):
         for name, rate in self.solved.compute().items():
             self.log(name, rate, prog_bar=name.startswith("val_pass_at_"))
 
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Rollouts:
+        """Answer every prompt ``rollouts`` times."""
+        rollouts = self.rollout(batch, np.full(len(batch["ids"]), self.hparams["rollouts"]))
+        self._cache = None
+        return rollouts
+
     # ------------------------------------------------------------------ loggers and checkpoints
 
     def on_fit_end(self) -> None:

@@ -79,7 +79,7 @@ def test_a_file_holds_all_of_it(tmp_path):
     assert not same(memory, again)
 
 
-@pytest.mark.parametrize("size, prompts", [(4, "abc"), (3, "def")])
+@pytest.mark.parametrize(("size", "prompts"), [(4, "abc"), (3, "def")])
 def test_a_file_of_other_prompts_is_refused(tmp_path, size, prompts):
     filled().save(tmp_path / "memory.parquet", "abc")
     with pytest.raises(
@@ -97,7 +97,7 @@ def test_what_is_no_memory_is_refused(tmp_path):
 
 def test_wrong_arguments_are_named():
     memory = PromptMemory(3)
-    with pytest.raises(ValueError, match="Argument `right` must be below `wrong`, 0.5, but got 0.5"):
+    with pytest.raises(ValueError, match=r"Argument `right` must be below `wrong`, 0.5, but got 0.5"):
         PromptMemory(3, right=0.5, wrong=0.5)
     with pytest.raises(ValueError, match="Argument `shares` must be "):
         memory.update(torch.tensor([0]), torch.tensor([0.0, 1.0]), 8, 0)

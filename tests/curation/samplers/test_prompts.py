@@ -68,7 +68,7 @@ def play(sampler, steps):
     return torch.stack(batches)
 
 
-@pytest.mark.parametrize("rule, prune, silent", [("streaks", 0.95, 0.0), ("drop_solved", 0.8, 0.25)])
+@pytest.mark.parametrize(("rule", "prune", "silent"), [("streaks", 0.95, 0.0), ("drop_solved", 0.8, 0.25)])
 def test_the_share_that_is_tested_again_is_that_which_was_asked_for(rule, prune, silent):
     """In the stationary state, against four standard errors of 500 steps."""
     visits = torch.bincount(
