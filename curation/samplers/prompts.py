@@ -93,7 +93,10 @@ class PromptSampler(DynamicDataPruningSampler):
         self.memory = PromptMemory(self.size, "cpu", self.decay, self.right, self.wrong)
         self.steps_trained = 0
         if self.start is not None:
-            self.memory.read(self.start, self.fingerprint)
+            try:
+                self.memory.read(self.start, self.fingerprint)
+            except ValueError as error:
+                raise ValueError(f"Argument `start` is of no use: {error}") from error
             self.losses = 1 - self.memory.rate
 
     @property

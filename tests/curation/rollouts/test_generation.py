@@ -502,3 +502,13 @@ def test_on_a_gpu(build):
     same(*on_device)
     half = sampled(model.bfloat16(), prefill(model, prompts, PAD, 60))
     assert half.log_probs.isfinite().all()
+
+
+def test_tokens_are_drawn_as_often_as_they_are_probable():
+    p = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    drawn = generation._drawn(p.expand(20000, 6), seeds(0))[:, 0]
+    shares = torch.bincount(drawn, minlength=6) / 20000
+    assert ((shares - p).abs() <= 4 * (p * (1 - p) / 20000).sqrt()).all()  # those of probability 0 never
+    last = torch.zeros(3, 6)
+    last[:, 5] = 1e-30  # whatever the sum of the row
+    assert generation._drawn(last, seeds(0))[:, 0].tolist() == [5, 5, 5]
