@@ -737,18 +737,31 @@ def gradient_of(devices, batch_size):
     return module.gradient, module.rollouts_made
 
 
+def memory_of_two():
+    pruning, data = DynamicDataPruning(), remembered()
+    data.batch_size = 2
+    options = {"devices": 2, "strategy": "ddp", "limit_val_batches": 0}
+    fit(policy(rollouts=6), pruning, data=data, max_epochs=3, **options)
+    return pruning.sampler.memory.state_dict()
+
+
 def main(folder):
     torch.set_num_threads(1)
-    torch.save(gradient_of(2, 6), Path(folder, f"{os.environ['RANK']}.pt"))
+    torch.save((*gradient_of(2, 6), memory_of_two()), Path(folder, f"{os.environ['RANK']}.pt"))
 
 
 def test_two_processes_with_unequal_numbers_of_rollouts_have_the_gradient_of_one(tmp_path):
     on_two_ranks(__file__, tmp_path)
-    (first, made_by_first), (second, made_by_second) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    (first, made_by_first, memory), (second, made_by_second, other) = (
+        torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)
+    )
     whole, made_by_all = gradient_of(1, 12)  # the twelve prompts of both
     assert made_by_first == made_by_second == made_by_all
     assert_close(first, whole)
     assert_close(second, whole)
+    assert all(torch.equal(memory[name], other[name]) for name in memory)  # both remember the prompts of both
+    assert int(memory["visits"].min()) > 0
+    assert int(memory["last"].max()) == 3 * 3 - 1
 
 
 if __name__ == "__main__":
