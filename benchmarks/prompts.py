@@ -4,8 +4,8 @@ r"""Which prompts are answered: what it costs to be as good as uniform sampling,
         --data.seen=0
     python benchmarks/prompts.py runs/compare/rollouts_tiny/rollouts_tiny    # one line of JSON an arm
 
-Every arm has one run a seed, at a constant learning rate; a budget is a validation of it, and the quality that is read
-is that of uniform sampling after the last step. Costs are those of ``curation.evaluation.cost_ratio``.
+Every arm has one run a seed, at a constant learning rate; a budget is a validation of it, and the quality that is
+read is that of uniform sampling after the last step. Costs are those of ``curation.evaluation.cost_ratio``.
 """
 
 import argparse

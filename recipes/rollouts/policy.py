@@ -261,13 +261,13 @@ class PolicyModule(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Answer, score, update."""
-        start = time.perf_counter()
+        start, size = time.perf_counter(), len(batch["ids"])
         self._cache = None  # of the weights before the last update
         rollouts = self._answer(batch)
         self._cache = None
         self._steps += 1
         self._update_lengths(batch["ids"], rollouts)
-        self.sample_losses = self._wrong_shares(rollouts, len(batch["ids"]))
+        self.sample_losses = self._wrong_shares(rollouts, size)
         answered = time.perf_counter()
         self._last = batch["questions"], rollouts
         with evaluation_mode(self.model):  # dropout would change the probabilities that were sampled from
@@ -284,6 +284,7 @@ class PolicyModule(LightningModule):
             {
                 "rollouts/total": float(self.rollouts_made),
                 "rollouts/reward": rollouts.rewards.mean(),
+                "rollouts/silent": 1 - _with_signal(rollouts, size) / len(rollouts.prompt_index.unique()),
                 "rollouts/tokens": float(tokens),
                 "rollouts/tokens_total": float(self.tokens_made),
                 "rollouts/length": tokens / len(rollouts.rewards),
@@ -294,7 +295,7 @@ class PolicyModule(LightningModule):
                 "rollouts/seconds_learning": time.perf_counter() - answered,
                 **statistics,
             },
-            batch_size=len(batch["ids"]),
+            batch_size=size,
         )
 
     def _answer(self, batch: dict[str, Any]) -> Rollouts:
@@ -308,8 +309,7 @@ class PolicyModule(LightningModule):
             more = self.rollout(batch, counts)
             rollouts = more if rollouts is None else rollouts.pool(more)
             asked += missing
-            index = rollouts.prompt_index
-            missing = wanted - len(index[advantages(rollouts.rewards, index, size) != 0].unique())
+            missing = wanted - _with_signal(rollouts, size)
         assert rollouts is not None
         return rollouts
 
@@ -488,3 +488,9 @@ class PolicyModule(LightningModule):
             self.tokens_made = state.get("tokens", 0)  # of an earlier version
             self._steps, self.not_scored = state["steps"], state["scored_wrongly"]
             self._seed = state["seed"]
+
+
+def _with_signal(rollouts: Rollouts, size: int) -> int:
+    """The number of prompts whose rewards differ, of the ``size`` prompts of a batch."""
+    index = rollouts.prompt_index
+    return len(index[advantages(rollouts.rewards, index, size) != 0].unique())

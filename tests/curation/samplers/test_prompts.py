@@ -147,7 +147,7 @@ def test_a_memory_of_other_prompts_does_not_begin_a_fit(tmp_path):
     PromptMemory(4).save(tmp_path / "memory.parquet", "abc")
     PromptSampler(Named(range(4)), 2, start=tmp_path / "memory.parquet")
     PromptMemory(4).save(tmp_path / "memory.parquet", "def")
-    with pytest.raises(ValueError, match="Argument `start` .* it has 4 of 'def', and here are 4 of 'abc'"):
+    with pytest.raises(ValueError, match=r"Argument `start` .* it has 4 of 'def', and here are 4 of 'abc'"):
         PromptSampler(Named(range(4)), 2, start=tmp_path / "memory.parquet")
 
 

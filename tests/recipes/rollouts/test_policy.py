@@ -489,6 +489,26 @@ def test_a_kill_while_answers_are_made_loses_no_outcome_of_a_step_that_ended(tmp
     assert (int(memory.visits.sum()), int(memory.last.max())) == (3 * 4, 2)
 
 
+def test_pass_rates_are_logged_as_a_histogram(monkeypatch):
+    drawn, module = [], "curation.callbacks.samplers.dynamic_data_pruning"
+    monkeypatch.setattr(f"{module}.takes_histograms", lambda trainer: True)
+    monkeypatch.setattr(f"{module}.log_histogram", lambda trainer, name, values: drawn.append((name, values)))
+    pruning = DynamicDataPruning()
+    fit(policy(), pruning, data=remembered(), max_epochs=2, log_every_n_steps=1)
+    assert [name for name, _ in drawn] == ["curation/pass_rate"] * 6
+    assert [len(values) for _, values in drawn[:3]] == [4, 8, 12]  # of what was answered
+    assert drawn[-1][1] == pruning.sampler.memory.rate.tolist()
+
+
+def test_a_memory_and_more_rollouts_for_hard_prompts_work_together():
+    pruning, adaptive = DynamicDataPruning(), DifficultyAdaptiveRollouts(n=4, budget=6, preflight=0)
+    run = fit(policy(), pruning, adaptive, data=remembered(rule="drop_solved"), max_epochs=3)
+    assert float(run.callback_metrics["rollouts/per_prompt"]) > 4
+    memory = pruning.sampler.memory
+    assert memory.solved[::2].min() > 0  # what is always right
+    assert float(memory.rate[1]) == 0  # and never
+
+
 def test_a_memory_needs_a_sampler_that_has_one(tmp_path):
     sampler = partial(DynamicDataPruningSampler, rule="signal")
     with pytest.raises(ValueError, match=r"Argument `memory` needs a PromptSampler, but got .*x' and a DynamicData"):
@@ -510,6 +530,8 @@ def test_dynamic_sampling_answers_until_enough_prompts_have_signal():
             signal_ = [bool(group) and min(group) < max(group) for group in groups]
             answered.append(([bool(group) for group in groups], signal_))
             assert all(len(group) in (0, 6) for group in groups)
+            silent = float(trainer.callback_metrics["rollouts/silent"])
+            assert silent == pytest.approx(1 - sum(signal_) / sum(map(bool, groups)))
             shares = module.sample_losses.tolist()
             assert [share == share for share in shares] == answered[-1][0]
 
