@@ -1,7 +1,7 @@
 """Rounds of prompts: rules against slow twins, a simulated bandit, and the state of the sampler."""
 
+import io
 import math
-import pickle
 from functools import partial
 
 import pytest
@@ -107,6 +107,34 @@ def outcomes(batches):
     return torch.randint(0, 4, (batches, 20), generator=torch.Generator().manual_seed(0)) / 3
 
 
+def from_checkpoint(sampler):
+    file = io.BytesIO()
+    torch.save(sampler.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(monkeypatch):
+    first = make("streaks")
+    train(first, 5, [], outcomes(5))
+    state, expected = from_checkpoint(first), []
+    train(first, 8, expected, outcomes(8))
+    parts = []
+    for rank in (0, 1):
+        monkeypatch.setattr(PromptSampler, "_place", property(lambda _, rank=rank: (rank, 2)))
+        sampler, part = PromptSampler(range(20), 2, rule="streaks", seed=3, max_age=3), []
+        sampler.load_state_dict(state)
+        for step in range(8):
+            if step in (0, 5):
+                order = iter(sampler)
+            part.append([next(order) for _ in range(2)])
+            sampler.trained(outcomes(8)[step][sampler.next.ids])
+            if step == 4:
+                sampler.end_epoch()
+        parts.append(part)
+    assert [[a, c, b, d] for (a, b), (c, d) in zip(*parts, strict=True)] == expected
+
+
 @pytest.mark.parametrize("rule", list(PROMPT_RULES))
 def test_a_run_resumes_exactly_at_any_step(rule):
     table, whole = outcomes(25), []
@@ -115,7 +143,7 @@ def test_a_run_resumes_exactly_at_any_step(rule):
     for cut in range(25):
         first, second, trace = make(rule), make(rule), []
         train(first, cut, trace, table)
-        second.load_state_dict(pickle.loads(pickle.dumps(first.state_dict())))
+        second.load_state_dict(from_checkpoint(first))
         in_epoch = min(25 - cut, second.steps - second._in_epoch)
         train(second, in_epoch, trace, table)
         second.end_epoch()
