@@ -10,6 +10,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,12 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from curation.log_probs import token_log_probs
+from curation.records import PromptMemory
 from curation.rollouts.advantages import advantages
 from curation.rollouts.allocation import HardnessWeighted, plan
 from curation.rollouts.generation import generate, prefill
+from curation.rollouts.max_variance import max_variance
+from curation.samplers.prompt_rules import PROMPT_RULES
 
 
 def seconds(work: Callable[[], Any], repeats: int) -> float:
@@ -35,13 +39,25 @@ def seconds(work: Callable[[], Any], repeats: int) -> float:
 
 
 def planning() -> None:
-    """Time a plan for 3,072 prompts, and the advantages of their 60,000 rollouts."""
+    """Time plans for 3,072 prompts, and the advantages of their 60,000 rollouts."""
     generator = np.random.default_rng(0)
     successes = generator.binomial(8, generator.random(3072))
     extra = plan(HardnessWeighted(), successes, 8, 60_000)
     groups = torch.from_numpy(np.repeat(np.arange(3072), 8 + extra))
     rewards = torch.randint(0, 2, groups.shape).float()
+    memory = PromptMemory(3072)
+    for step in range(3):
+        memory.update(
+            torch.arange(3072), 1 - torch.from_numpy(generator.binomial(8, successes / 8) / 8).float(), 8, step
+        )
+    nothing = torch.zeros(3072, dtype=torch.bool)
+    rules = {
+        name: partial(rule, memory, torch.Generator(), must=nothing, progress=0.5)
+        for name, rule in PROMPT_RULES.items()
+    }
     times = {
+        **{name: seconds(rule, 100) for name, rule in rules.items()},
+        "max_variance": seconds(lambda: max_variance(rewards, groups, 3072, 8), 100),
         "plan": seconds(lambda: plan(HardnessWeighted(), successes, 8, 60_000), 100),
         "advantages": seconds(lambda: advantages(rewards, groups, 3072), 100),
     }

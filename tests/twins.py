@@ -298,3 +298,47 @@ def slow_clusters(values: list[float], groups: int) -> list[int]:
             break
         group = new
     return group
+
+
+class PromptMemoryTwin:
+    """The outcomes of every prompt as lists of shares of wrong answers, oldest first; nothing is kept up to date."""
+
+    def __init__(self, size: int, answers: int, decay: float, right: float = 0.02, wrong: float = 0.98) -> None:
+        self.groups: list[list[float]] = [[] for _ in range(size)]
+        self.answers, self.decay, self.right, self.wrong = answers, decay, right, wrong
+
+    def counts(self, i: int) -> tuple[float, float]:
+        """Right answers and answers, a group weighing less by ``decay`` for each one after it."""
+        weights = [self.decay**age for age in range(len(self.groups[i]))][::-1]
+        right = sum(w * self.answers * (1 - share) for w, share in zip(weights, self.groups[i], strict=True))
+        return right, sum(w * self.answers for w in weights)
+
+    def streak(self, i: int, silent) -> int:
+        return len(list(itertools.takewhile(silent, reversed(self.groups[i]))))
+
+    def solved(self, i: int) -> int:
+        return self.streak(i, lambda share: share <= self.right)
+
+    def failed(self, i: int) -> int:
+        return self.streak(i, lambda share: share >= self.wrong)
+
+
+def slow_prompts(
+    rule: str, twin: PromptMemoryTwin, explore: list[float], generator, must: list[bool], prune: float
+) -> list[int]:
+    """The prompts that a round visits."""
+    n = len(twin.groups)
+    if rule == "streaks":
+        draws = torch.rand(n, generator=generator, dtype=torch.float64).tolist()
+        p = [max(min(explore[0] ** twin.solved(i), explore[1] ** twin.failed(i)), 1 - prune) for i in range(n)]
+        return [i for i in range(n) if must[i] or draws[i] < p[i]] or list(range(n))
+    if rule == "thompson":
+        beta = np.random.default_rng(int(torch.randint(2**63 - 1, (), generator=generator))).beta
+        counts = [twin.counts(i) for i in range(n)]
+        distances = [abs(beta(1 + right, 1 + made - right) - 0.5) for right, made in counts]
+        order = sorted(range(n), key=lambda i: (not must[i], distances[i]))
+        return order[: max(1, n - math.floor(prune * n), sum(must))]
+    done = [i for i in range(n) if twin.solved(i) >= 2 and not must[i]]
+    order = torch.randperm(len(done), generator=generator).tolist()
+    again = [done[j] for j in order[: len(done) - math.floor(prune * len(done))]]
+    return [i for i in range(n) if i not in done] + again

@@ -1,5 +1,6 @@
 """Dynamic data pruning in a fit: the sampler gets the losses of the training pass, the loss gets the weights."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from curation.batch import batch_size
+from curation.callbacks.lightning.loggers import log_histogram, takes_histograms
 from curation.callbacks.lightning.loop import fit_batches, logs_now, trained_batches
 from curation.callbacks.lightning.rate_scale import RateScale
 from curation.callbacks.lightning.seam import BatchSeam
@@ -18,8 +20,9 @@ from curation.callbacks.online.online_selection import OnlineSelection
 from curation.callbacks.online.row_weights import RowWeights, WeighsRows
 from curation.callbacks.online.training_losses import TrainingLosses, step_loss
 from curation.callbacks.samplers.round_training import RoundTraining
-from curation.checks import check_number
+from curation.checks import check_number, check_path
 from curation.samplers.dynamic_pruning import Batch, DynamicDataPruningSampler
+from curation.samplers.prompts import PromptSampler
 from curation.scoring import find_logits_maker
 
 
@@ -35,7 +38,10 @@ class DynamicDataPruning(WeighsRows, RoundTraining[DynamicDataPruningSampler]):
 
     Logs ``curation/round``, ``curation/visited_fraction`` (of the samples, in the round), ``curation/mean_age``
     (rounds since samples were visited), ``curation/work_saved`` (against rounds of everything) and
-    ``curation/pruning_progress``. Reports every batch to :class:`~curation.callbacks.SampleRecord` and
+    ``curation/pruning_progress``; of a :class:`~curation.samplers.prompts.PromptSampler` also
+    ``curation/solved_fraction`` and ``curation/failed_fraction`` (of the prompts, whose last group was all right, or
+    all wrong), ``curation/explore_right`` and ``curation/explore_wrong``, and in W&B and TensorBoard the histogram
+    ``curation/pass_rate`` of the prompts. Reports every batch to :class:`~curation.callbacks.SampleRecord` and
     :class:`~curation.callbacks.SelectionLedger`.
 
     Args:
@@ -43,6 +49,9 @@ class DynamicDataPruning(WeighsRows, RoundTraining[DynamicDataPruningSampler]):
             leaves it; 1 is KAKURENBO's rule (arXiv 2310.10102); -1 takes out the factor that weights which sum to
             ``N`` put into the steps of SGD, and that Adam does not see. Schedulers and monitors see the rate without
             it.
+        memory: File to which rank 0 writes the memory of a ``PromptSampler`` after every step, so that a killed fit
+            loses no outcome of a step that has ended; the argument ``start`` of the sampler reads it. None writes
+            none. It costs some milliseconds a step.
 
     Attributes:
         sampler: The sampler of the training data loader; None before the loader is prepared.
@@ -63,8 +72,9 @@ class DynamicDataPruning(WeighsRows, RoundTraining[DynamicDataPruningSampler]):
 
     sampler_type = DynamicDataPruningSampler
 
-    def __init__(self, lr_scale: float = 0.0) -> None:
+    def __init__(self, lr_scale: float = 0.0, memory: str | Path | None = None) -> None:
         self.lr_scale = check_number("lr_scale", lr_scale, "[-1, 1]")
+        self.memory = check_path("memory", memory, optional=True)
         super().__init__()
         self._reset()
 
@@ -97,6 +107,11 @@ class DynamicDataPruning(WeighsRows, RoundTraining[DynamicDataPruningSampler]):
         super().watch(dataloader)
         assert self.sampler is not None
         assert self._trainer is not None
+        if self.memory is not None and not isinstance(self.sampler, PromptSampler):
+            raise ValueError(
+                f"Argument `memory` needs a PromptSampler, but got {self.memory!r} and a "
+                f"{type(self.sampler).__name__}."
+            )
         if begins:
             self.sampler.batches = trained_batches(self._trainer)  # by an earlier fit, which the length counts, too
         self.sampler.length = fit_batches(self._trainer, self.sampler.steps)
@@ -191,11 +206,21 @@ class DynamicDataPruning(WeighsRows, RoundTraining[DynamicDataPruningSampler]):
         self.row_weights.set(None)
         self._batch = None
         self.batches += 1
+        if isinstance(self.sampler, PromptSampler):
+            self._show(trainer, self.sampler)
         if logs_now(trainer):
             for name, value in self.sampler.statistics.items():
                 pl_module.log(f"curation/{name}", value, on_step=True, on_epoch=False, batch_size=1)
         if trainer.is_last_batch:
             self.sampler.end_epoch()
+
+    def _show(self, trainer: Trainer, sampler: PromptSampler) -> None:
+        """Write the memory of the prompts, and log their pass rates."""
+        if self.memory is not None and trainer.is_global_zero:
+            sampler.memory.save(self.memory, sampler.fingerprint)
+        if logs_now(trainer) and takes_histograms(trainer):
+            rates = sampler.memory.rate
+            log_histogram(trainer, "curation/pass_rate", rates[rates.isfinite()].tolist())
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, losses: Tensor) -> None:
         listeners = [c for c in trainer.callbacks if isinstance(c, SelectionListener)]  # type: ignore[attr-defined]

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from curation.records.sample_store import SampleStore
+from curation.records.sample_store import SampleStore, repeated
 from curation.scoring.outcomes import OUTCOMES
 
 
@@ -100,7 +100,7 @@ class DynamicsStore(SampleStore):
                 f"Argument `outcomes` must be [{len(ids)}, {len(OUTCOMES)}], but got {list(outcomes.shape)}."
             )
         new: dict[str, Any] = dict(zip(OUTCOMES, outcomes.unbind(1), strict=True))
-        entered = new["loss"].isfinite() & ~_repeated(ids)
+        entered = new["loss"].isfinite() & ~repeated(ids)
         at = self.places(ids).where(entered, len(self))
         rows = self._rows
         visits = rows["visits"][at] + 1
@@ -124,11 +124,3 @@ class DynamicsStore(SampleStore):
         rows["votes"][at] = votes.abs()
         for name in ("label", "worst"):
             rows[name][at] = new[name].int()
-
-
-def _repeated(ids: Tensor) -> Tensor:
-    """Whether an id has occurred before, bool ``[B]``."""
-    ordered, order = ids.sort(stable=True)
-    again = torch.zeros_like(ids, dtype=torch.bool)
-    again[1:] = ordered[1:] == ordered[:-1]
-    return torch.zeros_like(again).scatter(0, order, again)

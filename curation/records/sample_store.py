@@ -72,3 +72,11 @@ class SampleStore:
             raise ValueError(f"The record in the checkpoint is of {saved} samples, not {len(self)}.")
         for name, value in state.items():
             getattr(self, name).copy_(value)
+
+
+def repeated(ids: Tensor) -> Tensor:
+    """Whether an id has occurred before, bool ``[B]``."""
+    ordered, order = ids.sort(stable=True)
+    again = torch.zeros_like(ids, dtype=torch.bool)
+    again[1:] = ordered[1:] == ordered[:-1]
+    return torch.zeros_like(again).scatter(0, order, again)

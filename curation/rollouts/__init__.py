@@ -12,6 +12,7 @@ from curation.rollouts.allocation import (
     plan,
 )
 from curation.rollouts.generation import Completions, PromptCache, from_sequences, generate, prefill
+from curation.rollouts.max_variance import max_variance
 from curation.rollouts.pass_at_k import pass_at_k
 from curation.rollouts.preflight import Forecast, accuracies, compare_schedules, forecast
 
@@ -35,6 +36,7 @@ __all__ = [
     "from_sequences",
     "generate",
     "loss_weights",
+    "max_variance",
     "pass_at_k",
     "plan",
     "prefill",

@@ -1,8 +1,8 @@
 """Any number of completions per prompt, where every prompt is run through the model once for all stages.
 
-:func:`prefill` runs all tokens of each prompt but the last and keeps their keys and values. :func:`generate` repeats
-these for each completion of a prompt, feeds the last token and samples. A second stage takes the same cache and costs
-its own tokens only. A cache belongs to the weights that it was made with.
+:func:`prefill` runs all tokens of each prompt but the last and keeps their keys and values. :func:`generate` runs the
+last token once for each prompt, repeats keys and values for each of its completions, and samples. A second stage
+takes the same cache and costs its own tokens only. A cache belongs to the weights that it was made with.
 """
 
 import copy
@@ -91,7 +91,7 @@ class PromptCache:
 
     @property
     def prefilled_tokens(self) -> int:
-        """Prompt tokens run through the model, without padding; :func:`generate` runs one for each completion."""
+        """Prompt tokens run through the model, without padding; :func:`generate` runs one for each prompt."""
         return int(self.lengths.sum()) - len(self.lengths)
 
 
@@ -147,7 +147,7 @@ def generate(
 ) -> Completions:
     """Sample completions of the prompts in a cache, which stays as it is.
 
-    Rows are decoded in batches. Finished rows are removed once they are half of their batch. Nothing of
+    Rows are decoded in batches. Finished rows are removed once they are an eighth of their batch. Nothing of
     ``model.generation_config`` is applied. The same arguments and generator state give the same completions; another
     ``token_budget``, or other counts, change the completions of every prompt.
 
@@ -270,8 +270,7 @@ def _run(model: Any, ids: Tensor, mask: Tensor | None, positions: Tensor, cache:
 
 
 def _repeated(cache: Any, rows: Tensor, new_tokens: int) -> Any:
-    """A copy of some rows of a cache, with room for new tokens."""
-    cache = copy.deepcopy(cache)
+    """The cache with some rows in the place of its own, and room for new tokens."""
     cache.reorder_cache(rows)  # not `batch_select_indices`, which leaves out the states of linear attention
     roomy = _roomy_layer()  # in the place of its base only: layers of other kinds hold less than all keys, or more
     cache.layers = [roomy(layer, new_tokens) if type(layer) is roomy.__base__ else layer for layer in cache.layers]
@@ -324,8 +323,18 @@ def _sample(logits: Tensor, temperature: float, generator: torch.Generator) -> t
     """Tokens int64 ``[b]`` and their log-probabilities, fp32 ``[b]``."""
     scaled = logits.float() if temperature in (0, 1) else logits.float() / temperature
     log_p = scaled.log_softmax(-1)
-    drawn = torch.multinomial(log_p.exp(), 1, generator=generator) if temperature else logits.argmax(-1, keepdim=True)
+    drawn = _drawn(log_p.exp(), generator) if temperature else logits.argmax(-1, keepdim=True)
     return drawn[:, 0], log_p.gather(1, drawn)[:, 0]
+
+
+def _drawn(p: Tensor, generator: torch.Generator) -> Tensor:
+    """A column for each row, with probabilities ``[b, V]``: int64 ``[b, 1]``."""
+    if p.device.type != "cpu":
+        return torch.multinomial(p, 1, generator=generator)
+    total = p.cumsum(-1)  # one random number a row, where `multinomial` draws one for each of V tokens
+    last = total[:, -1:]
+    place = torch.rand(last.shape, dtype=p.dtype, generator=generator) * last
+    return torch.searchsorted(total, place.minimum(last.nextafter(torch.zeros_like(last))), right=True)
 
 
 def _decode(
@@ -333,29 +342,38 @@ def _decode(
 ) -> Completions:
     """One completion for each of some rows of a batch, int64 ``[R]``; a row may occur several times."""
     device = stops.device
-    prompt_index, rows = batch.prompt_index[rows].to(device), rows.to(device)
-    cache: Any = None if batch.cache is None else _repeated(batch.cache, rows, max_new_tokens)
+    prompt_index = batch.prompt_index[rows].to(device)
+    once, repeats = (t.to(device) for t in rows.unique(return_inverse=True))
+    rows = rows.to(device)
     mask = F.pad(batch.mask[rows], (0, max_new_tokens), value=1)
-    token, positions, live = batch.last[rows], batch.positions[rows], torch.arange(len(rows), device=device)
+    positions, live = batch.positions[rows], torch.arange(len(rows), device=device)
+    cache: Any = copy.deepcopy(batch.cache)
+    if cache is not None:
+        cache.reorder_cache(once)
+    # Models read the values of a mask, and the host waits for them: no mask where nothing is padded.
+    seen = F.pad(batch.mask[once], (0, 1), value=1) if batch.padded else None
+    logits, cache = _run(model, batch.last[once][:, None], seen, batch.positions[once][:, None], cache)
+    logits, cache = logits[repeats], _repeated(cache, repeats, max_new_tokens - 1)
     tokens = torch.full((len(rows), max_new_tokens), pad_id, device=device)
     log_probs = torch.zeros(tokens.shape, dtype=torch.float32, device=device)
     lengths, finished = torch.zeros_like(live), torch.zeros_like(live, dtype=torch.bool)
-    for step in range(max_new_tokens):
-        if step and step % _tokens_between_checks(device) == 0:
+    for step in range(1, max_new_tokens + 1):
+        token, log_prob = sample(logits)
+        running = ~finished[live]
+        tokens[live, step - 1] = token.where(running, pad_id)
+        log_probs[live, step - 1] = log_prob.where(running, 0)
+        lengths[live] += running
+        finished[live] |= _any_of(token, stops)
+        if step == max_new_tokens:
+            break
+        if step % _tokens_between_checks(device) == 0:
             unfinished = (~finished[live]).nonzero()[:, 0]
             if len(unfinished) == 0:
                 break
-            if 2 * len(unfinished) <= len(live):
+            if 8 * len(unfinished) <= 7 * len(live):
                 live, token, positions, mask = (t[unfinished] for t in (live, token, positions, mask))
                 cache.reorder_cache(unfinished)
-        # Models read the values of a mask, and the host waits for them: no mask where nothing is padded.
         visible = mask[:, : batch.mask.size(1) + step + 1] if batch.padded else None
         logits, cache = _run(model, token[:, None], visible, positions[:, None] + step, cache)
-        token, log_prob = sample(logits)
-        running = ~finished[live]
-        tokens[live, step] = token.where(running, pad_id)
-        log_probs[live, step] = log_prob.where(running, 0)
-        lengths[live] += running
-        finished[live] |= _any_of(token, stops)
     longest = int(lengths.max())
     return Completions(prompt_index, tokens[:, :longest], lengths, log_probs[:, :longest], finished, pad_id)

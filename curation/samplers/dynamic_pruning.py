@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -79,6 +79,8 @@ class DynamicDataPruningSampler(RoundSampler):
         (4, 2)
     """
 
+    rules: ClassVar[dict[str, Callable[..., Any]]] = RULES
+
     def __init__(
         self,
         dataset: Any,
@@ -92,7 +94,7 @@ class DynamicDataPruningSampler(RoundSampler):
         seed: int = 0,
     ) -> None:
         if not callable(rule):
-            check_choice("rule", rule, tuple(RULES))
+            check_choice("rule", rule, tuple(self.rules))
         check_number("prune", prune, "[0, 1)", optional=True)
         check_number("anneal", anneal, "[0, 1]")
         check_integer("max_age", max_age, 1, optional=True)
@@ -161,7 +163,7 @@ class DynamicDataPruningSampler(RoundSampler):
         self.round += 1
         generator = self._generator(1)
         progress = min(1.0, max(self.batches / self.length, float(self.elapsed)))
-        if self.round == 0 or progress >= self.anneal:
+        if (self.round == 0 and self._knows_nothing) or progress >= self.anneal:
             ids, weights = torch.arange(self.size), None
         else:
             losses = self.losses.to("cpu", copy=True)  # a rule may write into it
@@ -183,6 +185,11 @@ class DynamicDataPruningSampler(RoundSampler):
             "pruning_progress": progress,
         }
 
+    @property
+    def _knows_nothing(self) -> bool:
+        """Whether the first round visits every sample."""
+        return True
+
     def _generator(self, stream: int) -> torch.Generator:
         """A generator that depends on seed, round and stream only."""
         return torch.Generator().manual_seed((self.seed * 2654435761 + self.round * 2 + stream) % 2**63)
@@ -200,11 +207,15 @@ class DynamicDataPruningSampler(RoundSampler):
         Raises:
             ValueError: If a rule of the user's own gives something else.
         """
-        rule = self.rule if callable(self.rule) else RULES[self.rule]
+        rule = self.rule if callable(self.rule) else self.rules[self.rule]
         if self.prune is not None:
             rule = partial(rule, prune=self.prune)
-        choice = rule(losses, self._generator(0), progress=progress, round=self.round)
+        choice = self._choose(rule, losses, progress)
         return self._checked(choice) if callable(self.rule) else choice
+
+    def _choose(self, rule: Callable[..., Any], losses: Tensor, progress: float) -> Any:
+        """Ids and weights by a rule."""
+        return rule(losses, self._generator(0), progress=progress, round=self.round)
 
     def _checked(self, choice: Any) -> tuple[Tensor, Tensor | None]:
         name = f"Argument `rule` ({self.rule_name})"
@@ -248,10 +259,7 @@ class DynamicDataPruningSampler(RoundSampler):
         batch = self._drawn.popleft()
         ids = batch.ids.to(losses.device, non_blocking=True)
         self.losses = self.losses.to(losses.device)
-        before, losses = self.losses[ids], losses.float()
-        if batch.first is not None:  # or which of the two is stored would be left to the device
-            first = batch.first.to(losses.device, non_blocking=True)
-            losses = losses.scatter_reduce(0, first, losses, "amax")[first]
+        before, losses = self.losses[ids], of_samples(batch, losses)
         if self.smoothing:
             mixed = self.smoothing * before + (1 - self.smoothing) * losses
             losses = torch.where(before.isfinite(), mixed, losses)
@@ -295,6 +303,15 @@ class DynamicDataPruningSampler(RoundSampler):
         self.batches, self.elapsed, self.statistics = state["batches"], state["elapsed"], state["statistics"]
         self._ids, self._weights = state["ids"], state["weights"]
         self._drawn.extend(Batch(*batch) for batch in state["drawn"])
+
+
+def of_samples(batch: Batch, losses: Tensor) -> Tensor:
+    """The losses of the rows, fp32 ``[G]``: of a sample that occurs twice the larger one, in both rows."""
+    losses = losses.float()
+    if batch.first is None:
+        return losses
+    first = batch.first.to(losses.device, non_blocking=True)  # or which of the two is stored would be left to it
+    return losses.scatter_reduce(0, first, losses, "amax")[first]
 
 
 def _ones(ids: Tensor, weights: Tensor | None) -> Tensor:

@@ -49,7 +49,7 @@ def mean(losses: Tensor, generator: Generator, *, progress: float, round: int, p
     below = finite & (losses < average.double().mean().float())
     low = below.nonzero().flatten()
     m = max(1, int((1 - prune) * len(low)))
-    kept = low[_subset(len(low), m, generator)]
+    kept = low[subset(len(low), m, generator)]
     high = (~below).nonzero().flatten()
     weights = torch.ones(len(high) + len(kept))
     weights[len(high) :] = len(low) / m
@@ -108,7 +108,7 @@ def window(
     """
     must = (~losses.isfinite()).nonzero().flatten()
     ids = losses.isfinite().nonzero().flatten()
-    ids = ids[_subset(len(ids), max(1, int((1 - prune) * len(ids))), generator)]
+    ids = ids[subset(len(ids), max(1, int((1 - prune) * len(ids))), generator)]
     values = losses[ids]
     ordered = torch.from_numpy(np.sort(values.numpy()))  # faster than torch's sort, which orders indices, too
     cuts = cluster_sorted(ordered, groups)
@@ -149,7 +149,7 @@ def hide(
     share = prune * (1.0, 1.0, 0.8, 0.6, 0.4)[min(4, int(5 * progress))]
     m = int(share * len(losses))
     sure = (-losses).exp() >= confidence
-    hidden = _lowest(losses.nan_to_num(nan=torch.inf, posinf=torch.inf), m) & sure
+    hidden = lowest(losses.nan_to_num(nan=torch.inf, posinf=torch.inf), m) & sure
     return _not_empty((~hidden).nonzero().flatten(), losses), None
 
 
@@ -181,7 +181,7 @@ def drop_high(
     if round <= warm_up:
         return torch.arange(len(losses)), None
     n = max(1, len(losses) - int(prune * len(losses)), int(losses.isnan().sum()))
-    return _lowest(losses.nan_to_num(nan=-torch.inf, posinf=torch.inf), n).nonzero().flatten(), None
+    return lowest(losses.nan_to_num(nan=-torch.inf, posinf=torch.inf), n).nonzero().flatten(), None
 
 
 def proportional(
@@ -271,7 +271,7 @@ def signal(
     """
     silent = (losses <= right) | (losses >= wrong)
     idle = silent.nonzero().flatten()
-    again = idle[_subset(len(idle), len(idle) - int(prune * len(idle)), generator)]
+    again = idle[subset(len(idle), len(idle) - int(prune * len(idle)), generator)]
     return torch.cat([(~silent).nonzero().flatten(), again]), None
 
 
@@ -348,12 +348,12 @@ def cluster_sorted(values: Tensor, groups: int) -> list[int]:
     return cuts.tolist()
 
 
-def _subset(size: int, n: int, generator: Generator) -> Tensor:
+def subset(size: int, n: int, generator: Generator) -> Tensor:
     """``n`` of ``size`` positions at random."""
     return torch.randperm(size, generator=generator)[:n]
 
 
-def _lowest(values: Tensor, m: int) -> Tensor:
+def lowest(values: Tensor, m: int) -> Tensor:
     """Whether a value is one of the ``m`` lowest, of equal ones the first: bool ``[N]``, without a sort."""
     if m == 0:
         return torch.zeros(len(values), dtype=torch.bool)

@@ -24,6 +24,7 @@ COMMANDS = (
     "ledger",
     "recipes",
     "report",
+    "rollouts",
     "select",
 )  # each a file of this folder
 FITS = ("fit", "validate", "test")  # Lightning's

@@ -42,6 +42,13 @@ class Rollouts:
             [texts[i] for i in order.tolist()],
         )
 
+    def rows(self, rows: Tensor) -> "Rollouts":
+        """Some of the answers, int64 ``[r]`` on the CPU, ascending."""
+        device = self.completions.tokens.device
+        parts: dict[str, Any] = {field.name: getattr(self.completions, field.name) for field in fields(Completions)}
+        parts = {n: v.to(device)[rows.to(device)] if isinstance(v, Tensor) else v for n, v in parts.items()}
+        return Rollouts(Completions(**parts), self.rewards[rows], [self.texts[i] for i in rows.tolist()])
+
     def cpu(self) -> "Rollouts":
         """The same answers with all tensors on the CPU, copied at once and not row by row."""
         values: dict[str, Any] = {field.name: getattr(self.completions, field.name) for field in fields(Completions)}

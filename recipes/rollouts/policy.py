@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import time
 from contextlib import nullcontext
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from curation.callbacks import DifficultyAdaptiveRollouts
 from curation.callbacks.lightning.collectives import gather_rows
 from curation.callbacks.lightning.loggers import log_table
 from curation.callbacks.lightning.loop import wait_for
@@ -29,6 +30,7 @@ from curation.recipes.rollouts.warm_up import warm_up
 from curation.recipes.seeds import global_seed
 from curation.rollouts.advantages import Baseline, Normalizer, advantages, loss_weights
 from curation.rollouts.generation import PromptCache, generate, prefill
+from curation.rollouts.max_variance import max_variance
 
 TABLE_ROWS = 32
 
@@ -71,6 +73,11 @@ class PolicyModule(LightningModule):
         reward_seconds: Time limit in seconds for scoring an answer; an answer that exceeds it has reward 0.
         lora: Train adapters of low rank, as ``{"rank": 8, "targets": ["q_proj", "v_proj"], "alpha": 16}``, and
             nothing else, in the warm-up too (:class:`~curation.recipes.lora.Lora`); None trains all weights.
+        fill: Dynamic sampling (DAPO, arXiv 2503.14476): prompts of the batch are answered until the rewards of this
+            many, per process, differ, or none is left; as many at a time as are missing. None answers all.
+        keep: Answers of a prompt that are updated on: ``"all"``, or ``"max_variance"``, those ``kept_answers`` whose
+            rewards have the largest variance (PODS, arXiv 2504.13818), with the advantages over these alone.
+        kept_answers: Number of them.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -101,11 +108,14 @@ class PolicyModule(LightningModule):
         seed: int | None = None,
         reward_seconds: float = 5.0,
         lora: Lora | None = None,
+        fill: int | None = None,
+        keep: Literal["all", "max_variance"] = "all",
+        kept_answers: int = 8,
     ) -> None:
         super().__init__()
         for name, least in (
             ("rollouts", 1), ("max_new_tokens", 1), ("epochs", 1), ("mini_batches", 1), ("token_budget", 1),
-            ("eval_rollouts", 1), ("warmup_steps", 0),
+            ("eval_rollouts", 1), ("warmup_steps", 0), ("kept_answers", 1),
         ):  # fmt: skip
             check_integer(name, locals()[name], least)
         for name, interval in (
@@ -115,6 +125,8 @@ class PolicyModule(LightningModule):
             check_number(name, locals()[name], interval)
         check_choice("baseline", baseline, get_args(Baseline))
         check_choice("normalizer", normalizer, get_args(Normalizer))
+        check_integer("fill", fill, 1, optional=True)
+        check_choice("keep", keep, ("all", "max_variance"))
         self._seed = None if seed is None else check_seed(seed)
         self._lora = check_lora(lora)
         self.save_hyperparameters(ignore="source")
@@ -125,6 +137,7 @@ class PolicyModule(LightningModule):
         self.text: Text
         self.logits: OwnLogits  # of the model
         self.rollouts_made = 0  # in training, by all processes
+        self.tokens_made = 0  # of these
         self.lengths: dict[int, float] = {}  # question -> running mean of the lengths of its answers
         self.not_scored = 0  # answers whose score failed
         self._has_scored = False  # any answer, in this process
@@ -150,6 +163,12 @@ class PolicyModule(LightningModule):
         if not hasattr(getattr(self.trainer, "datamodule", None), "task"):
             raise TypeError(
                 "PolicyModule needs a data module with a `task`, such as `curation.recipes.rollouts.Prompts`."
+            )
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        if self.hparams["fill"] is not None and any(isinstance(c, DifficultyAdaptiveRollouts) for c in callbacks):
+            raise ValueError(
+                f"Argument `fill` must be None beside DifficultyAdaptiveRollouts, which answers all prompts, but got "
+                f"{self.hparams['fill']}."
             )
 
     def configure_model(self) -> None:
@@ -242,29 +261,32 @@ class PolicyModule(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Answer, score, update."""
-        start = time.perf_counter()
+        start, size = time.perf_counter(), len(batch["ids"])
         self._cache = None  # of the weights before the last update
-        rollouts = self.rollout(batch, np.full(len(batch["ids"]), self.hparams["rollouts"]))
+        rollouts = self._answer(batch)
         self._cache = None
         self._steps += 1
         self._update_lengths(batch["ids"], rollouts)
-        self.sample_losses = self._wrong_shares(rollouts, len(batch["ids"]))
+        self.sample_losses = self._wrong_shares(rollouts, size)
         answered = time.perf_counter()
         self._last = batch["questions"], rollouts
         with evaluation_mode(self.model):  # dropout would change the probabilities that were sampled from
             statistics = self._learn(batch["questions"], rollouts)
         wait_for(self.device)
-        counts = torch.tensor([len(rollouts.rewards), self.not_scored], device=self.device)
-        made, not_scored = self.trainer.strategy.reduce(counts, reduce_op="sum").tolist()
-        self.rollouts_made += int(made)
         completions = rollouts.completions
         assert completions.log_probs is not None
-        tokens = float(completions.lengths.sum())
+        tokens = int(completions.lengths.sum())
+        counts = torch.tensor([len(rollouts.rewards), tokens, self.not_scored], device=self.device)
+        made, all_tokens, not_scored = self.trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        self.rollouts_made += int(made)
+        self.tokens_made += all_tokens
         self.log_dict(
             {
                 "rollouts/total": float(self.rollouts_made),
                 "rollouts/reward": rollouts.rewards.mean(),
-                "rollouts/tokens": tokens,
+                "rollouts/silent": 1 - _with_signal(rollouts, size) / len(rollouts.prompt_index.unique()),
+                "rollouts/tokens": float(tokens),
+                "rollouts/tokens_total": float(self.tokens_made),
                 "rollouts/length": tokens / len(rollouts.rewards),
                 "rollouts/finished": completions.finished.float().mean(),
                 "rollouts/entropy": -completions.log_probs.sum() / tokens,
@@ -273,26 +295,51 @@ class PolicyModule(LightningModule):
                 "rollouts/seconds_learning": time.perf_counter() - answered,
                 **statistics,
             },
-            batch_size=len(batch["ids"]),
+            batch_size=size,
         )
 
+    def _answer(self, batch: dict[str, Any]) -> Rollouts:
+        """Answers to the prompts of a batch; with ``fill`` to as many as have the wanted number with signal."""
+        size, n = len(batch["ids"]), self.hparams["rollouts"]
+        wanted = size if self.hparams["fill"] is None else self.hparams["fill"]
+        rollouts, asked, missing = None, 0, wanted
+        while missing and asked < size:
+            counts = np.zeros(size, np.int64)
+            counts[asked : asked + missing] = n
+            more = self.rollout(batch, counts)
+            rollouts = more if rollouts is None else rollouts.pool(more)
+            asked += missing
+            missing = wanted - _with_signal(rollouts, size)
+        assert rollouts is not None
+        return rollouts
+
     def _wrong_shares(self, rollouts: Rollouts, prompts: int) -> Tensor:
-        """One minus the mean reward of each prompt, fp32 ``[P]``: what ``DynamicDataPruning`` remembers."""
+        """One minus the mean reward of each prompt, fp32 ``[P]``: what ``DynamicDataPruning`` remembers.
+
+        NaN for a prompt that was not answered.
+        """
         index, rewards = rollouts.prompt_index.cpu(), rollouts.rewards.cpu().float()
-        means = torch.zeros(prompts, dtype=torch.float32).index_reduce_(0, index, rewards, "mean", include_self=False)
+        means = torch.full((prompts,), torch.nan, dtype=torch.float32).index_reduce_(
+            0, index, rewards, "mean", include_self=False
+        )
         return (1 - means).to(self.device)
 
     def _update_lengths(self, ids: Tensor, rollouts: Rollouts) -> None:
         """Update the running means on all processes alike, since a checkpoint holds those of the first."""
         index, lengths = rollouts.prompt_index.numpy(), rollouts.completions.lengths.cpu().numpy()
-        means = torch.from_numpy(np.bincount(index, lengths, len(ids)) / np.bincount(index, minlength=len(ids)))
+        with np.errstate(invalid="ignore"):  # prompts that were not answered
+            means = torch.from_numpy(np.bincount(index, lengths, len(ids)) / np.bincount(index, minlength=len(ids)))
         rows = gather_rows(self.trainer, ids).tolist(), gather_rows(self.trainer, means).tolist()
         for i, length in zip(*rows, strict=True):
-            self.lengths[i] = 0.9 * self.lengths.get(i, length) + 0.1 * length
+            if not np.isnan(length):
+                self.lengths[i] = 0.9 * self.lengths.get(i, length) + 0.1 * length
 
     def _learn(self, questions: list[str], rollouts: Rollouts) -> dict[str, Any]:
         """All updates of a step; the means of their statistics."""
         size, rollouts = len(questions), rollouts.cpu()
+        if self.hparams["keep"] == "max_variance":
+            kept = max_variance(rollouts.rewards, rollouts.prompt_index, size, self.hparams["kept_answers"])
+            rollouts = rollouts.rows(kept.nonzero()[:, 0])
         index = rollouts.prompt_index
         prompts = [self.text.prompt(question) for question in questions]
         advantage = advantages(rollouts.rewards, index, size, self.hparams["baseline"])
@@ -404,6 +451,12 @@ class PolicyModule(LightningModule):
         for name, rate in self.solved.compute().items():
             self.log(name, rate, prog_bar=name.startswith("val_pass_at_"))
 
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Rollouts:
+        """Answer every prompt ``rollouts`` times."""
+        rollouts = self.rollout(batch, np.full(len(batch["ids"]), self.hparams["rollouts"]))
+        self._cache = None
+        return rollouts
+
     # ------------------------------------------------------------------ loggers and checkpoints
 
     def on_fit_end(self) -> None:
@@ -420,6 +473,7 @@ class PolicyModule(LightningModule):
         """Save the state that sampling depends on, beside the weights."""
         checkpoint["rollouts"] = {
             "made": self.rollouts_made,
+            "tokens": self.tokens_made,
             "lengths": self.lengths,
             "steps": self._steps,
             "seed": self._seed,
@@ -431,5 +485,12 @@ class PolicyModule(LightningModule):
         state = checkpoint.get("rollouts")
         if state is not None:  # else the weights are from another module
             self.rollouts_made, self.lengths = state["made"], dict(state["lengths"])
+            self.tokens_made = state.get("tokens", 0)  # of an earlier version
             self._steps, self.not_scored = state["steps"], state["scored_wrongly"]
             self._seed = state["seed"]
+
+
+def _with_signal(rollouts: Rollouts, size: int) -> int:
+    """The number of prompts whose rewards differ, of the ``size`` prompts of a batch."""
+    index = rollouts.prompt_index
+    return len(index[advantages(rollouts.rewards, index, size) != 0].unique())

@@ -9,8 +9,32 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Sampler
 
 from curation.checks import check_integer, check_number
+from curation.instances.selection_index import fingerprint
 from curation.recipes.rollouts.tasks import SomeQuestions, Task
 from curation.recipes.sources import sampled
+
+
+class Questions:
+    """The numbers of the first questions of a task, 0 to N - 1, as a data set.
+
+    Args:
+        task: The task.
+        size: ``N``.
+    """
+
+    def __init__(self, task: Task, size: int) -> None:
+        self.task, self._numbers = task, range(size)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, i: int) -> int:
+        return self._numbers[i]
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells the questions from others, by which a memory of their outcomes is known again."""
+        return fingerprint([self.task.question(i) for i in self._numbers])
 
 
 class Prompts(LightningDataModule):
@@ -83,11 +107,20 @@ class Prompts(LightningDataModule):
             raise ValueError(f"Argument `warmup_steps` must be 0 for {type(task).__name__}, which has no `solution`.")
         return task.question(i % size), task.solution(i % size)
 
-    def _loader(self, ids: range, size: int, **options: Any) -> DataLoader:
+    def _loader(self, ids: range | Questions, size: int, **options: Any) -> DataLoader:
         return DataLoader(ids, size, collate_fn=self._collate, **options)  # type: ignore[arg-type]
 
     def _collate(self, ids: list[int]) -> dict[str, Any]:
         return {"ids": torch.tensor(ids), "questions": [self.task.question(i) for i in ids]}
+
+    @property
+    def prompts(self) -> Questions:
+        """The training prompts, without repeats."""
+        return Questions(self.task, self.train_size)
+
+    def predict_dataloader(self) -> DataLoader:
+        """Training prompts, in order."""
+        return self._loader(self.prompts, self.eval_batch_size)
 
     def train_dataloader(self) -> DataLoader:
         """Training prompts, shuffled; a last batch with fewer prompts is left out.
@@ -101,7 +134,7 @@ class Prompts(LightningDataModule):
                 f"Argument `batch_size` must be in [1, {self.train_size // processes}] on {processes} processes, but "
                 f"got {self.batch_size!r}."
             )
-        prompts = range(self.train_size)
+        prompts = self.prompts
         how = sampled(self, prompts, self.sampler)
         return self._loader(prompts, self.batch_size, drop_last=True, **how)
 
