@@ -7,7 +7,7 @@ import torch
 
 from curation import rng
 
-_ORDER, _LOAD, _STEP = 0, 1, 2
+ORDER, _LOAD, _STEP = 0, 1, 2
 
 
 class RandomStreams:
@@ -51,7 +51,7 @@ class RandomStreams:
 
     def begin_order(self, epoch: int) -> None:
         """Set the streams from which the order of an epoch is drawn."""
-        rng.seed(self.seeds[self.rank], epoch, _ORDER)
+        rng.seed(self.seeds[self.rank], epoch, ORDER)
         for generator in self._generators:
             generator.manual_seed(self.seeds[self.rank] ^ epoch)
         for sampler in self.samplers:

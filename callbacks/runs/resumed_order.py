@@ -19,6 +19,8 @@ class Position:
         batches_per_epoch: Length of the training data loader; None where it has no length.
         skip: Batches of the next order that were trained on before the fit was resumed.
         joined: Batches of the data loader in each that is trained on.
+        first: Samples of the epoch that another number of processes trained on; 0 where there was none.
+        first_batch: What ``batches_in_epoch`` was after them: the batches of an epoch less those of what is left.
     """
 
     batches: int = 0
@@ -27,11 +29,22 @@ class Position:
     batches_per_epoch: int | None = None
     skip: int = 0
     joined: int = 1
+    first: int = 0
+    first_batch: int = 0
 
     @property
     def loaded(self) -> int:
         """Batches of the data loader before the one that is loaded next, as its random stream counts them."""
         return self.batches * self.joined
+
+    @property
+    def inside(self) -> bool:
+        """Whether the epoch has begun."""
+        return self.batches_in_epoch > 0 or self.first > 0
+
+    def samples(self, rows: int) -> int:
+        """Samples of the epoch that were trained on, given the rows of a batch of all data loaders."""
+        return self.first + (self.batches_in_epoch - self.first_batch) * self.joined * rows
 
     def count_batch(self) -> None:
         """Count a batch that was trained on."""
@@ -42,7 +55,7 @@ class Position:
         """Go to the next epoch, once."""
         if self.batches_in_epoch:
             self.epoch += 1
-            self.batches_in_epoch = 0
+            self.batches_in_epoch = self.first = self.first_batch = 0
 
     def take_skip(self) -> int:
         """The number of batches to skip, for one order."""
@@ -61,6 +74,11 @@ class ResumedOrder:
 
     def __init__(self, sampler: Any, streams: RandomStreams, position: Position) -> None:
         vars(self).update(_sampler=sampler, _streams=streams, _position=position)
+
+    @property
+    def inner(self) -> Any:
+        """The sampler."""
+        return self._sampler
 
     def __len__(self) -> int:
         return len(self._sampler)
