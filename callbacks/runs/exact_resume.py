@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
-from curation.callbacks.lightning.loop import forget_training_loader, has_length
+from curation.callbacks.lightning.loop import Place, forget_training_loader, has_length, prepared_place
 from curation.callbacks.lightning.restart import (
     begin_next_epoch,
     mend_counters,
@@ -18,7 +18,7 @@ from curation.callbacks.lightning.restart import (
     saved_at_last_batch,
     uncounted_batches,
 )
-from curation.callbacks.lightning.seam import BatchSeam, SeamClient, check_one_loader, check_training_step
+from curation.callbacks.lightning.seam import BatchSeam, SeamClient, check_training_step
 from curation.callbacks.runs.global_order import DIVIDED, GlobalOrder, describe_order
 from curation.callbacks.runs.random_streams import RandomStreams
 from curation.callbacks.runs.resumed_order import Position, ResumedOrder
@@ -49,17 +49,18 @@ class ExactResume(SeamClient):
     filled up with its own first samples until it can be divided. Of processes that the checkpoint does not have, the
     random streams are those of a new run. [Scale](../scale.md) says more.
 
-    The training data must be one map-style ``DataLoader``; a stateful loader is left to Lightning; where that
-    loses batches a warning says so. Not resumed: gradients that were being accumulated, the streams inside loader
-    workers, and samplers that draw from a global stream while they are iterated. Put the callback before
-    ``ModelCheckpoint``; Lightning does so by itself. Sample ids are stripped, as in a selection.
+    The training data must be map-style, in one ``DataLoader`` or in several, of which each goes on where it was (not
+    on another number of processes). A stateful loader is left to Lightning; where that loses batches a warning says
+    so. Not resumed: gradients that were being accumulated, the streams inside loader workers, and samplers that draw
+    from a global stream while they are iterated. Put the callback before ``ModelCheckpoint``; Lightning does so by
+    itself. Sample ids are stripped, as in a selection.
 
     Attributes:
         position: The counters of the fit.
         batches: Batches trained on in the fit.
 
     Raises:
-        TypeError: If there are several training data loaders, or ``training_step`` fetches its batches itself.
+        TypeError: If ``training_step`` fetches its batches itself.
         ValueError: If a checkpoint was saved by another number of processes and its order cannot be divided anew, or
             inside an epoch of another length.
         RuntimeError: If Lightning goes on with another batch than the one after the last that was trained on.
@@ -115,18 +116,41 @@ class ExactResume(SeamClient):
         if self._processes != len(self._streams.seeds):
             self._divide_anew(loader)
         elif not self._divided:
-            self._order = describe_order(loader, self._processes)
+            self._order = self._described(loader)
+        if not self._skips(loader):
+            return
+        assert self._seam is not None
+        self._replace_sampler(loader, prepared_place(self._seam.trainer).cycles)
+        if self._sampler_resumes and any(isinstance(s, RoundSampler) for s in self._streams.samplers[0]):
+            self.position.skip = 0  # the sampler restores its own position
+        self._begin_epoch()
+
+    def watch_other(self, loader: Any, place: Place) -> None:
+        """Let the order of a data loader that is not curated begin after the batches trained on, too."""
+        if not self._skips(loader):
+            return
+        name, number = "sampler" if loader.batch_sampler is None else "batch_sampler", place.number + 1
+        sampler = vars(loader)[name]
+        if not isinstance(sampler, ResumedOrder):
+            self._streams.follow(loader, [sampler, getattr(sampler, "sampler", None)], number)
+            vars(loader)[name] = ResumedOrder(sampler, self._streams, self.position, number, place.cycles)
+            self._undo.append(lambda: vars(loader).update({name: sampler}))
+
+    def _skips(self, loader: Any) -> bool:
+        """Whether batches of a data loader can be skipped; a warning says so where they cannot."""
         if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
             self._warn_of_lost_batches(loader)
-            return
+            return False
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             data = loader.dataset if isinstance(loader, DataLoader) else loader
             rank_zero_warn(f"ExactResume cannot skip batches of {type(data).__name__}: a resumed epoch starts again.")
-            return
-        self._replace_sampler(loader)
-        if self._sampler_resumes and any(isinstance(s, RoundSampler) for s in self._streams.samplers):
-            self.position.skip = 0  # the sampler restores its own position
-        self._begin_epoch()
+            return False
+        return True
+
+    def _described(self, loader: Any) -> dict[str, Any]:
+        assert self._seam is not None
+        count = prepared_place(self._seam.trainer).count
+        return {"kind": f"{count} data loaders"} if count > 1 else describe_order(loader, len(self._streams.seeds))
 
     def _take_joined(self) -> None:
         """Count the batches of the data loader that a selection takes as one.
@@ -153,7 +177,7 @@ class ExactResume(SeamClient):
         """
         order, position, processes = self._order, self.position, len(self._streams.seeds)
         assert self._seam is not None
-        own = describe_order(loader, processes)["kind"]
+        own = self._described(loader)["kind"]
         for kind in (order.get("kind", "a checkpoint of an earlier version"), own):
             if kind not in DIVIDED or DIVIDED[kind] != DIVIDED[order["kind"]]:
                 raise ValueError(
@@ -196,7 +220,7 @@ class ExactResume(SeamClient):
                 "Resume from a checkpoint inside an epoch instead."
             )
 
-    def _replace_sampler(self, loader: DataLoader) -> None:
+    def _replace_sampler(self, loader: DataLoader, cycles: bool) -> None:
         name = "sampler" if loader.batch_sampler is None else "batch_sampler"
         sampler = original = vars(loader)[name]
         if isinstance(sampler, ResumedOrder):
@@ -206,7 +230,7 @@ class ExactResume(SeamClient):
             if self._divided:
                 sampler = GlobalOrder(self._order, loader, self._streams, self.position)
             # DataLoader forbids assigning a sampler, but only what it yields is wrapped here.
-            vars(loader)[name] = ResumedOrder(sampler, self._streams, self.position)
+            vars(loader)[name] = ResumedOrder(sampler, self._streams, self.position, cycles=cycles)
             self._undo.append(lambda: vars(loader).update({name: original}))
         if isinstance(sampler, GlobalOrder):
             self._order = sampler.order
@@ -229,8 +253,7 @@ class ExactResume(SeamClient):
         self._streams.begin_step(self.position.batches)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse several data loaders, of which only one could be resumed."""
-        check_one_loader(trainer, self)
+        """Let Lightning go on where this fit does."""
         if self._restored:
             begin_next_epoch(trainer)
         if self._recounted:
@@ -287,7 +310,7 @@ class ExactResume(SeamClient):
         """Leave the strategy and the data loader as they were."""
         super().teardown(trainer, pl_module, stage)
         self._unwrap()
-        self._streams.follow(None, [])
+        self._streams.forget()
         self._unrestored = self._seam = None
 
     def _unwrap(self) -> None:

@@ -70,10 +70,14 @@ class ResumedOrder:
         sampler: The sampler, or batch sampler, of the training data loader; all other attributes are its own.
         streams: The random streams of the process.
         position: The counters of the fit.
+        number: Number of the data loader; 0 for the one that is curated.
+        cycles: Whether the data loader begins again where it ends before the epoch.
     """
 
-    def __init__(self, sampler: Any, streams: RandomStreams, position: Position) -> None:
-        vars(self).update(_sampler=sampler, _streams=streams, _position=position)
+    def __init__(
+        self, sampler: Any, streams: RandomStreams, position: Position, number: int = 0, cycles: bool = False
+    ) -> None:
+        vars(self).update(_sampler=sampler, _streams=streams, _position=position, _number=number, _cycles=cycles)
 
     @property
     def inner(self) -> Any:
@@ -92,12 +96,18 @@ class ResumedOrder:
         setattr(self._sampler, name, value)
 
     def __iter__(self) -> Iterator[Any]:
-        streams, position = self._streams, self._position
-        streams.begin_order(position.epoch)
+        streams, position, number = self._streams, self._position, self._number
+        joined = 1 if number else position.joined  # others than the curated data loader are not
+        skip, cycle = position.batches_in_epoch if number else position.take_skip(), 0
+        if self._cycles:
+            cycle = position.batches_in_epoch * joined // len(self)
+            skip %= len(self)
+        streams.begin_order(position.epoch, number, cycle)
         order = iter(self._sampler)
         first = list(itertools.islice(order, 1))
-        streams.begin_load(position.loaded)
-        remaining = itertools.islice(itertools.chain(first, order), position.take_skip(), None)
-        for batch, indices in enumerate(remaining, position.loaded):
-            streams.begin_load(batch)  # again, since a loader may fetch batches in advance
+        loaded = position.batches * joined
+        streams.begin_load(loaded, number)
+        remaining = itertools.islice(itertools.chain(first, order), skip, None)
+        for batch, indices in enumerate(remaining, loaded):
+            streams.begin_load(batch, number)  # again, since a loader may fetch batches in advance
             yield indices

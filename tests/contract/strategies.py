@@ -38,8 +38,8 @@ first column; of checkpoints `test_a_run_goes_on_from_a_checkpoint_at_every_boun
 `test_ranks_may_have_batches_of_unequal_size`; of another number of processes
 `test_another_number_of_processes_goes_on_with_the_same_samples` (the weights are compared in
 `tests/callbacks/runs/test_elastic_resume.py`); of two processes `test_two_ranks_select_what_one_process_selects` 
-(rows and weights equal to those of one process) and `test_sharded_weights_are_trained_as_whole_ones`; of strategies that
-are refused
+(rows and weights equal to those of one process) and `test_sharded_weights_are_trained_as_whole_ones`; of strategies
+that are refused
 `test_strategies_that_were_never_tried_are_refused`; of FSDP1 `tests/contract/test_gpu.py::test_trains_under_fsdp1`.
 Every callback, of whatever column, is also killed and resumed, with and without workers of the loader
 (`test_a_run_killed_mid_epoch_resumes_bit_for_bit`), tried with W&B offline, and on a GPU in fp32, bf16-mixed and

@@ -207,15 +207,6 @@ def test_what_cannot_be_skipped_is_said():
         trainer(ExactResume(), max_epochs=1).fit(Classifier(), DataLoader(Stream(), 8))
 
 
-def test_several_data_loaders_are_refused():
-    class Two(Classifier):
-        def training_step(self, batch, batch_idx):
-            raise AssertionError("trained")
-
-    with pytest.raises(TypeError, match="one training data loader, but got 2"):
-        trainer(ExactResume()).fit(Two(), {"a": loader(), "b": loader()})
-
-
 @pytest.mark.parametrize("change", [{"batch_size": 4}, {"n": 32}], ids=["batch size", "data"])
 def test_another_epoch_than_the_saved_one_is_an_error(tmp_path, change):
     fit(tmp_path, LOADERS["shuffled"], every_n_train_steps=3)
