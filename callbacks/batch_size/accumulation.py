@@ -79,6 +79,7 @@ class VariedBatchSize(FitCallback):
         self.steps = 0
         self.sizes: list[tuple[int, int]] = []
         self._restored = False
+        self._saved_unit: int | None = None
         self._unit = 0  # rows of a batch of the loader, over all processes
         self._given = 1  # micro-batches of a step, by the trainer
         self._start = 1  # and at the start
@@ -193,6 +194,12 @@ class VariedBatchSize(FitCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with the first size, or with that of the checkpoint."""
         self.measure(trainer)
+        if self._restored and self._saved_unit not in (None, self._unit):
+            raise ValueError(
+                f"The checkpoint counts batches of {self._saved_unit} rows of all processes, and now they have "
+                f"{self._unit}: keep the batch size times the number of processes, on which {type(self).__name__} "
+                "depends."
+            )
         if not self._restored:
             self.batches = trained_batches(trainer)
             begun = batches_of_epoch(trainer) % trainer.num_training_batches  # in a checkpoint without this state
@@ -302,6 +309,7 @@ class VariedBatchSize(FitCallback):
             "batches": self.batches,
             "steps": self.steps,
             "usual": self._usual,
+            "unit": self._unit,
             "sizes": [list(change) for change in self.sizes],
         }
 
@@ -317,4 +325,5 @@ class VariedBatchSize(FitCallback):
             state[name] for name in ("size", "batches", "steps", "usual")
         )
         self.sizes = [(samples, rows) for samples, rows in state["sizes"]]
+        self._saved_unit = state.get("unit")  # checkpoints of earlier versions have none
         self._restored = bool(self.sizes)  # a learning-rate finder restores what has not begun

@@ -186,7 +186,7 @@ class InstanceSelection(SeamClient):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse several data loaders; select if the checkpoint was saved after the last batch of an epoch."""
-        check_one_loader(trainer, self)
+        check_one_loader(trainer, self, named=True)
         if self._select(trainer, next_epoch(trainer)):
             restart_epoch(trainer)  # before the length changes, else a longer epoch would be cut
             reload_training_loader(trainer)

@@ -1,13 +1,16 @@
 """The state of Lightning's loops; private names of Lightning stand in this folder alone."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers, _MockOptimizer
+from torch.utils._pytree import tree_unflatten
 
 from curation.replace import replace_attribute
 
@@ -63,6 +66,68 @@ def training_loaders(trainer: Trainer) -> list[Any]:
     """The training data loaders of the fit; none before Lightning has prepared them."""
     loaders = trainer.fit_loop._combined_loader
     return [] if loaders is None else loaders.flattened
+
+
+def curated_name(trainer: Trainer) -> str | int | None:
+    """Which of several training data loaders is curated: ``curated_loader`` of the module, or of the data module.
+
+    Returns:
+        Its key, or its place in a list; None where there is one data loader, or none is named.
+    """
+    if len(training_loaders(trainer)) < 2:
+        return None
+    return _named(trainer)
+
+
+def _named(trainer: Trainer) -> str | int | None:
+    owners: Any = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
+    return next((owner.curated_loader for owner in owners if hasattr(owner, "curated_loader")), None)
+
+
+def curated_loader(trainer: Trainer) -> Any:
+    """The training data loader that is curated: the only one, or the one that is named."""
+    name, loaders = curated_name(trainer), trainer.train_dataloader
+    return loaders if name is None else loaders[name]  # type: ignore[index]
+
+
+@dataclass
+class Place:
+    """Which of the training data loaders Lightning is preparing.
+
+    Attributes:
+        number: Its number.
+        curated: Number of the one that is curated; 0 where none is named.
+        count: How many there are.
+        cycles: Whether one that ends before the epoch begins again.
+    """
+
+    number: int = 0
+    curated: int = 0
+    count: int = 1
+    cycles: bool = False
+
+
+def prepared_place(trainer: Trainer) -> Place:
+    """The place of the training data loader that Lightning is preparing, in ``setup_data`` of its loop.
+
+    Raises:
+        ValueError: If ``curated_loader`` names none of several data loaders.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and not (
+        frame.f_code.co_name == "setup_data" and frame.f_locals.get("self") is trainer.fit_loop
+    ):
+        frame = frame.f_back
+    loaders = None if frame is None else frame.f_locals["combined_loader"]
+    if frame is None or loaders is None or len(loaders.flattened) < 2:
+        return Place()
+    count, name = len(loaders.flattened), _named(trainer)
+    numbers: Any = tree_unflatten(list(range(count)), loaders._spec)
+    names = list(numbers) if isinstance(numbers, dict) else list(range(len(numbers)))
+    if name is not None and (name not in names or not isinstance(numbers[name], int)):
+        raise ValueError(f"`curated_loader` must name one of the training data loaders, {names}, but is {name!r}.")
+    curated = 0 if name is None else numbers[name]
+    return Place(len(frame.f_locals["dataloaders"]), curated, count, loaders._mode == "max_size_cycle")
 
 
 def has_length(loader: Any) -> bool:

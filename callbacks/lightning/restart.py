@@ -11,6 +11,12 @@ def processed_batches(trainer: Trainer) -> int:
     return total.processed
 
 
+def processed_in_epoch(trainer: Trainer) -> int:
+    """Batches that Lightning has trained on in the epoch that it is in or has ended."""
+    current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return current.processed
+
+
 def uncounted_batches(checkpoint: dict[str, Any], counted: int) -> int:
     """Batches of an unfinished epoch that Lightning counts as trained on, beyond ``counted`` of all epochs."""
     loop = checkpoint["loops"]["fit_loop"]
@@ -64,3 +70,14 @@ def begin_next_epoch(trainer: Trainer) -> None:
     progress: Any = loop.epoch_progress.current
     if loop.restarted_mid_epoch and progress.processed == progress.started:
         loop.reset_restart_stage()
+
+
+def resume_at(trainer: Trainer, batches: int) -> None:
+    """Let Lightning count so many batches of the epoch as trained on, where batches had another size before.
+
+    Call it in ``on_train_start``.
+    """
+    current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    more = batches - current.processed
+    for name, count in list(vars(current).items()):  # that of a step that failed stays ahead
+        setattr(current, name, count + more)

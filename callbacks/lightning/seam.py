@@ -19,8 +19,11 @@ from curation.batch import batch_size, split_sample_ids
 from curation.callbacks.lightning.fit_callback import FitCallback
 from curation.callbacks.lightning.joined_loader import JoinedLoader
 from curation.callbacks.lightning.loop import (
+    Place,
+    curated_name,
     is_trained_on,
     move_to_device,
+    prepared_place,
     prepares_training_loader,
     training_loaders,
 )
@@ -56,6 +59,9 @@ class SeamClient(FitCallback):
         Returns:
             A data loader to take its place, or None.
         """
+
+    def watch_other(self, dataloader: Any, place: Place) -> None:
+        """Called with each further training data loader, which is not curated."""
 
     def curate(self, trainer: Trainer, pl_module: LightningModule, batch: Any, sample_ids: Tensor | None) -> Any:
         """The batch to train on, given the candidate batch on the device and its sample ids."""
@@ -129,6 +135,11 @@ class BatchSeam:
     def _process_dataloader(self, dataloader: object) -> object:
         dataloader = self._prepare(dataloader)
         if prepares_training_loader(self.trainer):
+            place = prepared_place(self.trainer)
+            if place.number != place.curated:
+                for client in self.clients:
+                    client.watch_other(dataloader, place)
+                return dataloader
             for client in self.clients:
                 replacement = client.watch(dataloader)
                 dataloader = dataloader if replacement is None else replacement
@@ -144,22 +155,30 @@ class BatchSeam:
         """Move the batch as the strategy does, without its ids, and let the clients curate it."""
         trainer = self.trainer
         trains = is_trained_on(trainer)
-        batch, ids = split_sample_ids(batch)
+        name, batch, ids = self._split(batch)
         for client in self.clients if trains else []:
             client.before_transfer()
         batch = self._batch = self._transfer(batch, device=device, dataloader_idx=dataloader_idx)
-        if batch is None:
+        part = batch if name is None or batch is None else batch[name]
+        if part is None:
             return batch
-        if not trains:
-            for client in self.clients:
-                batch = client.strip(batch)
-            return batch
-        if ids is not None:
-            ids = self._on_device(ids, batch, device)
+        if trains and ids is not None:
+            ids = self._on_device(ids, part, device)
         for client in self.clients:
-            batch = client.curate(trainer, trainer.lightning_module, batch, ids)
-        self._batch = batch
-        return batch
+            curated = client.curate(trainer, trainer.lightning_module, part, ids) if trains else client.strip(part)
+            part = curated
+        self._batch = part if name is None else replaced(batch, name, part)
+        return self._batch
+
+    def _split(self, batch: Any) -> tuple[str | int | None, Any, Tensor | None]:
+        """The name of the curated part of a batch of several data loaders, the batch without ids, and its ids."""
+        if not self.trainer.training or len(training_loaders(self.trainer)) < 2:
+            return None, *split_sample_ids(batch)
+        name, ids = curated_name(self.trainer), None
+        for key in list(batch) if isinstance(batch, dict) else range(len(batch)):
+            part, own = split_sample_ids(batch[key])
+            batch, ids = replaced(batch, key, part), own if key == name else ids
+        return name, batch, ids
 
     def transfer(self, batch: Any) -> Any:
         """A batch as the training step would get it without clients: without sample ids, on the device."""
@@ -194,11 +213,28 @@ def check_training_step(pl_module: LightningModule) -> None:
         )
 
 
-def check_one_loader(trainer: Trainer, client: object) -> None:
-    """Raise a TypeError if a fit has several training data loaders: a sample id would name no single sample."""
+def replaced(batches: Any, key: Any, part: Any) -> Any:
+    """A copy of the batches of several data loaders with another one for one of them."""
+    if isinstance(batches, dict):
+        return {**batches, key: part}
+    return type(batches)(part if place == key else batch for place, batch in enumerate(batches))
+
+
+def check_one_loader(trainer: Trainer, client: object, named: bool = False) -> None:
+    """Refuse several training data loaders: a sample id would name no single sample.
+
+    Args:
+        trainer: The trainer.
+        client: The callback; errors name it.
+        named: Whether it works where one of several is named.
+
+    Raises:
+        TypeError: If there are several, and none is named or it works with one alone.
+    """
     loaders = training_loaders(trainer)
-    if len(loaders) > 1:
-        raise TypeError(f"{type(client).__name__} needs one training data loader, but got {len(loaders)}.")
+    if len(loaders) > 1 and not (named and curated_name(trainer) is not None):
+        name = " Name the one that it is for in the attribute `curated_loader` of the module." if named else ""
+        raise TypeError(f"{type(client).__name__} needs one training data loader, but got {len(loaders)}.{name}")
 
 
 def refuse_strategies(trainer: Trainer, client: object, *strategies: type[Strategy]) -> None:

@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from curation.callbacks.lightning.loop import curated_loader
 from curation.checks import check_number
 from curation.online.top import keep_count
 
@@ -36,7 +37,7 @@ class Budget:
 
         It is fixed anew after a resume with another ``keep`` or another batch size of the data loader.
         """
-        conditions = [self.keep, getattr(trainer.train_dataloader, "batch_size", None)]
+        conditions = [self.keep, getattr(curated_loader(trainer), "batch_size", None)]
         if self.k is None or self._fixed_for != conditions:
             largest = torch.tensor(float(size), device=trainer.strategy.root_device)
             self.candidates = int(trainer.strategy.reduce(largest, reduce_op="max"))

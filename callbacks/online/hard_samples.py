@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from curation.callbacks.lightning.collectives import gather_rows
-from curation.callbacks.lightning.loop import logging_step
+from curation.callbacks.lightning.loop import curated_loader, logging_step
 from curation.callbacks.online.choice import Choice
 from curation.callbacks.online.head_route import HeadRoute
 from curation.callbacks.online.online_selection import OnlineSelection
@@ -136,6 +136,10 @@ class HardSampleSelection(WeighsRows, OnlineSelection):
                 f"keep={keep!r}."
             )
 
+    @property
+    def weighs(self) -> bool:  # noqa: D102 - as in the base
+        return self.rule == "importance"
+
     def _reset(self) -> None:
         super()._reset()
         self.pool = torch.full((0,), torch.nan)
@@ -160,7 +164,7 @@ class HardSampleSelection(WeighsRows, OnlineSelection):
             if self._steps == float("inf"):
                 rank_zero_warn("The length of the fit is unknown, so the selection pressure stays where it starts.")
         if self._irreducible is not None:
-            dataset = trainer.train_dataloader.dataset  # type: ignore[union-attr]
+            dataset = curated_loader(trainer).dataset
             self._unsized = not hasattr(dataset, "__len__")  # a stream, whose ids are checked as they come
             size = 0 if self._unsized else len(dataset)
             if len(self._irreducible) < size:

@@ -24,7 +24,7 @@ from curation.batch import (
     trim_padding,
 )
 from curation.callbacks.lightning.collectives import Totals
-from curation.callbacks.lightning.loop import muted
+from curation.callbacks.lightning.loop import curated_loader, curated_name, muted
 from curation.callbacks.lightning.seam import (
     BatchSeam,
     SeamClient,
@@ -150,6 +150,11 @@ class OnlineSelection(SeamClient, ABC):
         """Seconds of training, without validation."""
         return self.timer.train_seconds
 
+    @property
+    def weighs(self) -> bool:
+        """Whether rows get weights, which reach the loss of one data loader alone."""
+        return False
+
     # ------------------------------------------------------------------ what a rule defines
 
     @abstractmethod
@@ -221,7 +226,7 @@ class OnlineSelection(SeamClient, ABC):
     def _size(self, trainer: Trainer, batch: Any) -> int:
         try:
             size = batch_size(batch)
-            expected = getattr(trainer.train_dataloader, "batch_size", None)
+            expected = getattr(curated_loader(trainer), "batch_size", None)
             refuse_samples(batch, size, None if expected is None else expected * self.candidate_batches)
         except TypeError as error:
             raise TypeError(
@@ -389,8 +394,10 @@ class OnlineSelection(SeamClient, ABC):
         self.statistics.log_table(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse several data loaders; start the clocks."""
-        check_one_loader(trainer, self)
+        """Refuse several data loaders of which none is named; start the clocks."""
+        check_one_loader(trainer, self, named=not self.weighs)
+        if curated_name(trainer) is not None:
+            self.loss_check.done = True  # the loss has parts of other data loaders
         self.timer.start()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from curation.callbacks.lightning.loop import fit_batches, has_length, logs_now
+from curation.callbacks.lightning.loop import curated_loader, fit_batches, has_length, logs_now
 from curation.callbacks.online.hard_samples import HardSampleSelection
 from curation.callbacks.online.online_selection import OnlineSelection
 from curation.callbacks.runs.exact_resume import ExactResume
@@ -127,7 +127,7 @@ class ReplaySelection(OnlineSelection):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse an order that is not fixed, and a ledger that ends before the fit."""
         super().on_train_start(trainer, pl_module)
-        loader: Any = trainer.train_dataloader
+        loader: Any = curated_loader(trainer)
         resumes = any(isinstance(c, ExactResume) for c in trainer.callbacks)  # type: ignore[attr-defined]
         if not (resumes or isinstance(getattr(loader, "sampler", None), GlobalBatchSampler)):
             raise ValueError(

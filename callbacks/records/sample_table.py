@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curation.callbacks.lightning.fit_callback import FitCallback
 from curation.callbacks.lightning.loggers import log_table, not_essential, takes_media
-from curation.callbacks.lightning.loop import logging_step, logs_now
+from curation.callbacks.lightning.loop import curated_loader, logging_step, logs_now
 from curation.callbacks.online.choice import Choice, SelectionListener
 from curation.callbacks.records.entries import sample_ids_of
 from curation.checks import check_integer
@@ -64,7 +64,7 @@ class SampleTable(FitCallback, SelectionListener):
             self._table[row in kept].append([logging_step(trainer), sample_id, score, row in kept])
 
     def _shown(self, trainer: Trainer, sample_id: int) -> dict[str, Any]:
-        dataset: Any = trainer.train_dataloader.dataset  # type: ignore[union-attr]
+        dataset: Any = curated_loader(trainer).dataset
         sample = getattr(dataset, "dataset", dataset)[sample_id]  # without its id
         if callable(self.show):
             value = self.show(sample)

@@ -6,6 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from curation.callbacks.lightning.fit_callback import FitCallback
+from curation.callbacks.lightning.loop import curated_loader
 from curation.checks import check_integer
 from curation.records.sample_store import SampleStore
 
@@ -47,7 +48,7 @@ class StoreRecord(FitCallback, Generic[S]):
             ValueError: If the first batch has an id that is no row of the store.
         """
         if self.store is None:
-            size = self.size or len(trainer.train_dataloader.dataset)  # type: ignore[union-attr]
+            size = self.size or len(curated_loader(trainer).dataset)
             if int(ids.max()) >= size:  # only of the first batch, since this waits for the device
                 raise ValueError(
                     f"Argument `size` must be more than every sample id, but {int(ids.max())} >= {size}."

@@ -8,15 +8,18 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
-from curation.callbacks.lightning.loop import has_length
+from curation.callbacks.lightning.loop import Place, forget_training_loader, has_length, prepared_place
 from curation.callbacks.lightning.restart import (
     begin_next_epoch,
     mend_counters,
     processed_batches,
+    processed_in_epoch,
+    resume_at,
     saved_at_last_batch,
     uncounted_batches,
 )
-from curation.callbacks.lightning.seam import BatchSeam, SeamClient, check_one_loader, check_training_step
+from curation.callbacks.lightning.seam import BatchSeam, SeamClient, check_training_step
+from curation.callbacks.runs.global_order import DIVIDED, GlobalOrder, describe_order
 from curation.callbacks.runs.random_streams import RandomStreams
 from curation.callbacks.runs.resumed_order import Position, ResumedOrder
 from curation.callbacks.runs.wandb_run import enter_wandb_run
@@ -38,18 +41,28 @@ class ExactResume(SeamClient):
     The seed is the one that torch has when the fit begins (``seed_everything``). The random numbers of a run with
     this callback differ from those of a run without it.
 
-    The training data must be one map-style ``DataLoader``; a stateful loader is left to Lightning; where that
-    loses batches a warning says so. Not resumed: gradients that were being accumulated, the streams inside loader
-    workers, and samplers that draw from a global stream while they are iterated. Put the callback before
-    ``ModelCheckpoint``; Lightning does so by itself. Sample ids are stripped, as in a selection.
+    Another number of processes can go on, too. It trains on the same sequence of samples, from the sample after the
+    last that was trained on, each once an epoch; only the batches into which all processes divide it are others. This
+    takes a loader that is shuffled without replacement, sequential, or has a sampler of this package other than
+    ``TokenBudgetSampler``. The batch size may change with the number; with a sampler of rounds (``HardBatchSampler``,
+    ``DynamicDataPruningSampler``) that of all processes must stay. The last batch of an epoch may be smaller, and is
+    filled up with its own first samples until it can be divided. Of processes that the checkpoint does not have, the
+    random streams are those of a new run. [Scale](../scale.md) says more.
+
+    The training data must be map-style, in one ``DataLoader`` or in several, of which each goes on where it was (not
+    on another number of processes). A stateful loader is left to Lightning; where that loses batches a warning says
+    so. Not resumed: gradients that were being accumulated, the streams inside loader workers, and samplers that draw
+    from a global stream while they are iterated. Put the callback before ``ModelCheckpoint``; Lightning does so by
+    itself. Sample ids are stripped, as in a selection.
 
     Attributes:
         position: The counters of the fit.
         batches: Batches trained on in the fit.
 
     Raises:
-        TypeError: If there are several training data loaders, or ``training_step`` fetches its batches itself.
-        ValueError: If a checkpoint was saved by another number of processes, or inside an epoch of another length.
+        TypeError: If ``training_step`` fetches its batches itself.
+        ValueError: If a checkpoint was saved by another number of processes and its order cannot be divided anew, or
+            inside an epoch of another length.
         RuntimeError: If Lightning goes on with another batch than the one after the last that was trained on.
 
     Example:
@@ -62,6 +75,10 @@ class ExactResume(SeamClient):
         self.position = Position()
         self._streams = RandomStreams([], 0)
         self._sampler_resumes = False
+        self._order: dict[str, Any] = {}  # of the epochs, over all processes
+        self._processes = 1  # by whose batches the position counts
+        self._divided = False  # whether the order is divided anew, since another number of processes began with it
+        self._recounted = False  # and Lightning's counters are still those of that number
         self._unrestored: Trainer | None = None
         self._seam: BatchSeam | None = None
         self._restored = False  # and no batch was trained on since
@@ -85,6 +102,7 @@ class ExactResume(SeamClient):
         seeds = trainer.strategy.all_gather(seed).flatten().tolist()
         self._streams = RandomStreams(seeds, trainer.global_rank)
         self.position = Position()
+        self._order, self._processes, self._divided, self._recounted = {}, len(seeds), False, False
         self._unrestored, self._restored, self._counted = trainer, False, None
         self._seam = BatchSeam.of(trainer)
         self._uncounted, self._saved_at_last_batch = 0, False
@@ -95,17 +113,44 @@ class ExactResume(SeamClient):
         if self._unrestored is not None:  # a new run, or one resumed from a checkpoint without this callback
             self.position.epoch, self._unrestored = self._unrestored.current_epoch, None
         self._take_joined()
+        if self._processes != len(self._streams.seeds):
+            self._divide_anew(loader)
+        elif not self._divided:
+            self._order = self._described(loader)
+        if not self._skips(loader):
+            return
+        assert self._seam is not None
+        self._replace_sampler(loader, prepared_place(self._seam.trainer).cycles)
+        if self._sampler_resumes and any(isinstance(s, RoundSampler) for s in self._streams.samplers[0]):
+            self.position.skip = 0  # the sampler restores its own position
+        self._begin_epoch()
+
+    def watch_other(self, loader: Any, place: Place) -> None:
+        """Let the order of a data loader that is not curated begin after the batches trained on, too."""
+        if not self._skips(loader):
+            return
+        name, number = "sampler" if loader.batch_sampler is None else "batch_sampler", place.number + 1
+        sampler = vars(loader)[name]
+        if not isinstance(sampler, ResumedOrder):
+            self._streams.follow(loader, [sampler, getattr(sampler, "sampler", None)], number)
+            vars(loader)[name] = ResumedOrder(sampler, self._streams, self.position, number, place.cycles)
+            self._undo.append(lambda: vars(loader).update({name: sampler}))
+
+    def _skips(self, loader: Any) -> bool:
+        """Whether batches of a data loader can be skipped; a warning says so where they cannot."""
         if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
             self._warn_of_lost_batches(loader)
-            return
+            return False
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             data = loader.dataset if isinstance(loader, DataLoader) else loader
             rank_zero_warn(f"ExactResume cannot skip batches of {type(data).__name__}: a resumed epoch starts again.")
-            return
-        self._replace_sampler(loader)
-        if self._sampler_resumes and any(isinstance(s, RoundSampler) for s in self._streams.samplers):
-            self.position.skip = 0  # the sampler restores its own position
-        self._begin_epoch()
+            return False
+        return True
+
+    def _described(self, loader: Any) -> dict[str, Any]:
+        assert self._seam is not None
+        count = prepared_place(self._seam.trainer).count
+        return {"kind": f"{count} data loaders"} if count > 1 else describe_order(loader, len(self._streams.seeds))
 
     def _take_joined(self) -> None:
         """Count the batches of the data loader that a selection takes as one.
@@ -115,14 +160,51 @@ class ExactResume(SeamClient):
         """
         assert self._seam is not None
         joined, position = self._seam.joined(), self.position
-        if self._restored and position.batches_in_epoch and joined != position.joined:
+        if self._restored and position.inside and joined != position.joined:
             raise ValueError(
                 f"The checkpoint was saved inside an epoch with `candidate_batches={position.joined}`, but now it is "
                 f"{joined}. Remove ExactResume to resume anyway."
             )
         if position.skip:
-            position.skip = position.batches_in_epoch * joined
+            position.skip = (position.batches_in_epoch - position.first_batch) * joined
         position.joined = joined
+
+    def _divide_anew(self, loader: Any) -> None:
+        """Count the position in batches of this number of processes.
+
+        Raises:
+            ValueError: If that cannot be done.
+        """
+        order, position, processes = self._order, self.position, len(self._streams.seeds)
+        assert self._seam is not None
+        own = self._described(loader)["kind"]
+        for kind in (order.get("kind", "a checkpoint of an earlier version"), own):
+            if kind not in DIVIDED or DIVIDED[kind] != DIVIDED[order["kind"]]:
+                raise ValueError(
+                    f"The checkpoint was saved by {self._processes} processes and cannot be resumed exactly by "
+                    f"{processes}: the order of {kind} cannot be divided anew. Remove ExactResume to resume anyway."
+                )
+        if self._seam.trainer.limit_train_batches != 1.0:
+            raise ValueError(
+                f"The checkpoint was saved by {self._processes} processes and cannot be resumed exactly by "
+                f"{processes} with `limit_train_batches`, which counts batches of another size. Remove ExactResume "
+                "to resume anyway."
+            )
+        self._processes = processes
+        if order["kind"] == "rounds":  # the sampler checks that the batch of all processes is the same
+            return
+        trained = position.samples(order["batch"]) if position.inside else 0
+        divided = GlobalOrder(order, loader, self._streams, position)
+        if trained and divided.order["samples"] != order["samples"]:
+            raise ValueError(
+                f"The checkpoint was saved after {trained} of {order['samples']} samples of an epoch, but the data "
+                f"loader now has {divided.order['samples']}. Remove ExactResume to resume anyway."
+            )
+        whole, left = (-(-divided.left(samples) // position.joined) for samples in (0, trained))
+        position.first, position.skip = trained, 0
+        position.first_batch = position.batches_in_epoch = whole - left
+        position.batches_per_epoch = len(divided)
+        self._divided = self._recounted = True
 
     def _warn_of_lost_batches(self, loader: Any) -> None:
         name = type(loader).__name__
@@ -138,14 +220,20 @@ class ExactResume(SeamClient):
                 "Resume from a checkpoint inside an epoch instead."
             )
 
-    def _replace_sampler(self, loader: DataLoader) -> None:
+    def _replace_sampler(self, loader: DataLoader, cycles: bool) -> None:
         name = "sampler" if loader.batch_sampler is None else "batch_sampler"
-        sampler = vars(loader)[name]
-        if not isinstance(sampler, ResumedOrder):
-            # DataLoader forbids assigning a sampler, but only what it yields is wrapped here.
-            vars(loader)[name] = ResumedOrder(sampler, self._streams, self.position)
-            self._undo.append(lambda: vars(loader).update({name: sampler}))
+        sampler = original = vars(loader)[name]
+        if isinstance(sampler, ResumedOrder):
+            sampler = sampler.inner
+        else:
             self._streams.follow(loader, [sampler, getattr(sampler, "sampler", None)])
+            if self._divided:
+                sampler = GlobalOrder(self._order, loader, self._streams, self.position)
+            # DataLoader forbids assigning a sampler, but only what it yields is wrapped here.
+            vars(loader)[name] = ResumedOrder(sampler, self._streams, self.position, cycles=cycles)
+            self._undo.append(lambda: vars(loader).update({name: original}))
+        if isinstance(sampler, GlobalOrder):
+            self._order = sampler.order
         position, length = self.position, len(sampler) if hasattr(sampler, "__len__") else None
         if position.skip and length != position.batches_per_epoch:
             raise ValueError(
@@ -165,11 +253,23 @@ class ExactResume(SeamClient):
         self._streams.begin_step(self.position.batches)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse several data loaders, of which only one could be resumed."""
-        check_one_loader(trainer, self)
+        """Let Lightning go on where this fit does."""
         if self._restored:
             begin_next_epoch(trainer)
+        if self._recounted:
+            self._recount(trainer)
         self._counted = processed_batches(trainer)
+
+    def _recount(self, trainer: Trainer) -> None:
+        """Let Lightning count the batches of this number of processes."""
+        self._recounted, ended = False, not self.position.inside and processed_in_epoch(trainer)
+        batches, micro = self.position.batches_in_epoch, trainer.accumulate_grad_batches
+        resume_at(trainer, int(trainer.num_training_batches) if ended else batches)
+        if batches % micro:
+            rank_zero_warn(
+                f"The first optimizer step after the change of the number of processes has {micro - batches % micro} "
+                f"batches, and not {micro}: accumulation counts the batches of an epoch."
+            )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the streams of the epoch."""
@@ -209,10 +309,13 @@ class ExactResume(SeamClient):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the strategy and the data loader as they were."""
         super().teardown(trainer, pl_module, stage)
+        self._unwrap()
+        self._streams.forget()
+        self._unrestored = self._seam = None
+
+    def _unwrap(self) -> None:
         while self._undo:
             self._undo.pop()()
-        self._streams.follow(None, [])
-        self._unrestored = self._seam = None
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and seeds; equal on all ranks."""
@@ -223,6 +326,11 @@ class ExactResume(SeamClient):
             "batches_in_epoch": self.position.batches_in_epoch,
             "batches_per_epoch": self.position.batches_per_epoch,
             "joined": self.position.joined,
+            "first": self.position.first,
+            "first_batch": self.position.first_batch,
+            "order": self._order,
+            "processes": self._processes,
+            "divided": self._divided,
             "counted": self._counted,
         }
 
@@ -247,18 +355,18 @@ class ExactResume(SeamClient):
         mend_counters(trainer, checkpoint)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from the saved counters with the saved seeds.
-
-        Raises:
-            ValueError: If the checkpoint was saved by another number of processes.
-        """
-        if len(state["seeds"]) != len(self._streams.seeds):
-            raise ValueError(
-                f"The checkpoint was saved by {len(state['seeds'])} processes and cannot be resumed exactly by "
-                f"{len(self._streams.seeds)}; remove ExactResume to resume anyway."
-            )
+        """Go on from the saved counters with the saved seeds; for other processes they are converted later."""
         self._unrestored, self._restored = None, True
-        self._streams.seeds = state["seeds"]
+        saved, own = state["seeds"], self._streams.seeds
+        self._streams.seeds = saved[: len(own)] + own[len(saved) :]
+        # Checkpoints of earlier versions have none of these.
+        self._processes, self._divided = state.get("processes", len(saved)), state.get("divided", False)
+        self._order = state.get("order", {})
+        self.position.first, self.position.first_batch = state.get("first", 0), state.get("first_batch", 0)
+        if self._processes != len(own) or self._divided:  # a tuner may have asked for the loader
+            assert self._seam is not None
+            self._unwrap()
+            forget_training_loader(self._seam.trainer)
         # In place: a data loader that was prepared before may hold the object.
         for name in ("batches", "epoch", "batches_in_epoch", "batches_per_epoch"):
             setattr(self.position, name, state[name])
@@ -267,4 +375,4 @@ class ExactResume(SeamClient):
             self.position.count_batch()
             if self._saved_at_last_batch:
                 self.position.end_epoch()
-        self.position.skip = self.position.batches_in_epoch
+        self.position.skip = self.position.batches_in_epoch - self.position.first_batch

@@ -7,7 +7,7 @@ import torch
 
 from curation import rng
 
-_ORDER, _LOAD, _STEP = 0, 1, 2
+ORDER, _LOAD, _STEP = 0, 1, 2
 
 
 class RandomStreams:
@@ -35,32 +35,43 @@ class RandomStreams:
     def __init__(self, seeds: list[int], rank: int) -> None:
         self.seeds = seeds
         self.rank = rank
-        self.samplers: list[Any] = []
-        self._generators: list[torch.Generator] = []
+        self.samplers: dict[int, list[Any]] = {}  # of each data loader
+        self._generators: dict[int, list[torch.Generator]] = {}
 
-    def follow(self, loader: Any, samplers: Iterable[Any]) -> None:
+    def follow(self, loader: Any, samplers: Iterable[Any], number: int = 0) -> None:
         """Let :meth:`begin_order` set the generators and epochs of these objects, too.
 
         Args:
-            loader: The training data loader.
+            loader: A training data loader.
             samplers: Its samplers.
+            number: Number of the data loader; 0 for the one that is curated.
         """
-        self.samplers = list(samplers)
-        generators = [getattr(owner, "generator", None) for owner in (loader, *self.samplers)]
-        self._generators = [g for g in generators if isinstance(g, torch.Generator)]
+        self.samplers[number] = list(samplers)
+        generators = [getattr(owner, "generator", None) for owner in (loader, *self.samplers[number])]
+        self._generators[number] = [g for g in generators if isinstance(g, torch.Generator)]
 
-    def begin_order(self, epoch: int) -> None:
-        """Set the streams from which the order of an epoch is drawn."""
-        rng.seed(self.seeds[self.rank], epoch, _ORDER)
-        for generator in self._generators:
-            generator.manual_seed(self.seeds[self.rank] ^ epoch)
-        for sampler in self.samplers:
+    def forget(self) -> None:
+        """Follow nothing."""
+        self.samplers, self._generators = {}, {}
+
+    def begin_order(self, epoch: int, number: int = 0, cycle: int = 0) -> None:
+        """Set the streams from which the order of an epoch is drawn.
+
+        Args:
+            epoch: The epoch.
+            number: Number of the data loader.
+            cycle: How often it has ended in the epoch.
+        """
+        rng.seed(self.seeds[self.rank], epoch, ORDER, *((number, cycle) if number or cycle else ()))
+        for generator in self._generators.get(number, []):
+            generator.manual_seed(self.seeds[self.rank] ^ epoch ^ (number << 48) ^ (cycle << 32))
+        for sampler in self.samplers.get(number, []):
             if callable(getattr(sampler, "set_epoch", None)):
                 sampler.set_epoch(epoch)
 
-    def begin_load(self, batch: int) -> None:
-        """Set the stream for loading a batch, given its number in the fit."""
-        rng.seed(self.seeds[self.rank], batch, _LOAD)
+    def begin_load(self, batch: int, number: int = 0) -> None:
+        """Set the stream for loading a batch of a data loader, given its number in the fit."""
+        rng.seed(self.seeds[self.rank], batch, _LOAD, *((number,) if number else ()))
 
     def begin_step(self, batch: int) -> None:
         """Set the stream for the training step on a batch, given its number in the fit."""

@@ -19,6 +19,8 @@ class Position:
         batches_per_epoch: Length of the training data loader; None where it has no length.
         skip: Batches of the next order that were trained on before the fit was resumed.
         joined: Batches of the data loader in each that is trained on.
+        first: Samples of the epoch that another number of processes trained on; 0 where there was none.
+        first_batch: What ``batches_in_epoch`` was after them: the batches of an epoch less those of what is left.
     """
 
     batches: int = 0
@@ -27,11 +29,22 @@ class Position:
     batches_per_epoch: int | None = None
     skip: int = 0
     joined: int = 1
+    first: int = 0
+    first_batch: int = 0
 
     @property
     def loaded(self) -> int:
         """Batches of the data loader before the one that is loaded next, as its random stream counts them."""
         return self.batches * self.joined
+
+    @property
+    def inside(self) -> bool:
+        """Whether the epoch has begun."""
+        return self.batches_in_epoch > 0 or self.first > 0
+
+    def samples(self, rows: int) -> int:
+        """Samples of the epoch that were trained on, given the rows of a batch of all data loaders."""
+        return self.first + (self.batches_in_epoch - self.first_batch) * self.joined * rows
 
     def count_batch(self) -> None:
         """Count a batch that was trained on."""
@@ -42,7 +55,7 @@ class Position:
         """Go to the next epoch, once."""
         if self.batches_in_epoch:
             self.epoch += 1
-            self.batches_in_epoch = 0
+            self.batches_in_epoch = self.first = self.first_batch = 0
 
     def take_skip(self) -> int:
         """The number of batches to skip, for one order."""
@@ -57,10 +70,19 @@ class ResumedOrder:
         sampler: The sampler, or batch sampler, of the training data loader; all other attributes are its own.
         streams: The random streams of the process.
         position: The counters of the fit.
+        number: Number of the data loader; 0 for the one that is curated.
+        cycles: Whether the data loader begins again where it ends before the epoch.
     """
 
-    def __init__(self, sampler: Any, streams: RandomStreams, position: Position) -> None:
-        vars(self).update(_sampler=sampler, _streams=streams, _position=position)
+    def __init__(
+        self, sampler: Any, streams: RandomStreams, position: Position, number: int = 0, cycles: bool = False
+    ) -> None:
+        vars(self).update(_sampler=sampler, _streams=streams, _position=position, _number=number, _cycles=cycles)
+
+    @property
+    def inner(self) -> Any:
+        """The sampler."""
+        return self._sampler
 
     def __len__(self) -> int:
         return len(self._sampler)
@@ -74,12 +96,18 @@ class ResumedOrder:
         setattr(self._sampler, name, value)
 
     def __iter__(self) -> Iterator[Any]:
-        streams, position = self._streams, self._position
-        streams.begin_order(position.epoch)
+        streams, position, number = self._streams, self._position, self._number
+        joined = 1 if number else position.joined  # others than the curated data loader are not
+        skip, cycle = position.batches_in_epoch if number else position.take_skip(), 0
+        if self._cycles:
+            cycle = position.batches_in_epoch * joined // len(self)
+            skip %= len(self)
+        streams.begin_order(position.epoch, number, cycle)
         order = iter(self._sampler)
         first = list(itertools.islice(order, 1))
-        streams.begin_load(position.loaded)
-        remaining = itertools.islice(itertools.chain(first, order), position.take_skip(), None)
-        for batch, indices in enumerate(remaining, position.loaded):
-            streams.begin_load(batch)  # again, since a loader may fetch batches in advance
+        loaded = position.batches * joined
+        streams.begin_load(loaded, number)
+        remaining = itertools.islice(itertools.chain(first, order), skip, None)
+        for batch, indices in enumerate(remaining, loaded):
+            streams.begin_load(batch, number)  # again, since a loader may fetch batches in advance
             yield indices

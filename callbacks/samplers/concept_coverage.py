@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curation.callbacks.lightning.collectives import gather_rows
 from curation.callbacks.lightning.loggers import log_image, not_essential, picture_folder, save_figure
-from curation.callbacks.lightning.loop import logs_now, skips_backward
+from curation.callbacks.lightning.loop import curated_loader, logs_now, skips_backward
 from curation.callbacks.lightning.seam import SeamClient, check_one_loader
 from curation.callbacks.online.choice import Choice, SelectionListener
 from curation.callbacks.online.online_selection import OnlineSelection
@@ -75,8 +75,8 @@ class ConceptCoverageMonitor(SeamClient, SelectionListener):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the concepts of the sampler or the data module."""
-        check_one_loader(trainer, self)
-        batches = getattr(trainer.train_dataloader, "batch_sampler", None)
+        check_one_loader(trainer, self, named=True)
+        batches = getattr(curated_loader(trainer), "batch_sampler", None)
         sampler = getattr(batches, "sampler", None)
         targets = self.targets
         if isinstance(sampler, ConceptAwareSampler):
@@ -220,7 +220,7 @@ def check_length(index: ConceptIndex, trainer: Trainer) -> None:
         ValueError: If it has another number of rows.
         TypeError: If the training data have no length.
     """
-    dataset = getattr(trainer.train_dataloader, "dataset", None)
+    dataset = getattr(curated_loader(trainer), "dataset", None)
     if not isinstance(dataset, Sized):
         raise TypeError("Concepts need a training `DataLoader` of a data set with a length.")
     samples = len(dataset)

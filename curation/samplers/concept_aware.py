@@ -17,7 +17,7 @@ from curation.samplers.concept_choice import (
     target_counts,
 )
 from curation.samplers.concept_index import ConceptIndex
-from curation.samplers.global_batch import GlobalBatchSampler
+from curation.samplers.global_batch import SequenceSampler
 
 __all__ = [
     "ConceptAwareSampler",
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 
-class ConceptAwareSampler(GlobalBatchSampler):
+class ConceptAwareSampler(SequenceSampler):
     """Yields the indices of batches, each the best ``batch_size`` of a random super-batch by their concepts.
 
     An epoch is one shuffled pass over the data set in super-batches; its rest is left out. Give it to a
@@ -108,7 +108,8 @@ class ConceptAwareSampler(GlobalBatchSampler):
         self.visit_penalty = visit_penalty
         self._yielded = 0  # batches of this epoch
         self._start = 0
-        self._visits = 0, 0, np.zeros(0, np.int32)  # processes, an epoch, and how often samples were chosen before it
+        # Sizes, an epoch, and how often samples were chosen before it.
+        self._visits: tuple[list[int], int, np.ndarray] = [], 0, np.zeros(0, np.int32)
 
     def __len__(self) -> int:
         """Indices of an epoch, per process.
@@ -130,23 +131,33 @@ class ConceptAwareSampler(GlobalBatchSampler):
             self._start = self._yielded = 0
         super().set_epoch(epoch)
 
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of a batch and of a super-batch of all processes."""
+        return [size * self._place[1] for size in (self.batch_size, self.super_batch_size)]
+
+    def samples(self, sizes: list[int]) -> int:
+        """Samples of the whole super-batches."""
+        k, size = sizes
+        return len(self.concepts) // size * k
+
     def __iter__(self) -> Iterator[int]:
         self._take_epoch()
         rank, processes = self._place
         len(self)  # raises where there are too few samples
         start, self._start, self._yielded = self._start, 0, self._start
-        for batch in self._batches(self.epoch, processes, start):
+        for batch in self.global_batches(self.epoch, self.sizes, start):
             self._yielded += 1
-            yield from batch[rank::processes].tolist()
+            yield from self.share(batch, rank, processes).tolist()
 
-    def _batches(self, epoch: int, processes: int, start: int = 0) -> Iterator[np.ndarray]:
+    def global_batches(self, epoch: int, sizes: list[int], start: int = 0) -> Iterator[np.ndarray]:
         """The global batches of an epoch from ``start``: int64 ``[batch_size * processes]``, in order of choice."""
-        k, size = self.batch_size * processes, self.super_batch_size * processes
+        k, size = sizes
         targets = target_counts(self.concepts, self.targets, k)
         draw = np.random.default_rng((self.seed, epoch))
         order = draw.permutation(len(self.concepts))
         draws = draw.random(len(order) // size)
-        visits = self._visits_before(epoch, processes).copy() if self.visit_penalty else None
+        visits = self._visits_before(epoch, sizes).copy() if self.visit_penalty else None
         nothing = np.zeros(size)
         for step in range(0 if self.visit_penalty else start, len(draws)):
             drawn = order[step * size : (step + 1) * size]
@@ -157,16 +168,16 @@ class ConceptAwareSampler(GlobalBatchSampler):
             if visits is not None:
                 visits[chosen] += 1
                 if step == len(draws) - 1:  # now, since a loader may not ask for more
-                    self._visits = processes, epoch + 1, visits
+                    self._visits = sizes, epoch + 1, visits
             if step >= start:
                 yield chosen
 
-    def _visits_before(self, epoch: int, processes: int) -> np.ndarray:
+    def _visits_before(self, epoch: int, sizes: list[int]) -> np.ndarray:
         """How often every sample was chosen before an epoch: int32 ``[N]``. Chooses again where that is not known."""
-        if self._visits[0] != processes or self._visits[1] > epoch:
-            self._visits = processes, 0, np.zeros(len(self.concepts), np.int32)
+        if self._visits[0] != sizes or self._visits[1] > epoch:
+            self._visits = sizes, 0, np.zeros(len(self.concepts), np.int32)
         for earlier in range(self._visits[1], epoch):
-            for _ in self._batches(earlier, processes):
+            for _ in self.global_batches(earlier, sizes):
                 pass
         return self._visits[2]
 
@@ -177,11 +188,10 @@ class ConceptAwareSampler(GlobalBatchSampler):
             batches: Batches of this epoch that were trained on. None for the batches yielded so far, of which loader
                 workers ask for some in advance.
         """
-        sizes = [size * self._place[1] for size in (self.batch_size, self.super_batch_size)]
         return {
             "epoch": self.epoch,
             "batches": self._yielded if batches is None else batches,
-            "of": [len(self.concepts), *sizes, self.visit_penalty, self.seed],
+            "of": [len(self.concepts), *self.sizes, self.visit_penalty, self.seed],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

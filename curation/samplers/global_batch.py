@@ -1,12 +1,16 @@
 """Base class of the samplers that choose the global batch of all processes."""
 
+from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DistributedSampler
 
 from curation.checks import check_integer
 from curation.samplers.fit_epoch import fit_epoch
+from curation.samplers.recut import every_nth
 from curation.settings import Configured
 
 
@@ -46,3 +50,34 @@ class GlobalBatchSampler(Configured, DistributedSampler):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
         return 0, 1
+
+
+class SequenceSampler(GlobalBatchSampler):
+    """Base class of samplers whose epochs are one sequence of samples, however many processes share it.
+
+    The sequence depends on seed, epoch and :attr:`sizes` only. So another number of processes can go on with it, with
+    the sizes that it was planned with (:class:`curation.callbacks.ExactResume`).
+    """
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of all processes that the sequence is planned in; none where it does not depend on them."""
+        return []
+
+    @abstractmethod
+    def samples(self, sizes: list[int]) -> int:
+        """Samples of an epoch, given :attr:`sizes` of this or of another number of processes."""
+
+    @abstractmethod
+    def global_batches(self, epoch: int, sizes: list[int]) -> Iterator[np.ndarray]:
+        """The sequence of an epoch in parts, integers ``[n]`` each."""
+
+    def share(self, batch: np.ndarray, rank: int, processes: int) -> np.ndarray:
+        """A process's part of a global batch, ``[ceil(n / W)]``: every ``W``-th, filled up with its first samples."""
+        return every_nth(batch, rank, processes)
+
+    def __iter__(self) -> Iterator[int]:
+        self._take_epoch()
+        rank, processes = self._place
+        for batch in self.global_batches(self.epoch, self.sizes):
+            yield from self.share(batch, rank, processes).tolist()

@@ -8,13 +8,13 @@ from torch.utils.data import BatchSampler
 
 from curation.checks import check_integer
 from curation.samplers.fit_epoch import fit_loop
-from curation.samplers.global_batch import GlobalBatchSampler
+from curation.samplers.global_batch import GlobalBatchSampler, SequenceSampler
 from curation.samplers.lengths import check_lengths, lengths_of
 
 BLOCK = 1 << 16  # rows that are sorted at a time, in whole windows
 
 
-class LengthGroupedSampler(GlobalBatchSampler):
+class LengthGroupedSampler(SequenceSampler):
     """Yields samples of like length one after another, for ``DataLoader(sampler=..., batch_size=...)``.
 
     The order of an epoch is a random one, cut into windows of ``window`` global batches; each window is sorted by
@@ -51,17 +51,29 @@ class LengthGroupedSampler(GlobalBatchSampler):
         whole, rest = divmod(len(self.lengths), self.batch_size * processes)
         return whole * self.batch_size + -(-rest // processes)
 
-    def __iter__(self) -> Iterator[int]:
-        self._take_epoch()
-        rank, processes = self._place
-        rng = np.random.default_rng((self.seed, self.epoch))
-        rows = self.batch_size * processes
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of a global batch."""
+        return [self.batch_size * self._place[1]]
+
+    def samples(self, sizes: list[int]) -> int:
+        """Number of the samples."""
+        return len(self.lengths)
+
+    def global_batches(self, epoch: int, sizes: list[int]) -> Iterator[np.ndarray]:
+        """Global batches, each sorted by length; the last is what is left."""
+        (rows,) = sizes
+        rng = np.random.default_rng((self.seed, epoch))
         order = sorted_windows(self.lengths, rng, self.window * rows)
         whole = len(order) // rows
         batches = order[: whole * rows].reshape(whole, rows)
         for turn in longest_first(rng.permutation(whole), self.lengths[batches[:, :1]].ravel()):
-            yield from share(batches[turn], rank, processes).tolist()
-        yield from share(order[whole * rows :], rank, processes).tolist()
+            yield batches[turn]
+        yield order[whole * rows :]
+
+    def share(self, batch: np.ndarray, rank: int, processes: int) -> np.ndarray:
+        """A process's part of a sorted global batch (:func:`share`)."""
+        return share(batch, rank, processes)
 
 
 class TokenBudgetSampler(BatchSampler):

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from curation.checks import check_flag
-from curation.samplers.global_batch import GlobalBatchSampler
+from curation.samplers.global_batch import SequenceSampler
 
 
-class SubsetSampler(GlobalBatchSampler):
+class SubsetSampler(SequenceSampler):
     """Yields some of the indices of a data set, each of ``W`` processes every ``W``-th of them.
 
     The order depends on ``seed`` and epoch (``set_epoch``) only. It is filled up from its beginning, as torch's
@@ -58,10 +58,11 @@ class SubsetSampler(GlobalBatchSampler):
     def __len__(self) -> int:
         return -(-len(self._indices) // self._place[1])
 
-    def __iter__(self) -> Iterator[int]:
-        self._take_epoch()
-        rank, processes = self._place
+    def samples(self, sizes: list[int]) -> int:
+        """Number of the indices."""
+        return len(self._indices)
+
+    def global_batches(self, epoch: int, sizes: list[int]) -> Iterator[np.ndarray]:
+        """The whole order of an epoch."""
         order = self._indices
-        if self.shuffle:
-            order = np.random.default_rng((self.seed, self.epoch)).permutation(order)
-        yield from np.resize(order, processes * len(self))[rank::processes].tolist()
+        yield np.random.default_rng((self.seed, epoch)).permutation(order) if self.shuffle else order

@@ -68,9 +68,11 @@ def with_two_optimizers(entry: Entry) -> Classifier:
 
 
 def of_pairs(entry: Entry) -> Classifier:
-    """The first of two loaders is trained on."""
+    """The first of two loaders is trained on, and curated."""
 
     class Pairs(entry.module):  # type: ignore[name-defined]
+        curated_loader = "a"
+
         def training_step(self, batch, batch_idx):
             return super().training_step(batch["a"], batch_idx)
 

@@ -131,7 +131,7 @@ class Entry:
 
     def refusal(self, kind: str) -> str | None:
         """What the error says of that kind of run or that strategy; None where it works."""
-        of_selections = {**ONE_LOADER, **FSDP1, **NO_SAMPLES} if self.curates else {}
+        of_selections = {**FSDP1, **NO_SAMPLES} if self.curates else {}
         return {**DEEPSPEED, **of_selections, **self.refuses}.get(kind)
 
     @property
@@ -204,7 +204,7 @@ CALLBACKS = {
                 {"keep": 0.25, "rule": rule, **options},
                 {"pressure": 0.5},
                 partial(HardSampleTwin, rule, **options),
-                refuses=NO_PENALTY if rule == "importance" else {},
+                refuses={**NO_PENALTY, **ONE_LOADER} if rule == "importance" else {},
             )
             for rule, options in {
                 "top": {},
@@ -247,7 +247,7 @@ CALLBACKS = {
             candidates=2,
             ids=True,
             acted=lambda monitor: int(monitor.visits.sum()) > 0,
-            refuses={**ONE_LOADER, "overfit_batches": "overfit_batches", "samples": "needs sample ids"},
+            refuses={"overfit_batches": "overfit_batches", "samples": "needs sample ids"},
         ),
         Entry(
             DifficultyAdaptiveRollouts,
@@ -266,7 +266,7 @@ CALLBACKS = {
             refuses=NOT_OF_ROUNDS,
             acted=lambda pruning: bool(pruning.sampler.losses.isfinite().any()),
         ),
-        Entry(ExactResume, refuses=ONE_LOADER),
+        Entry(ExactResume),
         Entry(
             GlobalBatchLoadBalancing,
             {"estimator": "warm"},
@@ -281,7 +281,7 @@ CALLBACKS = {
             {"index": EVERY_SECOND},
             {"every_n_epochs": 0},
             candidates=2,
-            refuses={**ONE_LOADER, "overfit_batches": "overfit_batches"},
+            refuses={"overfit_batches": "overfit_batches"},
             acted=lambda selection: len(selection.indices) == 64,
         ),
         Entry(

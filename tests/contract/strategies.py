@@ -9,6 +9,7 @@ PAGE = Path(__file__).parents[2] / "docs/strategies.md"
 SUITE = "tests/contract/test_contract.py"
 ELSEWHERE = {
     "boundaries": "resumed from the first batch, the last one of an epoch, its validation, an exception",
+    "elastic": "a checkpoint of one process resumed by two, and of two by one, inside an epoch",
     "ddp": "DDP, two processes",
     "unequal_ranks": "DDP, two processes with batches of unequal size",
     "fsdp2": "FSDP2 (`ModelParallelStrategy`), two processes",
@@ -34,9 +35,11 @@ Callbacks of which all of this is the same share a column:
 FOOT = f"""
 The tests of a cell are `{SUITE}::test_works_in_every_kind_of_run_or_says_why_not[ROW-CALLBACK]`, with the name in the
 first column; of checkpoints `test_a_run_goes_on_from_a_checkpoint_at_every_boundary`; of batches of unequal size
-`test_ranks_may_have_batches_of_unequal_size`; of two processes `test_two_ranks_select_what_one_process_selects` (rows
-and weights equal to those of one process) and `test_sharded_weights_are_trained_as_whole_ones`; of strategies that
-are refused
+`test_ranks_may_have_batches_of_unequal_size`; of another number of processes
+`test_another_number_of_processes_goes_on_with_the_same_samples` (the weights are compared in
+`tests/callbacks/runs/test_elastic_resume.py`); of two processes `test_two_ranks_select_what_one_process_selects` 
+(rows and weights equal to those of one process) and `test_sharded_weights_are_trained_as_whole_ones`; of strategies
+that are refused
 `test_strategies_that_were_never_tried_are_refused`; of FSDP1 `tests/contract/test_gpu.py::test_trains_under_fsdp1`.
 Every callback, of whatever column, is also killed and resumed, with and without workers of the loader
 (`test_a_run_killed_mid_epoch_resumes_bit_for_bit`), tried with W&B offline, and on a GPU in fp32, bf16-mixed and

@@ -316,5 +316,30 @@ def test_ranks_may_have_batches_of_unequal_size(ranks, entry, tmp_path):
     assert one["weights"] == other["weights"]
 
 
+def over_all_processes(ranks, processes, entry, folder, **how):
+    """Candidates of each step in the order of the sequence, and the answers of every process."""
+    given = (entry.name, str(folder), processes, how.get("stops", False), how.get("resumes", False))
+    answers = ranks.ask(worker.elastic, given, given) if processes == 2 else [worker.elastic(given)]
+    steps = zip(*[answer["rows"] for answer in answers], strict=True)
+    return [[sample for row in zip(*step, strict=True) for sample in row] for step in steps], answers
+
+
+@every
+@pytest.mark.parametrize(("before", "now"), [(2, 1), (1, 2)])
+def test_another_number_of_processes_goes_on_with_the_same_samples(ranks, entry, before, now, tmp_path):
+    folders = [tmp_path / "whole", tmp_path / "cut"]
+    for folder in folders:
+        folder.mkdir()
+    whole, _ = over_all_processes(ranks, before, entry, folders[0])
+    first, _ = over_all_processes(ranks, before, entry, folders[1], stops=True)
+    rest, answers = over_all_processes(ranks, now, entry, folders[1], resumes=True)
+    assert first[:2] + rest == whole
+    assert len({sample for step in whole for sample in step}) == 64
+    for answer in answers:
+        assert answer["seen"] == [16 // now // (4 if entry.curates else 1)] * 2
+        assert answer["acted"]
+        assert answer["ended"]
+
+
 def test_the_published_matrix_is_that_of_this_suite():
     assert strategies.PAGE.read_text() == strategies.page()

@@ -161,6 +161,42 @@ def interrupted(name: str, folder: Path, fails: bool = False, resume: Path | Non
     return {"rows": kept.rows, "weights": module.state_dict(), "callbacks": states}
 
 
+class StopsAt(Callback):
+    """A checkpoint after so many batches, with which the fit ends."""
+
+    def __init__(self, batch: int, path: str) -> None:
+        self.batch, self.path = batch, path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == self.batch:
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = True
+
+
+def elastic(given: tuple[str, str, int, bool, bool]) -> dict:
+    """An epoch of four batches of 16 samples over all processes, up to its second or from there."""
+    name, folder, processes, stops, resumes = given
+    seed_everything(7, verbose=False)
+    os.chdir(folder)
+    write_tags(64)
+    entry, rows = CALLBACKS[name], []
+    numbers = {float(x[0]): i for i, (x, _) in enumerate(data(64 * entry.candidates))}
+
+    class Candidates(entry.module):  # type: ignore[name-defined]
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            if self.trainer.training:
+                rows.append([numbers[float(x)] for x in batch[0][:, 0]])
+            return batch
+
+    callbacks = [*entry.in_trainer(), *([] if entry.cls is ExactResume else [ExactResume()])]
+    how = {"strategy": "ddp", "devices": 2} if processes == 2 else {}
+    stop = [StopsAt(1, f"{folder}/x.ckpt")] if stops else []
+    run, module = trainer(*callbacks, *stop, max_epochs=1, **how), Candidates()
+    run.fit(module, entry.loader(batch_size=16 // processes), ckpt_path=f"{folder}/x.ckpt" if resumes else None)
+    acted, ended = bool(entry.acted(callbacks[0])), stops or run.current_epoch == 1
+    return {"rows": rows, "seen": module.seen, "acted": acted, "ended": ended}
+
+
 SIZES = (5, 3)  # of the batches of rank 1; those of rank 0 have 8 rows
 
 

@@ -207,15 +207,6 @@ def test_what_cannot_be_skipped_is_said():
         trainer(ExactResume(), max_epochs=1).fit(Classifier(), DataLoader(Stream(), 8))
 
 
-def test_several_data_loaders_are_refused():
-    class Two(Classifier):
-        def training_step(self, batch, batch_idx):
-            raise AssertionError("trained")
-
-    with pytest.raises(TypeError, match="one training data loader, but got 2"):
-        trainer(ExactResume()).fit(Two(), {"a": loader(), "b": loader()})
-
-
 @pytest.mark.parametrize("change", [{"batch_size": 4}, {"n": 32}], ids=["batch size", "data"])
 def test_another_epoch_than_the_saved_one_is_an_error(tmp_path, change):
     fit(tmp_path, LOADERS["shuffled"], every_n_train_steps=3)
@@ -223,17 +214,6 @@ def test_another_epoch_than_the_saved_one_is_an_error(tmp_path, change):
     message = "saved after 3 of 8 batches of an epoch, but the data loader now has (16|4)"
     with pytest.raises(ValueError, match=message):
         fit(tmp_path / "again", lambda: loader(ids=False, **change), resume=file)
-
-
-def test_another_number_of_processes_is_an_error():
-    callback = ExactResume()
-    run = trainer(callback, max_epochs=1)
-    run.fit(Classifier(), loader(ids=False))
-    state = callback.state_dict()
-    callback.setup(run, Classifier(), "fit")
-    with pytest.raises(ValueError, match="saved by 2 processes and cannot be resumed exactly by 1"):
-        callback.load_state_dict({**state, "seeds": state["seeds"] * 2})
-    callback.teardown(run, None, "fit")
 
 
 def test_the_data_loader_and_the_strategy_are_as_they_were():
