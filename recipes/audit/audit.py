@@ -149,7 +149,8 @@ class Audit:
         else:
             e, n = self.estimate, len(self.order)
             interval = f"[{e.low:,.0f}, {e.high:,.0f}]"
-            lines.append(f"wrong labels: {e.count:,.0f} {interval} of {n:,} ({e.count / n:.1%}), by {e.method}")
+            found = f"wrong labels: {e.count:,.0f} {interval} of {n:,} ({e.count / n:.1%}), by {e.method}"
+            lines.append(f"{found}; more where errors depend on the sample")
         if dynamics.kind != "losses":
             learned = dynamics["right"] > 0
             forgotten = int((dynamics["forgotten"] > 0).sum())
