@@ -80,8 +80,8 @@ def wrong_by_threshold_samples(margins: np.ndarray, threshold: np.ndarray, seed:
     point with many threshold samples, where hard samples with right labels may add to the estimate; with ``s = 0.1``
     one with few of them. The estimate is the mean of both, and the interval that of 200 bootstrap resamples with one
     or the other. It assumes that labels are wrong in the way of the threshold samples
-    (:func:`~curation.audit.scores.errors_are_learned` says where not). Where samples that are hard are wrong more often, as
-    with labels that people gave, it is too low.
+    (:func:`~curation.audit.scores.errors_are_learned` says where not). Where samples that are hard are wrong more
+    often, as with labels that people gave, it is too low.
 
     Args:
         margins: ``[N]``, mean margins of the samples that are not threshold samples; NaN is left out.
