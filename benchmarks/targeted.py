@@ -13,47 +13,58 @@ import torch
 
 from curation.instances.targeted import TargetedSelector, best_ranks
 from curation.recipes.mixture_of_experts import Domains
+from curation.recipes.targeted.target_texts import byte_features
 from curation.recipes.text_classification.text_embeddings import MINILM, embeddings
 
 ROWS, EXAMPLES = 800, 64  # of each domain, and of the target
+AGREE = (1, 2, 4, 8, 16)
 
 
-def domains() -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """MiniLM embeddings of pieces of 256 bytes, and their domains: the first of each are for examples."""
+def domains() -> tuple[dict[str, np.ndarray], np.ndarray, list[str]]:
+    """Features of pieces of 256 bytes by two embedders, and their domains: the first of each are for examples."""
     data = Domains("manual_pages", length=256, batch_size=64, single_domain=False, seed=0)
     data.setup("fit")
-    texts: dict[int, list[str]] = {i: [] for i in range(len(data.names))}
+    found: dict[int, list[torch.Tensor]] = {i: [] for i in range(len(data.names))}
     for batch in data.train_dataloader():
         for piece, domain in zip(batch["input_ids"], batch["domain"].tolist(), strict=True):
-            if len(texts[domain]) < ROWS + EXAMPLES:
-                texts[domain].append(bytes(piece.tolist()).decode("utf-8", "replace"))
-        if min(map(len, texts.values())) == ROWS + EXAMPLES:
+            if len(found[domain]) < ROWS + EXAMPLES:
+                found[domain].append(piece)
+        if min(map(len, found.values())) == ROWS + EXAMPLES:
             break
-    x = embeddings([text for part in texts.values() for text in part], MINILM, 64).numpy()
-    return x.reshape(len(texts), ROWS + EXAMPLES, -1), np.repeat(np.arange(len(texts)), ROWS), data.names
+    pieces = torch.stack([piece for part in found.values() for piece in part])
+    texts = [bytes(piece.tolist()).decode("utf-8", "replace") for piece in pieces]
+    minilm = embeddings(texts, MINILM, 64).numpy()
+    features = {"MiniLM": minilm, "MiniLM, centred": minilm - minilm.mean(0), "bytes": byte_features(pieces.byte())}
+    shape = (len(found), ROWS + EXAMPLES, -1)
+    return {name: x.reshape(shape) for name, x in features.items()}, np.repeat(np.arange(shape[0]), ROWS), data.names
 
 
 def precision() -> None:
     """Precision of the kept rows; as many are kept as the target has."""
-    x, y, names = domains()
-    pool = x[:, EXAMPLES:].reshape(-1, x.shape[-1])
-    for i, name in enumerate(names):
-        kept = TargetedSelector(0.1, targets=x[i, :EXAMPLES]).fit(pool).sample_indices_
-        print(f"{name:24} the kept 10 % of {len(pool):,}: precision {(y[kept] == i).mean():.3f}", flush=True)
-    rng = np.random.default_rng(0)
-    found = []
-    for _ in range(5):
-        three = rng.choice(len(names), 3, replace=False)
-        examples = np.concatenate([x[i, rng.choice(EXAMPLES, 21, replace=False)] for i in three])
-        share = 3 / len(names) * 0.8
-        by_rank = TargetedSelector(share, targets=examples).fit(pool).sample_indices_
-        by_mean = np.argsort(-(pool @ examples.mean(0)), kind="stable")[: len(by_rank)]
-        shares = [np.isin(y[rows], three).mean() for rows in (by_rank, by_mean)]
-        least = [min((y[rows] == i).mean() for i in three) for rows in (by_rank, by_mean)]
-        found.append([*shares, *least])
-        print(f"three domains: precision {shares[0]:.3f}, by the centroid {shares[1]:.3f}; of the domain with the "
-              f"least {least[0]:.3f} and {least[1]:.3f}", flush=True)  # fmt: skip
-    print("means", np.mean(found, 0).round(3).tolist())
+    found, y, names = domains()
+    print("of", ", ".join(names))
+    for embedder, x in found.items():
+        pool = x[:, EXAMPLES:].reshape(-1, x.shape[-1])
+        for rule in (*AGREE, "centroid"):
+            one = [(y[kept(pool, x[i, :EXAMPLES], 0.1, rule)] == i).mean() for i in range(len(names))]
+            rng, three = np.random.default_rng(0), []
+            for _ in range(5):
+                of = rng.choice(len(names), 3, replace=False)
+                examples = np.concatenate([x[i, rng.choice(EXAMPLES, 21, replace=False)] for i in of])
+                domain = y[kept(pool, examples, 3 / len(names) * 0.8, rule)]
+                three.append([np.isin(domain, of).mean(), min((domain == i).mean() for i in of)])
+            shares = " ".join(f"{share:.2f}" for share in one)
+            of_three, least = np.mean(three, 0)
+            print(f"{embedder:16} {rule!s:>8}  {shares}  mean {np.mean(one):.3f}; of three {of_three:.3f}, the least "
+                  f"{least:.3f}", flush=True)  # fmt: skip
+
+
+def kept(pool: np.ndarray, examples: np.ndarray, budget: float, rule: int | str) -> np.ndarray:
+    """What stays by the best rank of so many examples, or by their mean."""
+    if rule == "centroid":
+        unit = examples / np.linalg.norm(examples, axis=1, keepdims=True)
+        return TargetedSelector(budget, targets=unit.mean(0, keepdims=True)).fit(pool).sample_indices_
+    return TargetedSelector(budget, targets=examples, agree=int(rule)).fit(pool).sample_indices_
 
 
 def speed(rows: int = 1_000_000, repeats: int = 5) -> None:

@@ -16,6 +16,7 @@ from curation.samplers.global_batch import GlobalBatchSampler
 from curation.samplers.hard_batches import HardBatchSampler
 from curation.samplers.length_grouped import LengthGroupedSampler, TokenBudgetSampler
 from curation.samplers.lengths import lengths_of
+from curation.samplers.narrowing import NarrowingSampler
 from curation.samplers.prompts import PromptSampler
 from curation.samplers.subset import SubsetSampler
 
@@ -30,6 +31,7 @@ __all__ = [
     "GlobalBatchSampler",
     "HardBatchSampler",
     "LengthGroupedSampler",
+    "NarrowingSampler",
     "PromptSampler",
     "SubsetSampler",
     "TokenBudgetSampler",

@@ -11,6 +11,7 @@ from curation.instances import TargetedSelector
 from curation.recipes.mixture_of_experts.domains import Domains, Pieces
 from curation.recipes.seeds import global_seed
 from curation.recipes.sources import AUTO
+from curation.samplers import NarrowingSampler
 
 KEEP = ("all", "random", "same_domains", "centroid", "best_rank")
 
@@ -29,6 +30,9 @@ class TargetTexts(Domains):
             :class:`~curation.instances.TargetedSelector` keeps; ``"same_domains"``, random rows with as many of each
             domain as that; or ``"centroid"``, what is nearest to the mean of the examples.
         budget: Share of the pool that stays, in (0, 1]; not with ``"all"``.
+        begin: Share of the pool that stays at the first step, which falls to ``budget`` at the last
+            (:class:`~curation.samplers.NarrowingSampler`); with ``"best_rank"`` in a fit of ``max_steps``. None for
+            ``budget`` throughout.
         agree: As in :class:`~curation.instances.TargetedSelector`.
         pool: Pieces of each domain in the pool.
         examples: Pieces of the target that are given as examples.
@@ -49,6 +53,7 @@ class TargetTexts(Domains):
         target: str = "python",
         keep: str = "best_rank",
         budget: float = 0.1,
+        begin: float | None = None,
         agree: int = 1,
         pool: int = 1500,
         examples: int = 64,
@@ -64,7 +69,10 @@ class TargetTexts(Domains):
         self.target: str = check_text("target", target)
         self.keep = check_choice("keep", keep, KEEP)
         self.budget: float = check_number("budget", budget, "(0, 1]")
+        self.begin: float | None = check_number("begin", begin, "(0, 1]", optional=True)
         self.agree = check_integer("agree", agree, 1)
+        if begin is not None and (keep != "best_rank" or begin < budget):
+            raise ValueError(f"Argument `begin` must be >= `budget` and with `keep` 'best_rank', but got {begin}.")
         self.pool = check_integer("pool", pool, 1)
         self.examples = check_integer("examples", examples, 1)
         if self.target not in self.domains:
@@ -91,7 +99,9 @@ class TargetTexts(Domains):
         ]
         pool = torch.cat([part[self.examples :] for part in parts])
         domain = np.repeat(np.arange(len(parts)), self.pool)
-        rows = self._kept(pool, parts[target][: self.examples], domain, draw)
+        order = self._kept(pool, parts[target][: self.examples], domain, draw)
+        rows = np.sort(order)
+        self.ranking = np.searchsorted(rows, order)
         of_target = (domain[rows] == target).mean()
         rank_zero_info(f"TargetTexts: {len(rows)} of {len(pool)} pieces, {of_target:.0%} of them of {self.target}.")
         counts = np.bincount(domain[rows], minlength=len(parts)).tolist()
@@ -99,26 +109,33 @@ class TargetTexts(Domains):
         self.train_set, self.val_set = _OfTarget(self.train, target), _OfTarget(self.val, target)
 
     def _kept(self, pool: Tensor, examples: Tensor, domain: np.ndarray, draw: np.random.Generator) -> np.ndarray:
-        """The rows of the pool that stay, int64 ``[n]``, rising."""
+        """The rows of the pool that stay, int64 ``[n]``, best first where they are ranked."""
         if self.keep == "all":
             return np.arange(len(pool))
         if self.keep == "random":
             size = max(1, round(self.budget * len(pool)))
-            return np.sort(draw.choice(len(pool), size, replace=False))
+            return draw.choice(len(pool), size, replace=False)
         features = byte_features(torch.cat([pool, examples]))
         x, targets = features[: len(pool)], features[len(pool) :]
         if self.keep == "centroid":
             targets = targets.mean(0, keepdims=True)
         agree = 1 if self.keep == "centroid" else self.agree
-        rows = TargetedSelector(self.budget, targets, agree=agree).fit(x).sample_indices_
+        rows = TargetedSelector(self.begin or self.budget, targets, agree=agree).fit(x).ranking_
         if self.keep == "same_domains":
             counts = np.bincount(domain[rows], minlength=domain[-1] + 1)
             parts = [draw.choice(np.flatnonzero(domain == i), count, replace=False) for i, count in enumerate(counts)]
-            return np.sort(np.concatenate(parts))
+            return np.concatenate(parts)
         return rows
 
     def train_dataloader(self) -> DataLoader:
-        """The pieces that stay, reshuffled every epoch."""
+        """The pieces that stay, reshuffled every epoch; or fewer and fewer of them."""
+        if self.begin is not None:
+            steps = -1 if self.trainer is None else self.trainer.max_steps
+            if steps < 1:
+                raise ValueError("Argument `begin` needs a trainer with `max_steps`, over which the share falls.")
+            last, seed = self.budget / self.begin, global_seed(self.seed)
+            sampler = NarrowingSampler(self.ranking, self.batch_size, steps, 1.0, last, seed)
+            return DataLoader(self.train_set, self.batch_size, sampler=sampler, num_workers=self.num_workers)
         return DataLoader(self.train_set, self.batch_size, shuffle=True, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader:

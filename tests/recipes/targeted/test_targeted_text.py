@@ -72,6 +72,25 @@ def test_batches_say_what_is_of_the_target(folders):
         assert 0 < of_target.sum() < len(of_target)
 
 
+def test_it_begins_broad_and_ends_narrow(folders):
+    data, seen = made(folders, begin=1.0, budget=0.1), []
+
+    class Watched(ByteConvolutions):
+        def training_step(self, batch, batch_idx):
+            seen.append(batch["is_target"])
+            return super().training_step(batch, batch_idx)
+
+    trainer(max_steps=30, max_epochs=-1).fit(Watched(hidden=8, layers=1), data)
+    assert len(seen) == 30
+    assert torch.cat(seen[:8]).float().mean() < 0.8
+    assert torch.cat(seen[-8:]).all()
+
+
+def test_a_beginning_needs_steps(folders):
+    with pytest.raises(ValueError, match="`begin` needs a trainer with `max_steps`"):
+        made(folders, begin=1.0).train_dataloader()
+
+
 def test_features_are_those_counted_one_by_one():
     pieces = torch.randint(97, 101, (20, 12), generator=torch.Generator().manual_seed(0)).byte()
     features = byte_features(pieces, size=1 << 20)  # without collisions
@@ -138,6 +157,9 @@ def test_the_packaged_recipe_runs(folders, tmp_path, monkeypatch):
         ({"keep": "worst"}, "`keep` must be"),
         ({"budget": 0.0}, r"`budget` must be in \(0, 1\]"),
         ({"agree": 0}, "`agree` must be"),
+        ({"begin": 0.05}, "`begin` must be >= `budget` and with `keep` 'best_rank', but got 0.05"),
+        ({"begin": 1.0, "keep": "random"}, "`begin` must be >= `budget` and with `keep`"),
+        ({"begin": 1.5}, "`begin` must be in"),
         ({"length": 2}, "`length` must be an integer >= 3"),
         ({"pool": 1000}, "`pool` and `examples` must be at most the 225 pieces of 'letters' together"),
         ({"examples": 0}, "`examples` must be"),
