@@ -306,12 +306,14 @@ class DynamicDataPruningSampler(RoundSampler):
 
 
 def of_samples(batch: Batch, losses: Tensor) -> Tensor:
-    """The losses of the rows, fp32 ``[G]``: of a sample that occurs twice the larger one, in both rows."""
+    """The losses of the rows, fp32 ``[G]``: of a sample that occurs twice the larger known one, in both rows."""
     losses = losses.float()
     if batch.first is None:
         return losses
     first = batch.first.to(losses.device, non_blocking=True)  # or which of the two is stored would be left to it
-    return losses.scatter_reduce(0, first, losses, "amax")[first]
+    known = losses.where(~losses.isnan(), -torch.inf)
+    larger = known.scatter_reduce(0, first, known, "amax")[first]
+    return larger.where(larger > -torch.inf, torch.nan)
 
 
 def _ones(ids: Tensor, weights: Tensor | None) -> Tensor:

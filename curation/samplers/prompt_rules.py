@@ -56,8 +56,7 @@ def thompson(
 ) -> Tensor:
     """MoPPS (arXiv 2507.04632): the prompts whose draws from the posteriors of their pass rates are nearest a target.
 
-    The posterior is ``Beta(1 + successes, 1 + trials - successes)``, for a group of one answer as for any other. (The
-    authors' code has a branch of its own for one answer, in which an operator binds otherwise than meant.)
+    The posterior is ``Beta(1 + successes, 1 + trials - successes)``, for a group of one answer as for any other.
 
     Args:
         memory: Of the prompts.

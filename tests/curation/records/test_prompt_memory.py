@@ -39,7 +39,6 @@ def test_it_holds_what_follows_from_all_outcomes(batches, decay):
 
 
 def test_one_answer_is_counted_as_one():
-    """MoPPS's code has a branch for it that goes wrong."""
     memory = PromptMemory(2, decay=0.5)
     for _ in range(2):
         memory.update(torch.tensor([0, 1]), torch.tensor([0.0, 1.0]), 1, 0)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.data import IterableDataset
 
 from curation.samplers import DynamicDataPruningSampler
+from curation.samplers.dynamic_pruning import Batch, of_samples
 from curation.samplers.pruning_rules import RULES, proportional
 
 
@@ -127,6 +128,13 @@ def test_elapsed_time_anneals_too():
     sampler.round, sampler.elapsed = 3, torch.tensor(0.9)
     sampler._begin_round()
     assert len(sampler._ids) == 16
+
+
+def test_of_a_sample_that_occurs_twice_the_larger_known_loss_counts():
+    nan = float("nan")
+    batch = Batch(torch.tensor([3, 1, 3, 1, 2]), None, 1.0, torch.tensor([0, 1, 0, 1, 4]))
+    found = of_samples(batch, torch.tensor([nan, 0.5, 0.25, 0.75, nan]))
+    torch.testing.assert_close(found, torch.tensor([0.25, 0.75, 0.25, 0.75, nan]), equal_nan=True)
 
 
 def test_no_sample_is_older_than_max_age():
