@@ -37,7 +37,8 @@ class SampleIds(Dataset):
         if not sized or isinstance(dataset, IterableDataset):
             raise TypeError(
                 f"Argument `dataset` must be a map-style data set, but got {type(dataset).__name__}. An iterable one "
-                "yields the ids itself: mappings with a `sample_id`, or tuples that end with {'sample_id': number}."
+                "gets them from `stream_ids`, or yields mappings with a `sample_id` itself, or tuples that end with "
+                "{'sample_id': number}."
             )
         self.dataset = dataset
 
@@ -48,27 +49,32 @@ class SampleIds(Dataset):
         """A sample with its id; or, for a list of indices, a whole batch with theirs (``batch_size=None``)."""
         if isinstance(index, (list, tuple, np.ndarray)) or (isinstance(index, Tensor) and index.dim() > 0):
             ids = torch.as_tensor(index, dtype=torch.int64)
-            return self._with_id(self.dataset[index], torch.where(ids < 0, ids + len(self), ids))
-        return self._with_id(self.dataset[index], int(index) + (len(self) if index < 0 else 0))
+            return with_id(self.dataset[index], torch.where(ids < 0, ids + len(self), ids))
+        return with_id(self.dataset[index], int(index) + (len(self) if index < 0 else 0))
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
         fetch = getattr(self.dataset, "__getitems__", None)
         samples = fetch(indices) if fetch is not None else [self.dataset[i] for i in indices]
         ids = [int(i) + (len(self) if i < 0 else 0) for i in indices]
-        return [self._with_id(sample, i) for sample, i in zip(samples, ids, strict=True)]
+        return [with_id(sample, i) for sample, i in zip(samples, ids, strict=True)]
 
-    def _with_id(self, sample: Any, index: int | Tensor) -> Any:
-        if isinstance(sample, Mapping):
-            if SAMPLE_ID in sample:
-                raise ValueError(
-                    f"Argument `dataset` must not hold ids already, but sample {index} has a {SAMPLE_ID!r}."
-                )
-            return {**sample, SAMPLE_ID: index}
-        if isinstance(sample, tuple) and not hasattr(sample, "_fields"):
-            return (*sample, {SAMPLE_ID: index})
-        raise TypeError(
-            f"Argument `dataset` must hold mappings or plain tuples, but sample {index} is {type(sample).__name__}."
-        )
+
+def with_id(sample: Any, index: int | Tensor) -> Any:
+    """A sample with its id, as in :class:`SampleIds`.
+
+    Raises:
+        ValueError: If it has one already.
+        TypeError: If it is neither a mapping nor a plain tuple.
+    """
+    if isinstance(sample, Mapping):
+        if SAMPLE_ID in sample:
+            raise ValueError(f"Argument `dataset` must not hold ids already, but sample {index} has a {SAMPLE_ID!r}.")
+        return {**sample, SAMPLE_ID: index}
+    if isinstance(sample, tuple) and not hasattr(sample, "_fields"):
+        return (*sample, {SAMPLE_ID: index})
+    raise TypeError(
+        f"Argument `dataset` must hold mappings or plain tuples, but sample {index} is {type(sample).__name__}."
+    )
 
 
 def split_sample_ids(batch: Any) -> tuple[Any, Tensor | None]:

@@ -6,7 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from curation.callbacks.lightning.fit_callback import FitCallback
-from curation.callbacks.lightning.loop import curated_loader
+from curation.callbacks.lightning.loop import curated_loader, curated_name, training_loaders
 from curation.checks import check_integer
 from curation.records.sample_store import SampleStore
 
@@ -37,6 +37,21 @@ class StoreRecord(FitCallback, Generic[S]):
         if self.fitting:
             self.store = self._state = None
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse data without a length, where no size is given."""
+        if len(training_loaders(trainer)) == 1 or curated_name(trainer) is not None:
+            self._samples(trainer)
+
+    def _samples(self, trainer: Trainer) -> int:
+        if self.size is not None:
+            return self.size
+        dataset = getattr(curated_loader(trainer), "dataset", None)
+        if not hasattr(dataset, "__len__"):
+            raise ValueError(
+                f"Argument `size` must be given for a {type(dataset).__name__}, which has no length, but got None."
+            )
+        return len(dataset)  # type: ignore[arg-type]
+
     def store_for(self, trainer: Trainer, ids: Tensor) -> S:
         """The store, made where there is none.
 
@@ -45,10 +60,11 @@ class StoreRecord(FitCallback, Generic[S]):
             ids: int64 ``[B]``, the ids of the batch, of all ranks.
 
         Raises:
-            ValueError: If the first batch has an id that is no row of the store.
+            ValueError: If the first batch has an id that is no row of the store, or neither a size nor a length is
+                known.
         """
         if self.store is None:
-            size = self.size or len(curated_loader(trainer).dataset)
+            size = self._samples(trainer)
             if int(ids.max()) >= size:  # only of the first batch, since this waits for the device
                 raise ValueError(
                     f"Argument `size` must be more than every sample id, but {int(ids.max())} >= {size}."

@@ -87,6 +87,7 @@ class TrainingDynamics(StoreRecord[DynamicsStore], SeamClient, SelectionListener
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse several data loaders, and a file that cannot be written."""
         check_one_loader(trainer, self)
+        super().on_train_start(trainer, pl_module)
         agree(trainer, self._check_file)
         dataset: Any = getattr(trainer.train_dataloader, "dataset", None)
         if (

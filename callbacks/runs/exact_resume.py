@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
 from curation.callbacks.lightning.loop import Place, forget_training_loader, has_length, prepared_place
@@ -19,9 +19,9 @@ from curation.callbacks.lightning.restart import (
     uncounted_batches,
 )
 from curation.callbacks.lightning.seam import BatchSeam, SeamClient, check_training_step
-from curation.callbacks.runs.global_order import DIVIDED, GlobalOrder, describe_order
+from curation.callbacks.runs.global_order import DIVIDED, GlobalOrder, describe_order, stateful
 from curation.callbacks.runs.random_streams import RandomStreams
-from curation.callbacks.runs.resumed_order import Position, ResumedOrder
+from curation.callbacks.runs.resumed_order import Position, ResumedOrder, ResumedStream
 from curation.callbacks.runs.wandb_run import enter_wandb_run
 from curation.callbacks.samplers.round_training import RoundTraining
 from curation.samplers.rounds import RoundSampler
@@ -49,11 +49,13 @@ class ExactResume(SeamClient):
     filled up with its own first samples until it can be divided. Of processes that the checkpoint does not have, the
     random streams are those of a new run. [Scale](../scale.md) says more.
 
-    The training data must be map-style, in one ``DataLoader`` or in several, of which each goes on where it was (not
-    on another number of processes). A stateful loader is left to Lightning; where that loses batches a warning says
-    so. Not resumed: gradients that were being accumulated, the streams inside loader workers, and samplers that draw
-    from a global stream while they are iterated. Put the callback before ``ModelCheckpoint``; Lightning does so by
-    itself. Sample ids are stripped, as in a selection.
+    The training data may be in several data loaders, of which each goes on where it was (not on another number of
+    processes). Of an iterable data set the batches trained on are read again and left out, which is exact if its
+    samples depend on its epoch (``set_epoch``) and the global random streams alone. A stateful loader is left to
+    Lightning; where that loses batches a warning says so. Not resumed: gradients that were being accumulated, the
+    streams inside workers of a map-style loader, and samplers that draw from a global stream while they are iterated.
+    Put the callback before ``ModelCheckpoint``; Lightning does so by itself. Sample ids are stripped, as in a
+    selection.
 
     Attributes:
         position: The counters of the fit.
@@ -108,7 +110,7 @@ class ExactResume(SeamClient):
         self._uncounted, self._saved_at_last_batch = 0, False
         self._sampler_resumes = any(isinstance(c, RoundTraining) for c in trainer.callbacks)  # type: ignore[attr-defined]
 
-    def watch(self, loader: Any) -> None:
+    def watch(self, loader: Any) -> Any:
         """Let the order of the training data loader depend on the epoch, and begin after the batches trained on."""
         if self._unrestored is not None:  # a new run, or one resumed from a checkpoint without this callback
             self.position.epoch, self._unrestored = self._unrestored.current_epoch, None
@@ -117,13 +119,26 @@ class ExactResume(SeamClient):
             self._divide_anew(loader)
         elif not self._divided:
             self._order = self._described(loader)
+        if isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset) and not stateful(loader):
+            return self._read_on(loader)
         if not self._skips(loader):
-            return
+            return None
         assert self._seam is not None
         self._replace_sampler(loader, prepared_place(self._seam.trainer).cycles)
         if self._sampler_resumes and any(isinstance(s, RoundSampler) for s in self._streams.samplers[0]):
             self.position.skip = 0  # the sampler restores its own position
         self._begin_epoch()
+        return None
+
+    def _read_on(self, loader: DataLoader) -> ResumedStream:
+        if self.position.skip:
+            rank_zero_info(
+                f"ExactResume: the first {self.position.skip} batches of {type(loader.dataset).__name__} are read "
+                "again and left out; what follows is exact if the data set gives the same samples in every reading."
+            )
+        self._streams.follow(loader, [])
+        self.position.batches_per_epoch = None
+        return ResumedStream(loader, self._streams, self.position)
 
     def watch_other(self, loader: Any, place: Place) -> None:
         """Let the order of a data loader that is not curated begin after the batches trained on, too."""
@@ -138,7 +153,7 @@ class ExactResume(SeamClient):
 
     def _skips(self, loader: Any) -> bool:
         """Whether batches of a data loader can be skipped; a warning says so where they cannot."""
-        if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
+        if stateful(loader):
             self._warn_of_lost_batches(loader)
             return False
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
@@ -258,6 +273,8 @@ class ExactResume(SeamClient):
             begin_next_epoch(trainer)
         if self._recounted:
             self._recount(trainer)
+        elif self._restored and trainer.num_training_batches == float("inf") and not self.position.inside:
+            resume_at(trainer, 0)  # after the last batch of an epoch whose length Lightning does not know
         self._counted = processed_batches(trainer)
 
     def _recount(self, trainer: Trainer) -> None:

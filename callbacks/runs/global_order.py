@@ -41,7 +41,7 @@ def describe_order(loader: Any, processes: int) -> dict[str, Any]:
     """
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return {"kind": type(loader.dataset if isinstance(loader, DataLoader) else loader).__name__}
-    if hasattr(loader, "state_dict"):
+    if stateful(loader):
         return {"kind": type(loader).__name__}
     batches: Any = loader.batch_sampler
     batches = batches.inner if isinstance(batches, ResumedOrder) else batches
@@ -68,6 +68,11 @@ def describe_order(loader: Any, processes: int) -> dict[str, Any]:
             else {**order, "kind": "sequential"}
         )
     return {"kind": type(sampler).__name__}
+
+
+def stateful(loader: Any) -> bool:
+    """Whether a data loader resumes itself, as the ``StatefulDataLoader`` of torchdata."""
+    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 
 class GlobalOrder:

@@ -111,3 +111,49 @@ class ResumedOrder:
         for batch, indices in enumerate(remaining, loaded):
             streams.begin_load(batch, number)  # again, since a loader may fetch batches in advance
             yield indices
+
+
+class ResumedStream:
+    """A data loader of an iterable data set that reads on after the batches trained on.
+
+    Those are read again and left out, which takes the time of reading them. What is read is the same where it depends
+    on the data set, its epoch and the random streams alone; they are set as in an epoch that is not interrupted. All
+    other attributes are those of the data loader.
+
+    Args:
+        loader: The training data loader.
+        streams: The random streams of the process.
+        position: The counters of the fit.
+    """
+
+    loader: Any
+
+    def __init__(self, loader: Any, streams: RandomStreams, position: Position) -> None:
+        vars(self).update(loader=loader, _streams=streams, _position=position)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "loader" or name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.loader, name, value)  # such as what Lightning seeds workers with
+
+    def __iter__(self) -> Iterator[Any]:
+        streams, position = self._streams, self._position
+        first, skip = position.loaded, position.take_skip()
+        if callable(getattr(self.loader.dataset, "set_epoch", None)):
+            self.loader.dataset.set_epoch(position.epoch)
+        streams.begin_order(position.epoch)  # a loader with workers draws their seed as its iteration begins
+        batches = iter(self.loader)
+        for number in itertools.count(first - skip):
+            streams.begin_load(number)
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            if number >= first:
+                yield batch

@@ -12,7 +12,6 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     DistributedSampler,
-    IterableDataset,
     RandomSampler,
     Sampler,
 )
@@ -199,12 +198,12 @@ def test_a_checkpoint_can_be_evaluated_and_changes_no_counter(tmp_path, how, new
 
 
 def test_what_cannot_be_skipped_is_said():
-    class Stream(IterableDataset):
+    class Batches:
         def __iter__(self):
-            return iter([data()[i] for i in range(64)])
+            return iter([tuple(t[i : i + 8] for t in data().tensors) for i in range(0, 64, 8)])
 
-    with pytest.warns(UserWarning, match="ExactResume cannot skip batches of Stream"):
-        trainer(ExactResume(), max_epochs=1).fit(Classifier(), DataLoader(Stream(), 8))
+    with pytest.warns(UserWarning, match="ExactResume cannot skip batches of Batches"):
+        trainer(ExactResume(), max_epochs=1).fit(Classifier(), Batches())
 
 
 @pytest.mark.parametrize("change", [{"batch_size": 4}, {"n": 32}], ids=["batch size", "data"])
