@@ -4,12 +4,11 @@ import glob
 import os
 from collections.abc import Sequence
 from os import PathLike
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from curation import arrow as pa
 from curation.checks import check_integer, check_path, check_text
 
 
@@ -31,7 +30,8 @@ class FeatureShards:
     Example:
         >>> import tempfile
         >>> folder = tempfile.mkdtemp()
-        >>> pq.write_table(pa.table({"features": [[0.0, 1.0], [2.0, 3.0]]}), f"{folder}/a.parquet", row_group_size=1)
+        >>> table = pa.table({"features": [[0.0, 1.0], [2.0, 3.0]]})
+        >>> pa.parquet.write_table(table, f"{folder}/a.parquet", row_group_size=1)
         >>> shards = FeatureShards(folder)
         >>> shards.shape, shards[1:2]
         ((2, 2), array([[2., 3.]]))
@@ -95,9 +95,9 @@ class FeatureShards:
             self._read = (-1, np.empty((0, 0)))  # never two in memory
             pa.default_memory_pool().release_unused()
             path, i = self._groups[number]
-            lists = pq.ParquetFile(path).read_row_group(i, columns=[self.column]).column(0)
-            lengths = pc.unique(pc.list_value_length(lists)).to_pylist()
-            values = pc.list_flatten(lists)
+            lists = pa.parquet.ParquetFile(path).read_row_group(i, columns=[self.column]).column(0)
+            lengths = pa.compute.unique(pa.compute.list_value_length(lists)).to_pylist()
+            values = pa.compute.list_flatten(lists)
             wide = self.shape[1]
             if lengths != [wide] or values.null_count or not pa.types.is_floating(values.type):
                 raise ValueError(
@@ -109,10 +109,10 @@ class FeatureShards:
         return self._read[1]
 
 
-def _metadata(path: str, column: str) -> tuple[pq.FileMetaData, int]:
+def _metadata(path: str, column: str) -> tuple[Any, int]:
     """What a Parquet file says of its row groups, and the place of a column of lists in them."""
     try:
-        metadata = pq.read_metadata(path)
+        metadata = pa.parquet.read_metadata(path)
     except pa.ArrowInvalid as error:
         raise ValueError(f"Argument `files` must name Parquet files, but of {path!r}: {error}") from error
     names = [metadata.schema.column(i).path.partition(".")[0] for i in range(metadata.num_columns)]
