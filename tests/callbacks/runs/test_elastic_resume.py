@@ -244,7 +244,7 @@ class Saves(Callback):
 
 def fit(given):
     """A fit on as many processes as the environment has."""
-    seed_everything(7, verbose=False)
+    seed_everything(given.get("seed", 7), verbose=False)
     module, callbacks, options = Plain(), [ExactResume()], {"num_sanity_val_steps": 0, **given["options"]}
     callbacks += [Saves(*given["save"])] if "save" in given else []
     batches = DataLoader(data(N), given["batch_size"], shuffle=True)
@@ -305,6 +305,13 @@ def test_a_fit_goes_on_with_another_number_of_processes(ranks, tmp_path, before,
     assert [one["weights"] for one in resumed] == [one["weights"] for one in expected]
     assert [one["epoch"] for one in resumed] == [3] * now
     assert len(resumed[0]["validated"]) == 2 + (at < 8)  # Lightning leaves out the one before which it was saved
+
+
+def test_the_order_of_two_processes_is_that_of_the_seed_of_the_checkpoint(ranks, tmp_path):
+    file = str(tmp_path / "x.ckpt")
+    whole = joined(on(ranks, 2, batch_size=4))
+    on(ranks, 2, batch_size=4, save=("on_train_batch_end", 3, file))
+    assert joined(on(ranks, 2, batch_size=4, resume=file, seed=8)) == whole[3:]
 
 
 @pytest.mark.parametrize("limit", [5, 0.5])
