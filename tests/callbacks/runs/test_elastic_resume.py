@@ -21,6 +21,7 @@ from curation.samplers import (
     ConceptIndex,
     GlobalBatchSampler,
     LengthGroupedSampler,
+    MovingTargets,
     SubsetSampler,
     TokenBudgetSampler,
 )
@@ -28,12 +29,14 @@ from curation.samplers import (
 N = 61  # samples, which no number of processes divides
 PLACE = [0, 1]  # rank and number of processes that the samplers see
 CONCEPTS = ConceptIndex.from_lists([["abcdefg"[i % 7], "xyz"[i % 3]] for i in range(N)])
+MOVING = MovingTargets({0: {"x": 1, "y": 1}, 90: {"z": 1}})
 ORDERS = {
     "shuffled": None,
     "sequential": None,
     "own generator": None,
     "subset": lambda batch: SubsetSampler(range(N), range(0, N, 2), seed=3),
     "lengths": lambda batch: LengthGroupedSampler([i * 37 % 101 + 1 for i in range(N)], batch, window=2, seed=3),
+    "moving": lambda batch: ConceptAwareSampler(CONCEPTS, batch, 2 * batch, targets=MOVING, seed=3),
     "concepts": lambda batch: ConceptAwareSampler(CONCEPTS, batch, 2 * batch, visit_penalty=0.1, seed=3),
 }
 
