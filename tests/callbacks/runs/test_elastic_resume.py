@@ -285,8 +285,14 @@ def joined(answers):
     ]
 
 
-PLACES = {"inside": ("on_train_batch_end", 3), "last": ("on_train_batch_end", 8), "end": ("on_train_epoch_end", 8),
-          "validation": ("on_validation_end", 8), "before": ("on_train_batch_start", 3)}  # fmt: skip
+PLACES = {
+    "inside": ("on_train_batch_end", 3),
+    "last": ("on_train_batch_end", 8),
+    "end": ("on_train_epoch_end", 8),
+    "validation": ("on_validation_end", 8),
+    "before": ("on_train_batch_start", 3),
+    "cut": ("on_train_end", 3),
+}  # fmt: skip - by max_steps: Lightning takes the epoch for a finished one
 
 
 @pytest.mark.parametrize(("before", "now", "sizes"), [(2, 1, (4, 8)), (2, 1, (4, 4)), (1, 2, (8, 4)), (1, 2, (8, 8))])
@@ -296,7 +302,8 @@ def test_a_fit_goes_on_with_another_number_of_processes(ranks, tmp_path, before,
     (hook, at), file, rows = PLACES[place], str(tmp_path / "x.ckpt"), sizes[1] * now
     whole = joined(on(ranks, before, batch_size=sizes[0]))  # epochs of 8 steps of 8 samples
     epochs = [list(dict.fromkeys(chain(*whole[8 * epoch : 8 * epoch + 8]))) for epoch in range(3)]
-    first = on(ranks, before, batch_size=sizes[0], save=(hook, at, file))
+    options = {"max_epochs": 3, "max_steps": at if place == "cut" else -1}
+    first = on(ranks, before, batch_size=sizes[0], save=(hook, at, file), options=options)
     assert joined(first)[:at] == whole[:at]
     resumed = on(ranks, now, batch_size=sizes[1], resume=file)
     left = [epochs[0][8 * at :], *epochs[1:]]
