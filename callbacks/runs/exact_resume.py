@@ -1,12 +1,13 @@
 """Exact resume: a run that was killed goes on as if it had not been."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from curation.callbacks.lightning.loop import Place, forget_training_loader, has_length, prepared_place
 from curation.callbacks.lightning.restart import (
@@ -118,6 +119,7 @@ class ExactResume(SeamClient):
         if self._processes != len(self._streams.seeds):
             self._divide_anew(loader)
         elif not self._divided:
+            self._keep_seed(loader)
             self._order = self._described(loader)
         if isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset) and not stateful(loader):
             return self._read_on(loader)
@@ -166,6 +168,13 @@ class ExactResume(SeamClient):
         assert self._seam is not None
         count = prepared_place(self._seam.trainer).count
         return {"kind": f"{count} data loaders"} if count > 1 else describe_order(loader, len(self._streams.seeds))
+
+    def _keep_seed(self, loader: Any) -> None:
+        """Draw the order by the seed of the checkpoint: for several processes Lightning takes the environment's."""
+        sampler, seed = getattr(getattr(loader, "batch_sampler", None), "sampler", None), self._order.get("seed")
+        if type(sampler) is DistributedSampler and seed not in (None, sampler.seed):
+            self._undo.append(partial(setattr, sampler, "seed", sampler.seed))
+            sampler.seed = seed
 
     def _take_joined(self) -> None:
         """Count the batches of the data loader that a selection takes as one.

@@ -17,7 +17,7 @@ from curation.callbacks.online.choice import Choice, SelectionListener
 from curation.callbacks.online.online_selection import OnlineSelection
 from curation.metrics.concept_coverage import ConceptCoverage, plot_concepts
 from curation.samplers.concept_aware import ConceptAwareSampler
-from curation.samplers.concept_choice import Targets, target_counts
+from curation.samplers.concept_choice import MovingTargets, Targets, target_counts
 from curation.samplers.concept_index import ConceptIndex
 
 SAMPLES_AT_A_TIME = 2**20  # to count the concepts of
@@ -64,12 +64,13 @@ class ConceptCoverageMonitor(SeamClient, SelectionListener):
         self._ids: Tensor | None = None
         self._folder: str | None = None
         self._selected = False
+        self._moving: MovingTargets | None = None  # those of the sampler
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit; install the seam."""
         super().setup(trainer, pl_module, stage)
         if self.fitting:
-            self.visits = self._ids = None
+            self.visits = self._ids = self._moving = None
             self._index = loaded(self.concepts)
             self._selected = any(isinstance(c, OnlineSelection) for c in trainer.callbacks)  # type: ignore[attr-defined]
 
@@ -86,7 +87,7 @@ class ConceptCoverageMonitor(SeamClient, SelectionListener):
                     f"{batches.batch_size!r}."  # type: ignore[union-attr]
                 )
             self._index = self._index or sampler.concepts
-            targets = sampler.targets if targets is None else targets
+            targets = self._of_sampler(sampler.targets) if targets is None else targets
         self._index = self._index or getattr(trainer.datamodule, "concepts", None)  # type: ignore[attr-defined]
         if self._index is None:
             raise ValueError(
@@ -102,6 +103,17 @@ class ConceptCoverageMonitor(SeamClient, SelectionListener):
         if len(visits) != len(self._index):
             raise ValueError(f"The checkpoint counts {len(visits)} samples, but now there are {len(self._index)}.")
         self.visits = visits.to(pl_module.device)
+
+    def _of_sampler(self, targets: Targets | MovingTargets) -> Targets:
+        if not isinstance(targets, MovingTargets):
+            return targets
+        if self._selected:
+            raise ValueError(
+                "Argument `targets` must be given where the targets of the sampler move and a selection leaves "
+                "samples out, which are not counted, but got None."
+            )
+        self._moving = targets
+        return next(iter(targets.points.values()))
 
     def curate(self, trainer: Trainer, pl_module: LightningModule, batch: Any, sample_ids: Tensor | None) -> Any:
         """Remember the ids."""
@@ -138,6 +150,9 @@ class ConceptCoverageMonitor(SeamClient, SelectionListener):
         assert self._index is not None
         assert self.visits is not None
         # The ids are of all ranks already, and NCCL could not add up counts on the host.
+        if self._moving is not None:
+            before = int(self.visits.sum()) - len(ids)
+            self._weights = self._moving.at(self._moving.counts(self._index, 1), before)
         metric = ConceptCoverage(len(self._index.names), torch.from_numpy(self._weights), sync_on_compute=False)
         metric.update(torch.from_numpy(self._index.take(ids.cpu().numpy()).ids))
         seen = self.visits.gt(0).sum()

@@ -6,6 +6,7 @@ from curation.samplers.concept_choice import (
     Diversity,
     FirstCome,
     Frequency,
+    MovingTargets,
     choose_diverse,
     target_counts,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "GlobalBatchSampler",
     "HardBatchSampler",
     "LengthGroupedSampler",
+    "MovingTargets",
     "NarrowingSampler",
     "PromptSampler",
     "SubsetSampler",

@@ -11,6 +11,7 @@ from curation.samplers.concept_choice import (
     Diversity,
     FirstCome,
     Frequency,
+    MovingTargets,
     Targets,
     choose_diverse,
     round_targets,
@@ -26,6 +27,7 @@ __all__ = [
     "Diversity",
     "FirstCome",
     "Frequency",
+    "MovingTargets",
     "choose_diverse",
     "target_counts",
 ]
@@ -52,8 +54,10 @@ class ConceptAwareSampler(SequenceSampler):
         objective: ``"diversity"`` approaches the targets; ``"frequency"`` takes the samples with most concepts; or
             any :class:`~curation.samplers.concept_choice.ConceptObjective`.
         targets: Frequencies of the concepts to approach: ``"uniform"``, ``"proportional"`` to the corpus, or weights
-            by name (:func:`~curation.samplers.concept_choice.target_counts`). All but the first are rounded at
-            random, so that they are met on average (:func:`~curation.samplers.concept_choice.round_targets`).
+            by name (:func:`~curation.samplers.concept_choice.target_counts`); or
+            :class:`~curation.samplers.concept_choice.MovingTargets`, a schedule of these by the samples that all
+            processes were given, which goes on in a resumed run. All but the first are rounded at random, so that
+            they are met on average (:func:`~curation.samplers.concept_choice.round_targets`).
         visit_penalty: Amount subtracted from the gain of a candidate for every earlier batch that it was in, so that
             rare samples are not repeated too often; gains of the diversity objective lie in [0, 2]. To begin in a
             later epoch, the choices of the epochs before are made again.
@@ -76,7 +80,7 @@ class ConceptAwareSampler(SequenceSampler):
         batch_size: int,
         super_batch_size: int,
         objective: Literal["diversity", "frequency"] | ConceptObjective = "diversity",
-        targets: Targets = "uniform",
+        targets: Targets | MovingTargets = "uniform",
         visit_penalty: float = 0.0,
         seed: int = 0,
     ) -> None:
@@ -98,7 +102,8 @@ class ConceptAwareSampler(SequenceSampler):
             raise ValueError(
                 f"Argument `objective` must be 'diversity', 'frequency' or a ConceptObjective, but got {objective!r}."
             )
-        target_counts(concepts, targets, batch_size)  # raises now, not in the first step
+        # Raises now, not in the first step.
+        targets.counts(concepts, 1) if isinstance(targets, MovingTargets) else target_counts(concepts, targets, 1)
         super().__init__(concepts, seed)
         self.concepts = concepts
         self.batch_size = batch_size
@@ -152,8 +157,11 @@ class ConceptAwareSampler(SequenceSampler):
 
     def global_batches(self, epoch: int, sizes: list[int], start: int = 0) -> Iterator[np.ndarray]:
         """The global batches of an epoch from ``start``: int64 ``[batch_size * processes]``, in order of choice."""
-        k, size = sizes
-        targets = target_counts(self.concepts, self.targets, k)
+        (k, size), targets = sizes, self.targets
+        if isinstance(targets, MovingTargets):
+            counts = targets.counts(self.concepts, k)
+        else:
+            counts = target_counts(self.concepts, targets, k)
         draw = np.random.default_rng((self.seed, epoch))
         order = draw.permutation(len(self.concepts))
         draws = draw.random(len(order) // size)
@@ -162,7 +170,10 @@ class ConceptAwareSampler(SequenceSampler):
         for step in range(0 if self.visit_penalty else start, len(draws)):
             drawn = order[step * size : (step + 1) * size]
             penalties = nothing if visits is None else self.visit_penalty * visits[drawn]
-            rounded = targets if self.targets == "uniform" else round_targets(targets, draws[step])
+            wanted = counts
+            if isinstance(targets, MovingTargets):
+                wanted = targets.at(counts, (epoch * len(draws) + step) * k)
+            rounded = wanted if targets == "uniform" else round_targets(wanted, draws[step])
             rows = np.asarray(self.objective.choose(self.concepts.take(drawn), k, rounded, penalties))
             chosen = drawn[_check_rows(rows, k, size, self.objective)]
             if visits is not None:

@@ -143,6 +143,58 @@ def target_counts(concepts: ConceptIndex, targets: Targets | Mapping[Hashable, f
     return k * weights / weights.sum()
 
 
+class MovingTargets:
+    """Targets that move while a model trains: a mixture with a schedule.
+
+    Between two points the shares of the concepts change linearly; before the first and after the last they stay.
+
+    Args:
+        points: Targets by the number of samples that all processes were given before, at least two: ``"uniform"`` (as
+            many samples of each concept), ``"proportional"``, or weights by name.
+
+    Raises:
+        ValueError: If there are fewer points, or a number is no integer >= 0.
+
+    Example:
+        >>> concepts = ConceptIndex.from_lists([["cat"], ["dog"]])
+        >>> moving = MovingTargets({0: {"cat": 1}, 100: {"dog": 1}})
+        >>> moving.at(moving.counts(concepts, 8), 25).tolist()
+        [6.0, 2.0]
+    """
+
+    def __init__(self, points: Mapping[int, Targets]) -> None:
+        if not isinstance(points, Mapping) or len(points) < 2:
+            raise ValueError(
+                f"Argument `points` must have targets at two numbers of samples at least, but got {points!r}."
+            )
+        for samples in points:
+            check_integer("points", samples, 0)
+        self.points = dict(sorted(points.items()))
+
+    def counts(self, concepts: ConceptIndex, k: int) -> np.ndarray:
+        """Samples of each concept wanted in a batch of ``k`` at each point: fp64 ``[P, V]``, rows of sum ``k``.
+
+        Raises:
+            ValueError: If targets name no concept of the index, or have no weight > 0.
+        """
+        equal: Any = dict.fromkeys(concepts.names, 1.0)
+        return np.stack([target_counts(concepts, equal if t == "uniform" else t, k) for t in self.points.values()])
+
+    def at(self, counts: np.ndarray, samples: int) -> np.ndarray:
+        """Samples of each concept wanted in the batch after so many samples: fp64 ``[V]``.
+
+        Args:
+            counts: What :meth:`counts` gives.
+            samples: Samples that all processes were given before.
+        """
+        numbers = np.array(list(self.points), np.float64)
+        after = int(np.searchsorted(numbers, samples, side="right"))
+        if after in (0, len(numbers)):
+            return counts[min(after, len(numbers) - 1)]
+        share = (samples - numbers[after - 1]) / (numbers[after] - numbers[after - 1])
+        return (1 - share) * counts[after - 1] + share * counts[after]
+
+
 def round_targets(targets: np.ndarray, draw: float) -> np.ndarray:
     """Whole numbers of samples that are the targets on average and have their sum: fp64 ``[V]``.
 

@@ -79,6 +79,7 @@ VALID: dict[str, dict[str, Any]] = {  # arguments without a default
     "GlobalBatchSampler": {"samples": range(9), "seed": 0},
     "HardBatchSampler": {"dataset": range(9), "batch_size": 2},
     "HardSampleSelection": {"keep": 0.5},
+    "MovingTargets": {"points": {0: "uniform", 9: "proportional"}},
     "InstanceSelection": {"selector": CoverageInstanceSelector()},
     "Ledger": {"path": "ledger"},
     "LedgerWriter": {"path": "ledger"},

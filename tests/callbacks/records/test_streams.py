@@ -97,6 +97,31 @@ def test_two_ranks_train_on_a_stream_as_on_a_map_style_data_set(tmp_path):
     assert sorted(stream[0]["store"]["seen"]) == [1] * SHARDS * EACH
 
 
+def resumed_on_a_rank(given):
+    folder, resume = given
+    loader = DataLoader(split_dataset_by_node(streamed(), int(os.environ["RANK"]), 2), 8)
+    seed_everything(77 if resume else 1, verbose=False)
+    module, save = Of(), ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    callbacks = [HardSampleSelection(keep=0.5), ExactResume(), *([] if resume else [save])]
+    run = trainer(*callbacks, strategy="ddp", devices=2, enable_checkpointing=not resume)
+    run.fit(module, loader, ckpt_path=resume)
+    return module.rows, {name: value.tolist() for name, value in weights(module).items()}
+
+
+def test_two_ranks_go_on_with_a_stream(tmp_path):
+    ranks = TwoRanks()
+    whole = ranks.ask(resumed_on_a_rank, *[(tmp_path, None)] * 2)
+    resumed = {
+        step: ranks.ask(resumed_on_a_rank, *[(tmp_path, tmp_path / f"step={step}.ckpt")] * 2) for step in (2, 3)
+    }
+    ranks.stop()
+    for step, both in resumed.items():  # of three in each of two epochs
+        for (rows, expected), (again, got) in zip(whole, both, strict=True):
+            assert len(rows) == 6
+            assert again == rows[step:]
+            assert got == expected
+
+
 class Generated(IterableDataset):
     """Draws its order and its noise from the stream of the process, as it is read."""
 

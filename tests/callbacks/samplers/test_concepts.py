@@ -17,7 +17,7 @@ from twins import slow_diverse
 from curation.batch import SampleIds
 from curation.callbacks import ConceptAwareSelection, ConceptCoverageMonitor, RunMeter, UniformSelection
 from curation.callbacks.samplers import concept_coverage
-from curation.samplers.concept_aware import ConceptAwareSampler, ConceptIndex
+from curation.samplers.concept_aware import ConceptAwareSampler, ConceptIndex, MovingTargets
 
 ROWS = [[i % 3, 5 + i % 7] if i % 5 else [] for i in range(64)]
 
@@ -63,6 +63,23 @@ def test_what_was_trained_on_is_counted():
         "distinct_seen": pytest.approx((visits > 0).mean()),
         "repeats": pytest.approx(visits.sum() / (visits > 0).sum()),
     }
+
+
+def test_moving_targets_are_compared_where_they_are():
+    """The last of six steps comes after 40 samples, two thirds of the way."""
+    index, watch, monitor = concepts(), Watch(), ConceptCoverageMonitor()
+    names = index.names
+    moving = MovingTargets({0: {str(names[0]): 1.0}, 60: {str(names[1]): 1.0}})
+    run = trainer(monitor, watch, max_epochs=2, limit_train_batches=3)
+    run.fit(Classifier(), loader(ConceptAwareSampler(index, 8, 16, targets=moving)))
+    last = np.bincount(index.take(np.array(ids(watch)[-1])).ids, minlength=len(names))
+    expected = np.zeros(len(names))
+    expected[:2] = 1 / 3, 2 / 3
+    distance = np.abs(last / last.sum() - expected).sum() / 2
+    assert run.callback_metrics["concepts/target_distance"].item() == pytest.approx(distance)
+    rules = [ConceptCoverageMonitor(), UniformSelection(keep=0.25)]
+    with pytest.raises(ValueError, match="Argument `targets` must be given where the targets of the sampler move"):
+        trainer(*rules).fit(Classifier(), loader(ConceptAwareSampler(index, 8, 16, targets=moving)))
 
 
 def test_beside_a_selection_the_kept_rows_are_counted():

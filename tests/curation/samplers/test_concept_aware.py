@@ -13,7 +13,7 @@ from twins import slow_diverse
 
 from curation.metrics.concept_coverage import ConceptCoverage
 from curation.samplers.concept_aware import ConceptAwareSampler, ConceptIndex, ConceptObjective, FirstCome
-from curation.samplers.concept_choice import round_targets
+from curation.samplers.concept_choice import MovingTargets, round_targets
 
 
 def tags(samples=400, count=30, seed=0):
@@ -259,3 +259,52 @@ def test_the_epochs_before_are_not_chosen_again_where_a_loader_does_not_ask_for_
         for _ in range(len(sampler)):
             next(order)
     assert len(chosen) == 3 * 10
+
+
+def test_moving_targets_give_each_batch_those_of_its_place():
+    """Each batch is that of a sampler whose targets stay where the moving ones are; the last point is passed."""
+    index = tags(400)
+    names = [str(name) for name in index.names]
+    first, last = {names[0]: 1.0, names[1]: 3.0}, {names[2]: 1.0}
+    points = {16: first, 136: last}  # samples
+    sampler = ConceptAwareSampler(index, 8, 40, targets=MovingTargets(points), seed=5)
+    shares = []
+    for number in range(2):
+        for step, batch in enumerate(epoch(sampler, number)):
+            share = min(1.0, max(0.0, (8 * (10 * number + step) - 16) / 120))
+            still = {names[0]: 0.25 * (1 - share), names[1]: 0.75 * (1 - share), names[2]: share}
+            fixed = ConceptAwareSampler(index, 8, 40, targets=still, seed=5)
+            assert batch.tolist() == epoch(fixed, number)[step].tolist()
+            shares.append(share)
+    assert shares[:3] == [0.0, 0.0, 0.0]
+    assert 0 < shares[3] < shares[16] < 1
+    assert shares[17:] == [1.0] * 3
+
+
+def test_moving_targets_may_be_uniform_and_proportional():
+    concepts = ConceptIndex.from_lists([["a"]] * 3 + [["b"]])
+    moving = MovingTargets({10: "proportional", 0: "uniform"})
+    counts = moving.counts(concepts, 8)
+    assert [moving.at(counts, samples).tolist() for samples in (0, 5, 10, 99)] == [[4, 4], [5, 3], [6, 2], [6, 2]]
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        (
+            {0: "uniform"},
+            "Argument `points` must have targets at two numbers of samples at least, but got {0: 'uniform'}",
+        ),
+        ([0, 1], "Argument `points` must have targets at two numbers"),
+        ({0: "uniform", -1: "uniform"}, "Argument `points` must be .* but got -1"),
+        ({0: "uniform", 0.5: "uniform"}, "Argument `points` must be .* but got 0.5"),
+        ({0: "uniform", 9: {"zebra": 1}}, "Argument `targets` must name concepts of the index, but got 'zebra'"),
+        (
+            {0: "uniform", 9: "even"},
+            "Argument `targets` must be 'uniform', 'proportional' or a mapping, but got 'even'",
+        ),
+    ],
+)
+def test_bad_points_of_moving_targets_are_named(points, message):
+    with pytest.raises(ValueError, match=message):
+        ConceptAwareSampler(ConceptIndex.from_lists([["a"], ["b"]]), 1, 2, targets=MovingTargets(points))
