@@ -228,6 +228,8 @@ def best_ranks(
     rounded = queries.to(dtype)
     # Of a product of rounded unit vectors, before it is rounded itself; and its sums, in fp32, are rounded.
     error = 1.01 * (queries - rounded.float()).norm(dim=1).max() + queries.size(1) * 2.0**-23
+    if queries.device.type != "cpu":  # libraries may round sums of a few parts, too
+        error += 2 * torch.finfo(dtype).eps
     mean = np.empty(len(pool), np.float32)
     nearest = _Nearest(len(queries), depth, dtype, min(2 * depth, len(pool)), queries.device)
     for start, stop in progress(list(_blocks(len(pool), len(queries), depth))):
@@ -378,7 +380,7 @@ class _Nearest:
 def _at_least(values: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
     """Rows and columns of a matrix ``[M, B]``, row by row, at which it is not below the floor ``[M]`` of the row."""
     floor = floor[:, None]
-    if values.is_cuda:
+    if values.device.type != "cpu":
         rows, columns = (values >= floor).nonzero(as_tuple=True)
         return rows, columns
     if values.dtype == torch.bfloat16 and bool((floor >= 0).all()):  # then they are in the order of their bits
@@ -391,7 +393,7 @@ def _at_least(values: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
 
 def _largest(values: Tensor, k: int) -> Tensor:
     """The ``k``-th largest of each row, fp32 ``[M]``."""
-    if values.is_cuda:
+    if values.device.type != "cpu":
         return values.topk(k, sorted=False).values.amin(1)
     at = values.size(1) - k
     return torch.from_numpy(np.partition(values.numpy(), at, axis=1)[:, at].copy())
