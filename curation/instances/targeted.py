@@ -242,7 +242,7 @@ def best_ranks(
             if not len(ids):
                 continue
         near = rows.to(dtype)
-        nearest.add(rounded @ near.T, ids, error + (rows - near.float()).norm(dim=1).max())
+        nearest.add(rounded @ near.T, ids, error + (rows - near).norm(dim=1).max())
     nearest.merge()
     ids, places = nearest.compare(pool, queries)
     return _kth_places(ids.cpu(), places.cpu(), len(pool), depth, agree).numpy(), mean
