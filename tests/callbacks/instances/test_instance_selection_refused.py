@@ -91,8 +91,17 @@ def test_other_data_loaders_are_refused(kind):
 def test_several_data_loaders_are_refused():
     with pytest.raises(TypeError, match="one training data loader, but got 2"):
         trainer(InstanceSelection(saved())).fit(Classifier(), {"a": loader(), "b": loader()})
-    with pytest.raises(ValueError, match=r"one training data loader, .*: 64 before, and now 32"):
+    with pytest.raises(TypeError, match="Name the one that it is for in the attribute `curated_loader`"):
         trainer(InstanceSelection(saved())).fit(Classifier(), {"a": loader(), "b": loader(n=32)})
+
+
+def test_a_data_loader_of_fewer_samples_in_the_next_epoch_is_refused():
+    class Shrinks(Classifier):
+        def train_dataloader(self):
+            return loader(n=64 if self.trainer.current_epoch == 0 else 32)
+
+    with pytest.raises(ValueError, match=r"one training data loader, .*: 64 before, and now 32"):
+        trainer(InstanceSelection(saved()), reload_dataloaders_every_n_epochs=1, max_epochs=2).fit(Shrinks())
 
 
 def test_overfitting_batches_is_refused():

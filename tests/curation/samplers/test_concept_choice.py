@@ -81,7 +81,7 @@ def test_where_nothing_can_be_written_it_is_compiled_every_time(monkeypatch):
 
     compiled = []
 
-    def njit(function=None, cache=False):
+    def njit(function=None, cache=False, nogil=False):
         if cache:
             return lambda _: (_ for _ in ()).throw(RuntimeError("no locator available"))
         compiled.append(function)
