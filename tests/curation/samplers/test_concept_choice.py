@@ -81,11 +81,14 @@ def test_where_nothing_can_be_written_it_is_compiled_every_time(monkeypatch):
 
     compiled = []
 
-    def njit(function=None, cache=False, nogil=False):
-        if cache:
-            return lambda _: (_ for _ in ()).throw(RuntimeError("no locator available"))
-        compiled.append(function)
-        return function
+    def njit(cache=False, nogil=False):
+        def compile_it(function):
+            if cache:
+                raise RuntimeError("no locator available")
+            compiled.append(function)
+            return function
+
+        return compile_it
 
     monkeypatch.setattr(numba, "njit", njit)
     assert concept_choice._compiled.__wrapped__() is concept_choice._greedy
