@@ -20,7 +20,7 @@ from torch import Tensor
 from curation.checks import check_integer, check_number
 from curation.compiled import compiled
 
-BLOCK = 2**19  # distances in memory at a time
+BLOCK = 2**24  # distances in memory at a time; few blocks, since the threads of torch wait busily after a product
 
 
 @dataclass(frozen=True)
