@@ -80,7 +80,7 @@ class HardSampleSelection(WeighsRows, OnlineSelection):
         candidate_batches: Batches of the data loader that make one candidate batch; ``keep`` is then 1 over it, or
             None.
         precision: Precision of the scoring pass: ``"fit"`` for that of the fit, ``"bf16"`` for autocast to bf16,
-            which ranks language models' losses alike in about half the time on a CPU with bf16 instructions.
+            which ranks language models' losses alike in about a third of the time on a CPU with bf16 instructions.
 
     Raises:
         ValueError: If an argument is out of its range.

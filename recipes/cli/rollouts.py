@@ -9,7 +9,6 @@ import argparse
 import json
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import torch
 
 from curation.recipes.cli.lightning_cli import run
@@ -17,6 +16,7 @@ from curation.recipes.rollouts.policy import PolicyModule
 from curation.recipes.rollouts.profile import profile
 from curation.recipes.rollouts.prompts import Prompts
 from curation.records.prompt_memory import PromptMemory
+from curation.tables import read_table
 
 
 def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -54,7 +54,7 @@ def main(args: list[str]) -> None:
 
 def summary(memory: PromptMemory, path: Path) -> str:
     """How many prompts have signal, and what the answers cost."""
-    table, rate = pq.read_table(path), memory.rate
+    table, rate = read_table(path), memory.rate
     seconds = float(torch.from_numpy(table["seconds"].to_numpy().copy()).double().sum())
     length = float(torch.from_numpy(table["length"].to_numpy().copy()).mean())
     solved, failed = (float(x.float().mean()) for x in (memory.solved > 0, memory.failed > 0))
