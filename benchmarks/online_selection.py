@@ -1,7 +1,7 @@
 """What the online rules, the break-even controller and the ledger cost.
 
 Run on an idle machine: ``python benchmarks/online_selection.py`` (all parts), or name some of
-``rules controller ledger scoring``. Times are medians; ratios are taken within one run.
+``rules controller ledger scoring reuse``. Times are medians; ratios are taken within one run.
 """
 
 import itertools
@@ -334,10 +334,52 @@ def scoring() -> None:
             print(f"| {way} | {ratio:.2f} | {statistics.mean(alike[way]):.3f} |", flush=True)
 
 
+def reuse() -> None:
+    """What the training step can take from the scoring pass, as shares of a pass and a step that share nothing."""
+    x, y = images(CANDIDATES).dataset.tensors
+    x = x.flatten(1)
+
+    def two_passes(first: nn.Module, second: nn.Module, kept: int) -> None:
+        with torch.no_grad():
+            losses = F.cross_entropy(second(first(x)), y, reduction="none")
+        rows = losses.topk(kept).indices
+        F.cross_entropy(second(first(x[rows])), y[rows]).backward()
+
+    def one_graph(first: nn.Module, second: nn.Module, kept: int) -> None:
+        losses = F.cross_entropy(second(first(x)), y, reduction="none")
+        losses[losses.detach().topk(kept).indices].mean().backward()
+
+    def first_layers_once(first: nn.Module, second: nn.Module, kept: int) -> None:
+        with torch.no_grad():
+            inner = first(x)
+            losses = F.cross_entropy(second(inner), y, reduction="none")
+        rows = losses.topk(kept).indices
+        F.cross_entropy(second(inner[rows]), y[rows]).backward()
+
+    print("| trained | keep | way | share of two passes |\n|---|---|---|---|")
+    for frozen in (0, 2, 6, 12):  # layers of 12
+        module = Deep(False)
+        first, second = module.trunk[: 2 * frozen].requires_grad_(False), nn.Sequential(*module.trunk[2 * frozen :])
+        second.append(module.head)
+        for keep in (0.25, 0.75):
+            ways = {"two passes": two_passes, "one graph": one_graph, "frozen layers once": first_layers_once}
+            seconds: dict[str, list[float]] = {way: [] for way in ways if frozen or way != "frozen layers once"}
+            for _ in range(30):
+                for way, values in seconds.items():
+                    start = time.perf_counter()
+                    ways[way](first, second, int(keep * CANDIDATES))
+                    values.append(time.perf_counter() - start)
+            for way, values in list(seconds.items())[1:]:
+                ratio = statistics.median(v / whole for v, whole in zip(values, seconds["two passes"], strict=True))
+                print(
+                    f"| {'all' if not frozen else f'all but {frozen} of 12 layers'} | {keep} | {way} | {ratio:.2f} |"
+                )
+
+
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    parts = {"rules": rules, "controller": controller, "ledger": ledger, "scoring": scoring}
+    parts = {"rules": rules, "controller": controller, "ledger": ledger, "scoring": scoring, "reuse": reuse}
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for part in sys.argv[1:] or parts:
         print(f"\n## {part}\n")

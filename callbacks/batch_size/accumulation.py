@@ -13,6 +13,7 @@ from torch import Tensor
 
 from curation.batch import batch_size as count_rows
 from curation.batch_size import COUPLINGS, next_size
+from curation.callbacks.batch_size.held_batches import HeldBatches
 from curation.callbacks.experts.global_batch_load_balancing import GlobalBatchLoadBalancing
 from curation.callbacks.lightning.collectives import gather_sizes
 from curation.callbacks.lightning.fit_callback import FitCallback
@@ -60,17 +61,24 @@ class VariedBatchSize(FitCallback):
         first: Rows of a step over all processes at the start; None for what the trainer accumulates.
         couple: How the learning rate of a step follows its rows.
         batch_size: Rows of a batch of the data loader, for loaders that have no ``batch_size``.
+        grow: Whether a step accumulates the gradients of its batches, or trains on all of their rows at once.
     """
 
     paces_schedulers = False  # whether schedules by optimizer steps go by steps of the first size
 
     def __init__(
-        self, first: int | None, couple: Literal["none", "auto", "sqrt", "linear"], batch_size: int | None
+        self,
+        first: int | None,
+        couple: Literal["none", "auto", "sqrt", "linear"],
+        batch_size: int | None,
+        grow: Literal["accumulation", "loader"] = "accumulation",
     ) -> None:
         self.first: int | None = check_integer("first", first, 1, optional=True)
         self.couple = check_choice("couple", couple, ("none", "auto", "sqrt", "linear"))
         self.batch_size: int | None = check_integer("batch_size", batch_size, 1, optional=True)
+        self.grow = check_choice("grow", grow, ("accumulation", "loader"))
         self._undo: list[Callable[[], None]] = []
+        self._held: HeldBatches | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -140,6 +148,9 @@ class VariedBatchSize(FitCallback):
         self._given = trainer.accumulate_grad_batches
         self._undo.append(partial(setattr, trainer, "accumulate_grad_batches", trainer.accumulate_grad_batches))
         self._undo.append(estimate_steps(trainer, lambda: self._plan(trainer)))
+        if self.grow == "loader":
+            self._held = HeldBatches(trainer, lambda: self._ends(trainer))
+            self._undo.append(self._held.remove)
         if not pl_module.automatic_optimization:
             self._undo.append(replace_attribute(pl_module, "toggle_optimizer", self._refuse_toggling))
             self._undo.append(partial(setattr, pl_module, "accumulation", pl_module.accumulation))
@@ -233,6 +244,8 @@ class VariedBatchSize(FitCallback):
         """Begin a window: a hook may have ended the epoch before in the middle of one."""
         super().on_train_epoch_start(trainer, pl_module)
         self._window_rows = 0
+        if self._held is not None:
+            self._held.forget()
 
     # ------------------------------------------------------------------ a step
 
@@ -240,7 +253,8 @@ class VariedBatchSize(FitCallback):
         """Count the rows, and tell a module that optimizes by hand what to do."""
         if not is_trained_on(trainer):
             return
-        self._rows, self._counted = count_rows(batch), False
+        held = self._rows if self._held else 0
+        self._rows, self._counted = held + count_rows(batch), False
         if not self._usual:
             self._usual = max(gather_sizes(trainer, self._rows))
         if not pl_module.automatic_optimization:
@@ -251,6 +265,8 @@ class VariedBatchSize(FitCallback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Weigh the loss of a batch by its rows, where they are not as many as usual."""
+        if self._held:
+            return
         if not self._counted:  # a module that optimizes by hand may make several passes
             self._window_rows += self._rows
             self._counted = True

@@ -14,7 +14,8 @@ from curation.checks import check_choice, check_integer, check_number
 class BatchSizeScheduler(VariedBatchSize):
     """Lets the rows of an optimizer step grow by a schedule, in the middle of an epoch, too.
 
-    Batches of the data loader stay as they are; gradients are accumulated over more of them. A new size begins at the
+    Batches of the data loader stay as they are; gradients are accumulated over more of them, or several are joined
+    (``grow="loader"``). A new size begins at the
     first step where Lightning can begin one (:func:`~curation.batch_size.next_size`). The gradient of every step is
     that of one large batch, whatever the sizes: short last windows and short last batches are weighed by their rows,
     before clipping. A loss that is no mean over rows, such as one over the tokens of unequal rows, is the mean of the
@@ -46,6 +47,10 @@ class BatchSizeScheduler(VariedBatchSize):
             ``"linear"``; or ``"auto"``, linear for SGD and by the square root for others. The rate of the optimizer
             is that of the largest size; schedulers and monitors see it.
         batch_size: Rows of a batch of the data loader, for loaders that have no ``batch_size``.
+        grow: ``"accumulation"``, a training step for every batch of the data loader; or ``"loader"``, one for all
+            batches of an optimizer step, joined on the device: fewer and larger passes, which need memory for the
+            largest size. ``training_step`` is then called with the last batch's ``batch_idx``, and normalisation
+            layers see all rows of the step.
 
     Attributes:
         rows: Rows of the current step, over all processes.
@@ -56,7 +61,8 @@ class BatchSizeScheduler(VariedBatchSize):
         ValueError: If no accumulation gives a size; beside ``GradientAccumulationScheduler`` and ``BatchSizeFinder``;
             if the fit has no length that a schedule could stretch over.
         TypeError: Under DeepSpeed and FSDP1; with several training data loaders; if the module optimizes by hand and
-            has no ``accumulation``, or calls ``toggle_optimizer``.
+            has no ``accumulation``, or calls ``toggle_optimizer``; with ``grow="loader"`` beside callbacks that need
+            a training step for every batch, such as selections.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -75,8 +81,9 @@ class BatchSizeScheduler(VariedBatchSize):
         pace: Literal["steps", "samples"] = "steps",
         couple: Literal["none", "auto", "sqrt", "linear"] = "none",
         batch_size: int | None = None,
+        grow: Literal["accumulation", "loader"] = "accumulation",
     ) -> None:
-        super().__init__(first, couple, batch_size)
+        super().__init__(first, couple, batch_size, grow)
         self.paces_schedulers = check_choice("pace", pace, ("steps", "samples")) == "samples"
         self.pairs = None if isinstance(schedule, str) and schedule in SCHEDULES else _pairs(schedule)
         self.schedule: Any = schedule

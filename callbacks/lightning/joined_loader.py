@@ -7,6 +7,12 @@ from typing import Any
 from curation.join import join_batches
 
 
+def join(batches: list[Any], loader: Any) -> Any:
+    """Batches of a data loader as one, padded as its tokenizer does."""
+    tokenizer = getattr(getattr(loader, "collate_fn", None), "tokenizer", None)
+    return join_batches(batches, getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "padding_side", None))
+
+
 class JoinedLoader:
     """A data loader that joins every ``count`` batches of another; all other attributes are those of the other.
 
@@ -31,11 +37,9 @@ class JoinedLoader:
         return -(-len(self.loader) // self.count)
 
     def __iter__(self) -> Iterator[Any]:
-        tokenizer = getattr(getattr(self.loader, "collate_fn", None), "tokenizer", None)
-        pad_id, side = getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "padding_side", None)
         batches = iter(self.loader)
         while group := list(itertools.islice(batches, self.count)):
-            yield join_batches(group, pad_id, side)
+            yield join(group, self.loader)
 
     def __getattr__(self, name: str) -> Any:
         if name == "loader":  # while it is being unpickled

@@ -98,7 +98,8 @@ def per_sample_grad_norm(
         t = t.masked_fill(~scored, 0)
         p_target = p.gather(-1, t[..., None])[..., 0]
         if weight is None and not label_smoothing:
-            return (p.square().sum(-1) - 2 * p_target + 1).clamp(min=0) * scored
+            squared_norm = torch.linalg.vector_norm(p, dim=-1).square()  # without a tensor of squares
+            return (squared_norm - 2 * p_target + 1).clamp(min=0) * scored
         # The loss is -sum_c a_c log p_c, and its gradient is p sum_c a_c - a.
         w = p.new_ones(p.size(-1)) if weight is None else weight.float()
         spread = w * (label_smoothing / p.size(-1))

@@ -26,10 +26,13 @@ from curation.callbacks import (
     DynamicDataPruning,
     ExactResume,
     GlobalBatchLoadBalancing,
+    TrainingDynamics,
     UniformSelection,
+    WeightedLoss,
 )
 from curation.samplers import DynamicDataPruningSampler
 
+GROW = pytest.mark.parametrize("grow", ["accumulation", "loader"])
 changes = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 7)), max_size=6)
 
 
@@ -40,12 +43,13 @@ def pairs_of(start, changes):
     return pairs
 
 
+@GROW
 @pytest.mark.parametrize("line", [Line, ManualLine])
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 7), changes, st.integers(1, 70))
-def test_every_gradient_is_that_of_one_large_batch(line, start, changes, n):
+def test_every_gradient_is_that_of_one_large_batch(line, grow, start, changes, n):
     module = line()
-    fit(module, n, BatchSizeScheduler(pairs_of(start, changes)))
+    fit(module, n, BatchSizeScheduler(pairs_of(start, changes), grow=grow))
     assert sum(len(rows) for rows, *_ in module.steps) == 2 * n
     assert_gradients_of_large_batches(module, n)
 
@@ -59,6 +63,58 @@ def test_sizes_may_change_at_every_batch(batch):
             fit(module, 13 * ROWS - 1, scheduler)
             assert_gradients_of_large_batches(module, 13 * ROWS - 1)
             assert scheduler.sizes[-1][1] == size * ROWS
+
+
+class Calls(Line):
+    """Remembers the rows of every call of its step."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def training_step(self, batch, batch_idx):
+        self.calls.append((len(batch[1]), batch_idx))
+        return super().training_step(batch, batch_idx)
+
+
+def test_joined_batches_take_one_training_step():
+    accumulated, joined, sizes = Calls(), Calls(), [(0, ROWS), (2 * ROWS, 3 * ROWS)]
+    runs = [
+        fit(module, 9 * ROWS - 1, BatchSizeScheduler(sizes, grow=grow), epochs=1)
+        for module, grow in ((accumulated, "accumulation"), (joined, "loader"))
+    ]
+    assert joined.calls == [(4, 0), (4, 1), (4, 2), (12, 5), (11, 8)]
+    assert [rows for rows, _ in accumulated.calls] == [4] * 8 + [3]
+    assert runs[0].global_step == runs[1].global_step == 5
+    assert [rows for rows, *_ in joined.steps] == [rows for rows, *_ in accumulated.steps]
+    torch.testing.assert_close(joined.weight, accumulated.weight)
+    assert "training_step" not in vars(runs[1].strategy)
+
+
+def test_joined_texts_are_padded_to_the_longest():
+    class Widths(Line):
+        def training_step(self, batch, batch_idx):
+            widths.append(tuple(batch["input_ids"].shape))
+            return self.weight.sum()
+
+    def texts(lengths):
+        tokens = torch.ones(len(lengths), max(lengths), dtype=torch.int64)
+        mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+        return {"input_ids": tokens * mask, "attention_mask": mask.long(), "labels": tokens}
+
+    widths = []
+    run = trainer(BatchSizeScheduler([(0, 2), (2, 4)], batch_size=2, grow="loader"), max_epochs=1)
+    run.fit(Widths(), DataLoader([texts([2, 3]), texts([5, 1]), texts([1, 4]), texts([2, 2])], batch_size=None))
+    assert widths == [(2, 3), (2, 5), (4, 4)]
+
+
+@pytest.mark.parametrize(
+    "other", [UniformSelection(keep=0.5), GlobalBatchLoadBalancing(), WeightedLoss("weight"), TrainingDynamics("x")]
+)
+def test_what_needs_a_step_for_every_batch_is_refused_beside_joined_batches(other):
+    name = type(other).__name__
+    with pytest.raises(TypeError, match=f"{name} needs a training step for every batch: set `grow='accumulation'`"):
+        fit(Line(), 8 * ROWS, other, BatchSizeScheduler([(0, 2 * ROWS)], grow="loader"))
 
 
 class Naive(Callback):
@@ -148,18 +204,20 @@ def test_a_loader_without_a_length(n):
     assert len(scheduler.sizes) > 1
 
 
-def test_the_trainer_is_left_as_it_was():
+@GROW
+def test_the_trainer_is_left_as_it_was(grow):
     for fails in (False, True):
         module = Line()
         if fails:
             module.on_train_batch_end = lambda *_: 1 / 0
-        run = trainer(BatchSizeScheduler([(0, 3 * ROWS)]), accumulate_grad_batches=2)
+        run = trainer(BatchSizeScheduler([(0, 3 * ROWS)], grow=grow), accumulate_grad_batches=2)
         cls = type(run)
         try:
             run.fit(module, DataLoader(points(40), ROWS))
         except ZeroDivisionError:
             assert fails
         assert (type(run), run.accumulate_grad_batches) == (cls, 2)
+        assert "training_step" not in vars(run.strategy)
 
 
 # ---------------------------------------------------------------------- learning rates
@@ -275,14 +333,15 @@ def test_two_callbacks_that_scale_the_rate_both_count_and_leave_it():
 # ---------------------------------------------------------------------- resume
 
 
+@GROW
 @pytest.mark.parametrize("line", [Line, ManualLine])
 @settings(max_examples=8, deadline=None)
 @given(st.integers(1, 4), changes, st.integers(9, 60))
-def test_a_fit_goes_on_in_the_middle_of_a_ramp_bit_for_bit(tmp_path_factory, line, start, changes, n):
+def test_a_fit_goes_on_in_the_middle_of_a_ramp_bit_for_bit(tmp_path_factory, line, grow, start, changes, n):
     folder, pairs = tmp_path_factory.mktemp("ramp"), pairs_of(start, changes)
 
     def run(ckpt_path=None, *callbacks):
-        module, scheduler = line(), BatchSizeScheduler(pairs, couple="linear")
+        module, scheduler = line(), BatchSizeScheduler(pairs, couple="linear", grow=grow)
         fit(module, n, scheduler, ExactResume(), *callbacks, ckpt_path=ckpt_path, enable_checkpointing=True)
         return module, scheduler
 
@@ -325,12 +384,13 @@ def test_gradients_are_clipped_after_they_are_divided():
     assert not torch.equal(whole.weight, clipped.weight)
 
 
+@GROW
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
-def test_mixed_precision_with_a_scaler(precision):
+def test_mixed_precision_with_a_scaler(precision, grow):
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0) if precision == "16-mixed" else None
     module = SingleLine()
     plugins = [MixedPrecision(precision, "cpu", scaler)]
-    fit(module, 11 * ROWS - 2, BatchSizeScheduler([(0, ROWS), (2 * ROWS, 3 * ROWS)]), plugins=plugins)
+    fit(module, 11 * ROWS - 2, BatchSizeScheduler([(0, ROWS), (2 * ROWS, 3 * ROWS)], grow=grow), plugins=plugins)
     assert len(module.steps) == 10
     x, y = points(11 * ROWS - 2).tensors
     for rows, weight, gradient in module.steps:
@@ -515,10 +575,10 @@ def test_optimizers_that_take_turns_are_refused():
 # ---------------------------------------------------------------------- two processes
 
 
-def main(folder):
+def main(folder, grow):
     rank = int(os.environ["RANK"])
     module = Line()
-    scheduler = BatchSizeScheduler([(0, 2 * ROWS), (4 * ROWS, 6 * ROWS)])
+    scheduler = BatchSizeScheduler([(0, 2 * ROWS), (4 * ROWS, 6 * ROWS)], grow=grow)
     run = trainer(scheduler, devices=2, strategy="ddp", max_epochs=2, use_distributed_sampler=False)
     # 11 batches; in the last rank 0 has 3 rows and rank 1 has 1
     rows = list(range(0, 43)) if rank == 0 else list(range(43, 84))
@@ -526,8 +586,9 @@ def main(folder):
     torch.save((module.steps, scheduler.state_dict(), run.global_step), Path(folder, f"{rank}.pt"))
 
 
-def test_two_ranks_step_with_the_gradient_over_the_rows_of_both(tmp_path):
-    on_two_ranks(__file__, tmp_path)
+@GROW
+def test_two_ranks_step_with_the_gradient_over_the_rows_of_both(tmp_path, grow):
+    on_two_ranks(__file__, tmp_path, grow)
     (one, state, count), (other, same, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert state == same
     assert count == len(one) == len(other)
@@ -539,4 +600,4 @@ def test_two_ranks_step_with_the_gradient_over_the_rows_of_both(tmp_path):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
