@@ -2,18 +2,29 @@
 
 python benchmarks/targeted.py precision  # which rows of eight domains are kept for examples of one, and of three
 python benchmarks/targeted.py speed      # a million rows of 384 features, 1,000 examples; on an idle machine
+python benchmarks/targeted.py chat FOLDER  # SmolLM2 cut to 2 layers on what is kept of chat for GSM8K; FOLDER has its
+                                           # train.jsonl and test.jsonl
 """
 
 import argparse
 import statistics
 import time
+from typing import Any
 
 import numpy as np
 import torch
 
+from curation.batch import SampleIds
+from curation.evaluation.statistics import paired_interval
+from curation.instances import contaminated
 from curation.instances.targeted import TargetedSelector, best_ranks
+from curation.recipes.chat import Conversations, SupervisedFineTuning
+from curation.recipes.chat.conversations import encode, load
 from curation.recipes.mixture_of_experts import Domains
+from curation.recipes.pretrained import load_tokenizer
+from curation.recipes.smollm2 import SMOLLM2
 from curation.recipes.targeted.target_texts import byte_features
+from curation.recipes.text_classification.labelled_texts import FAMILIES
 from curation.recipes.text_classification.text_embeddings import MINILM, embeddings
 
 ROWS, EXAMPLES = 800, 64  # of each domain, and of the target
@@ -102,7 +113,119 @@ def speed(rows: int = 1_000_000, repeats: int = 5) -> None:
               f"[{min(ratios):.2f}, {max(ratios):.2f}] times as long")  # fmt: skip
 
 
+CHAT, PER_FAMILY, PROBLEMS, HELD = 1200, 30, 125, (32, 64, 1)  # rows of a pool; of each source in validation
+STEPS, BATCH, TOKENS, RATE = 24, 8, 256, 2e-3
+
+
+def sources(gsm8k: str) -> dict[str, list[Any]]:
+    """Conversations of chat, of reasoning-gym's families, and of the problems to learn and to test."""
+    from reasoning_gym.factory import create_dataset
+
+    def pairs(rows: Any) -> list[Any]:
+        roles = {"question": "user", "answer": "assistant"}
+        return [[{"role": roles[name], "content": row[name]} for name in roles] for row in rows]
+
+    chats = load("chitchat")
+    _, first = np.unique(chats.with_format("numpy")["conversation"][:], return_index=True)
+    found = {name: load(f"{gsm8k}/{name}.jsonl")["messages"][:] for name in ("train", "test")}
+    tests = [problem[0]["content"] for problem in found["test"]]
+    found["chat"] = chats.select(first)["messages"][:]
+    for family in FAMILIES:
+        found[family] = pairs(list(create_dataset(family, size=400, seed=0)))
+    for name, rows in found.items():
+        if name != "test":
+            share = contaminated([row[0]["content"] for row in rows], tests).mean()
+            print(f"{name}: {share:.4f} share 13 words with a test problem") if share else None
+    del found["gsm_symbolic"], found["propositional_logic"]  # a third of its questions do; it has no answers
+    return found
+
+
+def features(rows: list[Any]) -> dict[str, np.ndarray]:
+    """Features of conversations: MiniLM's, and hashed 3-grams of bytes."""
+    from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
+
+    texts = ["\n".join(message["content"] for message in row) for row in rows]
+    grams = HashingVectorizer(
+        analyzer="char", ngram_range=(3, 3), n_features=2048, norm=None, alternate_sign=False
+    ).transform(texts)
+    return {
+        "MiniLM": embeddings(texts, MINILM, 64).numpy(),
+        "3-grams": TfidfTransformer(sublinear_tf=True).fit_transform(grams).toarray().astype(np.float32),
+    }
+
+
+def arms(found: dict[str, np.ndarray], domain: np.ndarray, examples: int, seed: int) -> dict[str, np.ndarray]:
+    """The rows of each arm: at random, by best rank, at random of the domains of these, and by 8 that agree."""
+    draw, size = np.random.default_rng(seed), len(domain)
+    rows = {"random": draw.choice(size, round(size / 10), replace=False)}
+    for embedder, agree in (("MiniLM", 1), ("3-grams", 8)):
+        x = found[embedder][np.r_[:size, -examples:0]]
+        x = x - x.mean(0)
+        best = TargetedSelector(0.1, x[size:], agree=agree).fit(x[:size]).sample_indices_
+        rows[f"{embedder}, {agree}"] = best
+        names, counts = np.unique(domain[best], return_counts=True)
+        same = [
+            draw.choice(np.flatnonzero(domain == i), k, replace=False) for i, k in zip(names, counts, strict=True)
+        ]
+        rows[f"domains of {embedder}, {agree}"] = np.concatenate(same)
+    return rows
+
+
+def chat(gsm8k: str, seeds: int = 3, first: int = 0) -> None:
+    """Losses on held-out problems, chat and reasoning-gym, of a pool without such problems and of one with a few."""
+    import datasets
+    from lightning.pytorch import Trainer, seed_everything
+
+    def encoded(rows: list[Any]) -> Any:
+        return encode(datasets.Dataset.from_dict({"messages": rows}), tokenizer, TOKENS)
+
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    found, tokenizer = sources(gsm8k), load_tokenizer(SMOLLM2)
+    families = [name for name in FAMILIES if name in found]
+    module = SupervisedFineTuning(SMOLLM2, num_layers=2, lr=RATE, warmup_steps=5, schedule="linear")
+    module.configure_model()
+    weights = {name: value.clone() for name, value in module.state_dict().items()}
+    losses: dict[tuple[int, str], list[list[float]]] = {}
+    for seed in range(first, first + seeds):
+        draw = np.random.default_rng(seed)
+        rows = {name: [part[i] for i in draw.permutation(len(part))] for name, part in found.items()}
+        tests = {"GSM8K": rows["test"][: HELD[0]], "chat": rows["chat"][: HELD[1]],
+                 "reasoning-gym": [row for name in families for row in rows[name][: HELD[2]]]}  # fmt: skip
+        held = {name: encoded(part) for name, part in tests.items()}
+        parts = [rows["chat"][HELD[1] :][:CHAT], *(rows[name][HELD[2] :][:PER_FAMILY] for name in families)]
+        parts.append(rows["train"][EXAMPLES:][:PROBLEMS])
+        pool = [row for part in parts for row in part]
+        domain = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        made = features(pool + rows["train"][:EXAMPLES])
+        for problems in (0, PROBLEMS):
+            size = len(pool) - PROBLEMS + problems
+            for name, kept in arms(made, domain[:size], EXAMPLES, seed).items():
+                seed_everything(seed, verbose=False)
+                data = Conversations(tokenizer=SMOLLM2, batch_size=BATCH)
+                data.train = SampleIds(encoded([pool[i] for i in kept]))
+                module.load_state_dict(weights)
+                trainer = Trainer(max_steps=STEPS, max_epochs=-1, limit_val_batches=0, accelerator="cpu", **quiet)
+                trainer.fit(module.train(), data.train_dataloader())
+                found_losses = []
+                for data.val in held.values():
+                    trainer = Trainer(accelerator="cpu", **quiet)
+                    result = trainer.validate(module, data.val_dataloader(), verbose=False)
+                    found_losses.append(result[0]["val_loss"])
+                losses.setdefault((problems, name), []).append(found_losses)
+                said = ", ".join(f"{of} {loss:.3f}" for of, loss in zip(held, found_losses, strict=True))
+                print(f"seed {seed}, {problems} problems in {size}, {name}: of {len(kept)} "
+                      f"{(domain[kept] == len(parts) - 1).sum()} problems, {(domain[kept] == 0).sum()} chats; {said}",
+                      flush=True)  # fmt: skip
+    for (problems, name), of_seeds in losses.items():
+        all_rows, random = np.array(of_seeds), np.array(losses[problems, "random"])
+        gaps = [paired_interval(column.tolist()) for column in (all_rows - random).T] if seeds > 1 else []
+        print(f"{problems} problems, {name}: {all_rows.mean(0).round(3)}, minus random "
+              + ", ".join(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in gaps))  # fmt: skip
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("precision", "speed"))
-    {"precision": precision, "speed": speed}[parser.parse_args().what]()
+    parser.add_argument("what", choices=("precision", "speed", "chat"))
+    parser.add_argument("folder", nargs="?", help="of GSM8K")
+    given = parser.parse_args()
+    {"precision": precision, "speed": speed, "chat": lambda: chat(given.folder)}[given.what]()

@@ -16,7 +16,10 @@ from curation.instances.selector import InstanceSelector
 CELLS = 1 << 20  # cosines that are computed at a time
 CACHED = 1 << 19  # numbers of a block that is gone through several times
 LEAST = 16  # ranks that are looked at
-SAMPLE = 1 << 25  # cosines that a forecast computes
+COSINES = 1 << 25  # that a forecast computes
+POSITIVE, NEGATIVES, TRAINED = 0.1, 3, 1 << 16  # share of a sample, negatives for each; positives that are enough
+STRENGTH = 100.0  # of the classifier's fit over its penalty
+BLOCK = 1 << 14  # rows that it scores at a time
 PER_RANK, PER_ROW = 200, 40  # bytes in memory
 
 
@@ -33,30 +36,38 @@ class TargetedSelector(InstanceSelector):
     Only ranks that can be kept are found: matrix products in blocks, of which the highest few stay for each example,
     ``O(N M D)`` time and ``O(M T + N)`` memory. The pool may be a memory map, which is read in blocks.
 
+    Of a pool of more than ``sample`` rows so many are drawn and ranked. A logistic regression on the unit features
+    tells the first tenth of these from three times as many of the others. Its log-odds are the scores of all rows.
+
     Args:
         budget: Share of the rows that stay, in (0, 1]; with ``lengths`` of the tokens.
         targets: Examples ``[M, D]``, or a ``.npy`` file of them; or a dict of these by the name of a task, of which
-            as many examples are taken as the smallest has.
+            as many examples are taken as the smallest has, or by ``weights``.
         agree: Examples that must rank a row high, ``k``; 1 is the rule of the paper. Well below the number of
             examples of the rarest kind.
+        weights: A number > 0 for each task of ``targets``, in their order; None for equal ones. Tasks give examples
+            in proportion to these, as many as the tasks have: ``max(1, floor(c w_t))`` of the ``m_t`` of task ``t``,
+            ``c = min_t m_t / w_t``.
+        sample: Rows of the pool that are ranked; of a larger pool the others are scored by a classifier.
         lengths: Tokens of each row, integers ``[N]``; rows are kept in their order until the budget is spent.
         losses: In the place of ``targets``: mean losses of the tokens of each row, floating ``[2, N]``, by a model
             and by the same after training on the target. The score is what the loss falls by (CoLoR-Filter, arXiv
             2406.10670), and the pool is only counted.
         exclude: Rows that may not stay, bool ``[N]``, such as :func:`~curation.instances.contamination.contaminated`
             ones; the selection is that from the other rows.
-        random_state: Seed of the examples that are taken where tasks have different numbers.
+        random_state: Seed of the examples that are taken of each task, and of the sample.
         device: Where the products are computed; None for the CPU.
         verbose: Show a progress bar.
 
     Attributes:
-        scores_: fp32 ``[N]``, minus the ``k``-th best rank; -inf for rows behind all that stay. Or the fall of the
-            loss; -inf for excluded rows.
-        report_: Also ``examples``, and ``depth``, the ranks that were looked at.
+        scores_: fp32 ``[N]``, minus the ``k``-th best rank; -inf for rows behind all that stay. Or the log-odds of
+            the classifier, or the fall of the loss; -inf for excluded rows.
+        report_: Also ``examples``, and ``depth``, the ranks that were looked at; with a classifier ``trained``, the
+            rows that it learned from.
 
     Raises:
         ValueError: If there are no targets, fewer than must agree, or they have another number of features or a row
-            that is zero or not finite; of :meth:`fit`.
+            that is zero or not finite; or a tenth of the sample is fewer rows than examples; of :meth:`fit`.
 
     Example:
         >>> pool = [[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [-1.0, 0.0]]
@@ -71,6 +82,8 @@ class TargetedSelector(InstanceSelector):
         budget: float = 0.1,
         targets: Any = None,
         agree: int = 1,
+        weights: Any = None,
+        sample: int = 20_000_000,
         lengths: Any = None,
         losses: Any = None,
         exclude: Any = None,
@@ -83,6 +96,8 @@ class TargetedSelector(InstanceSelector):
         self.losses = losses
         self.exclude = exclude
         self.agree = agree
+        self.weights = weights
+        self.sample = sample
         self.lengths = lengths
         self.random_state = random_state
         self.device = device
@@ -99,6 +114,7 @@ class TargetedSelector(InstanceSelector):
         start = perf_counter()
         check_number("budget", self.budget, "(0, 1]")
         check_integer("agree", self.agree, 1)
+        check_integer("sample", self.sample, 10)
         check_flag("verbose", self.verbose)
         check_text("device", self.device, optional=True)
         pool = X if isinstance(X, (np.ndarray, Tensor, FeatureShards)) else np.asarray(X, dtype=np.float32)
@@ -147,24 +163,56 @@ class TargetedSelector(InstanceSelector):
         examples = self._examples(pool.shape[1])
         if self.agree > len(examples):
             raise ValueError(f"Argument `agree` must be in [1, {len(examples)} examples], but got {self.agree}.")
+        if int((~out).sum()) > self.sample:
+            return self._by_classifier(pool, examples, out)
+        order, best, depth = self._ranked(pool, examples, out, cost, share, most)
+        scores = np.where(best > 0, -best, -np.inf).astype(np.float32)
+        return order, scores, {"examples": len(examples), "depth": depth}
+
+    def _ranked(
+        self, pool: Any, examples: np.ndarray, out: np.ndarray, cost: np.ndarray, share: float, most: int
+    ) -> tuple[np.ndarray, np.ndarray, int]:
+        """Rows, best first, that cost so much at least; the ranks of all; and how many ranks were looked at."""
         device, rows = torch.device(self.device or "cpu"), int((~out).sum())
         depth = min(rows, max(LEAST, -(-4 * most * self.agree // len(examples))))
+        exclude = out if out.any() else None
         if self.verbose:
-            seconds, size = forecast(pool, examples, depth, device)
+            seconds, size = forecast(pool, examples, depth, device, exclude)
             print(
                 f"{rows:,} rows for {len(examples):,} examples: about {seconds:.0f} s, {size / 2**30:.1f} GiB beside "
                 "the pool"
             )
         while True:
             progress = _progress if self.verbose else iter
-            best, mean = best_ranks(pool, examples, depth, device, progress, self.agree, out if out.any() else None)
+            best, mean = best_ranks(pool, examples, depth, device, progress, self.agree, exclude)
             ranked = np.flatnonzero(best)
             order = ranked[np.lexsort((ranked, -mean[ranked], best[ranked]))]
             if depth == rows or cost[order].sum() >= share:
-                break
+                return order, best, depth
             depth = min(rows, 4 * depth)  # examples share their nearest rows
-        scores = np.where(best > 0, -best, -np.inf).astype(np.float32)
-        return order, scores, {"examples": len(examples), "depth": depth}
+
+    def _by_classifier(
+        self, pool: Any, examples: np.ndarray, out: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+        """As :meth:`_by_rank`, of a pool of which a sample is ranked."""
+        positives = round(POSITIVE * self.sample)
+        if positives < len(examples):
+            raise ValueError(
+                f"Argument `sample` must be at least ten times the {len(examples)} examples, but got {self.sample}."
+            )
+        draw = np.random.default_rng((self._seed(), 1))
+        sampled = draw.choice(np.flatnonzero(~out), self.sample, replace=False, shuffle=False)
+        rest = np.ones(len(out), bool)
+        rest[sampled] = False
+        order, _, depth = self._ranked(pool, examples, rest, np.ones(len(out), np.int8), positives, positives)
+        near, far = order[:positives], np.setdiff1d(sampled, order[:positives])
+        near = draw.permutation(near)[:TRAINED]
+        far = draw.permutation(far)[: NEGATIVES * len(near)]
+        device = torch.device(self.device or "cpu")
+        scores = log_odds(pool, np.sort(near), np.sort(far), device, _progress if self.verbose else iter)
+        scores[out] = -np.inf
+        best_first = np.argsort(-scores, kind="stable")[: int((~out).sum())]
+        return best_first, scores, {"examples": len(examples), "depth": depth, "trained": len(near) + len(far)}
 
     def _by_loss(self, out: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
         """Rows, the largest fall of the loss first; the scores of all; and what is reported."""
@@ -185,11 +233,69 @@ class TargetedSelector(InstanceSelector):
         read = {name: _checked(name, values, features) for name, values in tasks.items()}
         if not read:
             raise ValueError("Argument `targets` must have a task, but got {}.")
-        least = min(map(len, read.values()))
         draw = np.random.default_rng(self._seed())
+        counts = examples_by_weight([*map(len, read.values())], self.weights)
         return np.concatenate(
-            [x if len(x) == least else x[np.sort(draw.permutation(len(x))[:least])] for x in read.values()]
+            [
+                x if len(x) == count else x[np.sort(draw.permutation(len(x))[:count])]
+                for x, count in zip(read.values(), counts, strict=True)
+            ]
         )
+
+
+def examples_by_weight(sizes: list[int], weights: Any = None) -> list[int]:
+    """How many examples each task gives: in proportion to the weights, at least one, and as many as there are.
+
+    Args:
+        sizes: Examples ``m_t`` of each task.
+        weights: Weights ``w_t``, > 0; None for equal ones.
+
+    Raises:
+        ValueError: If there is not a finite number > 0 for each task.
+
+    Example:
+        >>> examples_by_weight([64, 64], [3, 1]), examples_by_weight([30, 90], [3, 1])
+        ([64, 21], [30, 10])
+    """
+    values = np.ones(len(sizes)) if weights is None else np.asarray(weights, np.float64)
+    if values.shape != (len(sizes),) or not (np.isfinite(values) & (values > 0)).all():
+        raise ValueError(
+            f"Argument `weights` must be a finite number > 0 for each of {len(sizes)} tasks, but got {weights!r}."
+        )
+    scale = (np.asarray(sizes) / values).min()
+    return [max(1, int(scale * value + 1e-9)) for value in values]
+
+
+def log_odds(
+    pool: Any,
+    near: np.ndarray,
+    far: np.ndarray,
+    device: torch.device | str = "cpu",
+    progress: Callable[[list[Any]], Iterable[Any]] = iter,
+) -> np.ndarray:
+    """Log-odds of each row of a pool by a logistic regression that tells two parts of it apart, fp32 ``[N]``.
+
+    Args:
+        pool: Floating ``[N, D]``: an array, a tensor, a memory map, or shards; made unit norm.
+        near: Rows of the first part, int64 in ascending order.
+        far: Rows of the second part, as these.
+        device: Where all rows are scored.
+        progress: Wraps the list of blocks.
+
+    Raises:
+        ValueError: If a row of the pool is not finite; its number is named.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    x = torch.cat([_unit(pool, torch.from_numpy(rows), torch.device("cpu")) for rows in (near, far)]).numpy()
+    y = np.arange(len(x)) < len(near)
+    model = LogisticRegression(C=STRENGTH, max_iter=1000).fit(x, y)
+    weights = torch.from_numpy(model.coef_[0]).float().to(device)
+    scores = np.empty(len(pool), np.float32)
+    for start in progress(list(range(0, len(pool), BLOCK))):
+        rows = _unit(pool, slice(start, min(len(pool), start + BLOCK)), torch.device(device))
+        scores[start : start + BLOCK] = (rows @ weights).cpu().numpy() + model.intercept_[0]
+    return scores
 
 
 def best_ranks(
@@ -248,7 +354,13 @@ def best_ranks(
     return _kth_places(ids.cpu(), places.cpu(), len(pool), depth, agree).numpy(), mean
 
 
-def forecast(pool: Any, examples: np.ndarray, depth: int, device: torch.device | str = "cpu") -> tuple[float, float]:
+def forecast(
+    pool: Any,
+    examples: np.ndarray,
+    depth: int,
+    device: torch.device | str = "cpu",
+    exclude: np.ndarray | None = None,
+) -> tuple[float, float]:
     """Seconds and bytes that :func:`best_ranks` will take: the time from its first rows, as of all if they are few.
 
     Args:
@@ -256,10 +368,12 @@ def forecast(pool: Any, examples: np.ndarray, depth: int, device: torch.device |
         examples: fp32 ``[M, D]``.
         depth: Ranks that are found.
         device: Where the products are computed.
+        exclude: As in :func:`best_ranks`.
     """
-    first = pool[: max(1, SAMPLE // len(examples))]
+    first = pool[: max(1, COSINES // len(examples))]
     start = perf_counter()
-    best_ranks(first, examples, max(1, depth * len(first) // len(pool)), device)
+    part = None if exclude is None else exclude[: len(first)]
+    best_ranks(first, examples, max(1, depth * len(first) // len(pool)), device, exclude=part)
     seconds = (perf_counter() - start) * len(pool) / len(first)
     return seconds, PER_RANK * len(examples) * depth + PER_ROW * len(pool)
 

@@ -6,10 +6,11 @@ and ``curation.callbacks.InstanceSelection(index="FILE.parquet")`` trains on it.
 interrupted, goes on with the index that is there.
 
 ``curation select --config RECIPE --target FILE --output FILE.parquet`` keeps the 10 % that rank first for examples of
-a target (``curation.instances.TargetedSelector``), or with ``--losses BEFORE AFTER`` those whose loss training on the
-target lowers most; the files are those of ``curation irreducible``. No probe measures these: they are chosen for the
-target alone. Near-duplicates are reported, and left out with ``--duplicates=.95``; with ``--decontaminate FILE``
-texts are left out that share 13 words in a row with one of the file.
+a target (``curation.instances.TargetedSelector``), of a file or a data set on the hub; or with ``--losses BEFORE
+AFTER`` those whose loss training on the target lowers most; the files are those of ``curation irreducible``. No probe
+measures these: they are chosen for the target alone. Near-duplicates are reported, and left out with
+``--duplicates=.95``; with ``--decontaminate FILE`` texts are left out that share 13 words in a row with one of the
+file.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -49,11 +51,13 @@ from curation.recipes.instance_selection.target_picture import draw_target
 from curation.recipes.pictures import save_picture
 
 BUDGET = 0.04
+FILES = (".npy", ".jsonl", ".json", ".parquet")  # of a target
 SIMILARITY, WORDS = 0.95, 13  # of near-duplicates; words in a row that are shared with a test
 TARGETED = "curation.instances.TargetedSelector"
 SELECTOR = "curation.instances.GraphAttentionInstanceSelector"
 PROBE, REGRESSION_PROBE = "sklearn.ensemble.RandomForestClassifier", "sklearn.ensemble.RandomForestRegressor"
 REPEATS = 5
+HUB_PARTS = re.compile(r":(?![^\[]*\])")  # of org/name:configuration:train[:64]
 REPORT = ("output", "picture", "probe", "repeats")  # options that change the report, but not the selection
 
 
@@ -86,13 +90,14 @@ def main(args: list[str]) -> None:
         samples = in_order(loader(data, part))
         return samples, features_and_labels(trainer, module, samples, options.layer, title, needs_classes)
 
+    if options.target:  # what cannot be read is said before the pool is
+        selector.targets = {name: examples(name, data) for name in options.target}
+        selector.weights = options.weights
     train_loader, train = read("train", "training")
     x, y = train
     labels = None if np.isnan(y).all() else y
     validation = None if labels is None or targeted else read("val", "validation")[1]
     features = x if options.features is None else given_features(options, len(y))
-    if options.target:
-        selector.targets = {file: examples(file, data) for file in options.target}
     if options.losses:
         selector.losses = [read_losses(file, len(y)) for file in options.losses]
     if targeted:
@@ -156,10 +161,17 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
             raise ValueError(f"Argument `--{name}` must name a file, but there is no {file!r}.")
     if options.ckpt_path is not None and options.layer is None:
         raise ValueError("Argument `--layer` must be given with `--ckpt_path`, but got None.")
-    for name in ("target", "losses"):
-        for file in getattr(options, name) or ():
-            if not Path(file).is_file():
-                raise ValueError(f"Argument `--{name}` must name a file, but there is no {file!r}.")
+    for file in options.losses or ():
+        if not Path(file).is_file():
+            raise ValueError(f"Argument `--losses` must name a file, but there is no {file!r}.")
+    for name in options.target or ():
+        if not Path(name).is_file() and (":" not in name or Path(name).suffix in FILES):
+            raise ValueError(
+                "Argument `--target` must name a file, or a data set of the hub and its split as in org/name:train, "
+                f"but there is no {name!r}."
+            )
+    if options.weights is not None:
+        options.weights = _weights(options.weights, len(options.target or ()))
     _check_target(options)
     if options.index is not None and (options.selector, options.budget, options.options) != (SELECTOR, None, "{}"):
         raise ValueError(
@@ -175,6 +187,19 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     except (ValueError, TypeError) as error:
         raise ValueError(f"Argument `--options` must be a JSON object, but got {options.options!r}.") from error
     return options, overrides
+
+
+def _weights(text: str, count: int) -> list[float]:
+    """A weight for each target."""
+    try:
+        weights = [float(weight) for weight in text.split(",")]
+    except ValueError:
+        weights = []
+    if len(weights) != count or not all(0 < weight < np.inf for weight in weights):
+        raise ValueError(
+            f"Argument `--weights` must be a number > 0 for each of {count} `--target`, as in 3,1, but got {text!r}."
+        )
+    return weights
 
 
 def _check_target(options: argparse.Namespace) -> None:
@@ -214,9 +239,15 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--target",
         action="append",
-        metavar="FILE",
+        metavar="NAME",
         help="examples of what the model shall be good at: .npy [M, D], or .jsonl or .parquet with a column `text` "
-        "(or `question`), which the recipe's data module embeds; again for each further target",
+        "(or `question`), which the recipe's data module embeds, or so a split of a data set on the hub, as "
+        "org/name:split or org/name:configuration:split; again for each further target",
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="W,W",
+        help="a weight for each --target, as in 3,1: they give examples in proportion (default: as many of each)",
     )
     parser.add_argument(
         "--losses",
@@ -277,36 +308,48 @@ def make_selector(options: argparse.Namespace, repeat: int = 0) -> Any:
     return make_object("selector", options.selector, accepted, required)
 
 
-def examples(file: str, data: LightningDataModule) -> np.ndarray:
-    """The features of the examples in a file, ``[M, D]``.
+def examples(name: str, data: LightningDataModule) -> np.ndarray:
+    """The features of the examples in a file or a split of the hub, ``[M, D]``.
 
     Raises:
         ValueError: If it has no texts, or the data module cannot embed them.
     """
-    if file.endswith(".npy"):
-        return read_array("--target", file)
+    if name.endswith(".npy"):
+        return read_array("--target", name)
     if not hasattr(data, "features_of"):
         raise ValueError(
             f"Argument `--target` must be a .npy file of features [M, D] with this recipe, whose "
-            f"{type(data).__name__} has no method `features_of(texts)`, but got {file!r}."
+            f"{type(data).__name__} has no method `features_of(texts)`, but got {name!r}."
         )
-    return data.features_of(read_texts("--target", file)).numpy()
+    return data.features_of(read_texts("--target", name)).numpy()
 
 
-def read_texts(option: str, file: str) -> list[str]:
-    """The texts in a ``.jsonl`` or ``.parquet`` file.
+def read_texts(option: str, name: str) -> list[str]:
+    """The texts in a ``.jsonl`` or ``.parquet`` file, or in a split of a data set on the hub or in its cache.
+
+    Args:
+        option: What names it.
+        name: A file; or a data set and its split, ``org/name:split`` or ``org/name:configuration:split``. A folder
+            is a data set, too.
 
     Raises:
-        ValueError: If it has no column of them.
+        ValueError: If it cannot be read, or has no column of texts.
     """
     import datasets
 
-    kind = "parquet" if file.endswith(".parquet") else "json"
-    rows = datasets.load_dataset(kind, data_files=file, split="train")
+    try:
+        if Path(name).is_file():
+            kind = "parquet" if name.endswith(".parquet") else "json"
+            rows = datasets.load_dataset(kind, data_files=name, split="train")
+        else:
+            source, *configuration, split = HUB_PARTS.split(name)
+            rows = datasets.load_dataset(source, *configuration, split=split)
+    except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"Argument `{option}` must name texts, but {name!r} cannot be read: {error}") from error
     column = next((name for name in ("text", "question", "prompt") if name in rows.column_names), None)
     if column is None:
         raise ValueError(
-            f"Argument `{option}` must have a column text, question or prompt, but {file!r} has "
+            f"Argument `{option}` must have a column text, question or prompt, but {name!r} has "
             f"{', '.join(rows.column_names)}."
         )
     return rows[column][:]

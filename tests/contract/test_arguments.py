@@ -245,6 +245,7 @@ OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
     "FeatureShards.memory": (0,),
     "TargetedSelector.agree": (0,),
     "TargetedSelector.budget": (0, 1.5),
+    "TargetedSelector.sample": (0, 9),
     "ThresholdSamples.classes": (0, 1),
     "ThresholdSamples.seed": (-1,),
     "ThresholdSamples.share": (0, 1),

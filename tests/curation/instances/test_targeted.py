@@ -1,6 +1,11 @@
 """Best ranks against a sort of all similarities, budgets in rows and tokens, and what is refused."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import Classifier, data, trainer
@@ -9,8 +14,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from curation.callbacks import InstanceSelection
-from curation.instances import TargetedSelector, targeted
-from curation.instances.targeted import best_ranks
+from curation.instances import FeatureShards, TargetedSelector, targeted
+from curation.instances.targeted import best_ranks, examples_by_weight
 
 
 def twin(pool, examples, agree=1):
@@ -109,6 +114,74 @@ def test_tasks_have_as_many_examples():
     assert selector.ranking_.tolist() == TargetedSelector(0.1, targets=both).fit(pool).ranking_.tolist()
 
 
+@given(st.lists(st.tuples(st.integers(1, 200), st.integers(1, 9)), min_size=1, max_size=5))
+def test_weights_set_the_share_of_the_examples(tasks):
+    sizes, weights = zip(*tasks, strict=True)
+    scale = min(Fraction(size, weight) for size, weight in tasks)
+    expected = [max(1, math.floor(scale * weight)) for weight in weights]
+    assert examples_by_weight(list(sizes), weights) == expected
+    assert examples_by_weight(list(sizes)) == [min(sizes)] * len(sizes)
+    assert any(count == size for count, size in zip(expected, sizes, strict=True))
+
+
+def test_a_task_of_three_times_the_weight_keeps_three_times_the_rows():
+    pool, examples = drawn(4000, 120, 8)
+    pool[:2000, 0] += 20
+    pool[2000:, 0] -= 20
+    examples[:60, 0] += 20
+    examples[60:, 0] -= 20
+    tasks = {"first": examples[:60], "second": examples[60:]}
+    selector = TargetedSelector(0.1, targets=tasks, weights=[3, 1]).fit(pool)
+    assert selector.report_["examples"] == 80
+    assert (selector.sample_indices_ < 2000).mean() == pytest.approx(0.75, abs=0.04)
+    kept = TargetedSelector(0.1, targets=tasks).fit(pool).sample_indices_
+    assert (kept < 2000).mean() == pytest.approx(0.5, abs=0.04)
+
+
+def test_of_a_large_pool_a_sample_is_ranked_and_a_classifier_scores_all():
+    from sklearn.linear_model import LogisticRegression
+
+    pool, examples = drawn(600, 8, 5)
+    pool[::3] += examples.mean(0) * 4
+    out = np.random.default_rng(1).random(600) < 0.2
+    selector = TargetedSelector(0.2, targets=examples, exclude=out, sample=200, agree=2).fit(pool)
+
+    draw = np.random.default_rng((np.random.RandomState(0).randint(2**31 - 1), 1))
+    rows = np.sort(draw.choice(np.flatnonzero(~out), 200, replace=False, shuffle=False))
+    best, mean = twin(pool[rows], examples, agree=2)
+    order = rows[np.lexsort((rows, -mean, best))]
+    near, far = draw.permutation(order[:20]), draw.permutation(np.sort(order[20:]))[:60]
+    unit = pool / np.linalg.norm(pool, axis=1, keepdims=True)
+    model = LogisticRegression(C=targeted.STRENGTH, max_iter=1000)
+    model.fit(unit[np.r_[np.sort(near), np.sort(far)]], np.arange(80) < 20)
+    expected = np.where(out, -np.inf, model.decision_function(unit))
+    np.testing.assert_allclose(selector.scores_, expected, rtol=1e-4, atol=1e-4)
+    assert set(selector.sample_indices_) == set(np.argsort(-expected)[: round(0.2 * (~out).sum())])
+    assert (np.diff(selector.scores_[selector.ranking_]) <= 0).all()
+    assert selector.report_["trained"] == 80
+
+
+def test_the_classifier_keeps_what_the_ranking_keeps_of_text_of_two_kinds(tmp_path, monkeypatch):
+    monkeypatch.setattr(targeted, "BLOCK", 300)
+    pool, examples = drawn(5000, 30, 16)
+    pool[:500, :2] += 8
+    examples[:, :2] += 8
+    whole = TargetedSelector(0.1, targets=examples).fit(pool)
+    assert "trained" not in whole.report_
+    part = TargetedSelector(0.1, targets=examples, sample=1000).fit(pool)
+    assert np.isin(part.sample_indices_, whole.sample_indices_).mean() > 0.95
+    flat = pa.FixedSizeListArray.from_arrays(pa.array(pool.ravel()), 16)
+    pq.write_table(pa.table({"features": flat}), tmp_path / "a.parquet", row_group_size=700)
+    streamed = TargetedSelector(0.1, targets=examples, sample=1000).fit(FeatureShards(tmp_path))
+    assert streamed.ranking_.tolist() == part.ranking_.tolist()
+
+
+def test_classifiers_learn_from_as_many_rows_as_are_enough(monkeypatch):
+    monkeypatch.setattr(targeted, "TRAINED", 40)
+    pool, examples = drawn(2000, 5, 4)
+    assert TargetedSelector(0.1, targets=examples, sample=1000).fit(pool).report_["trained"] == 160
+
+
 @pytest.mark.parametrize("kind", ["array", "half", "tensor", "memory map", "list"])
 def test_pools_of_every_kind(kind, tmp_path):
     pool, examples = drawn(200, 6, 8)
@@ -136,6 +209,10 @@ def test_pools_of_every_kind(kind, tmp_path):
         ({"losses": [[1.0], [np.nan]]}, [[1.0, 0.0]], r"`losses` must be finite .* with 1 that are not finite"),
         ({"targets": [[1.0, 0.0]], "exclude": [True]}, [[1.0, 0.0]], r"must be bool \[1\] and not all True"),
         ({"targets": [[1.0, 0.0]], "exclude": [0]}, [[1.0, 0.0]], r"`exclude` must be bool \[1\] .* is int64"),
+        ({"targets": np.ones((3, 2)), "sample": 20}, np.ones((21, 2)), "`sample` must be at least ten times the 3"),
+        ({"targets": [[1.0, 0.0]], "weights": [1, 2]}, [[1.0, 0.0]], "`weights` must be .* for each of 1 tasks"),
+        ({"targets": [[1.0, 0.0]], "weights": [0]}, [[1.0, 0.0]], r"finite number > 0 .* but got \[0\]"),
+        ({"targets": [[1.0, 0.0]], "weights": [np.inf]}, [[1.0, 0.0]], "finite number > 0"),
         ({"targets": {}}, [[1.0, 0.0]], "`targets` must have a task"),
         ({"targets": [[1.0]]}, [[1.0, 0.0]], r"`targets` must be \[M, 2\].*is \[1, 1\]"),
         ({"targets": [1.0, 0.0]}, [[1.0, 0.0]], r"`targets` must be \[M, 2\].*is \[2\]"),

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 
 from curation.evaluation.retention import Retention, retention
-from curation.instances import StratifiedRandomSelector, contaminated, near_duplicates
+from curation.instances import StratifiedRandomSelector, TargetedSelector, contaminated, near_duplicates
 from curation.instances.selection_index import SelectionIndex, fingerprint
 from curation.recipes import cli
 from curation.recipes.catalogue import find_recipe
@@ -490,6 +490,48 @@ def test_a_target_of_texts_is_embedded_by_the_recipe(capsys):
         cli.main(["select", *options, "--target", "target.jsonl", "--output", "other.parquet"])
 
 
+def test_targets_with_weights_of_a_data_set_and_a_file(tmp_path):
+    """A folder is a data set as one of the hub is."""
+    rows = [{"text": f"class Enum: members of an enumeration have names and values, number {i}"} for i in range(8)]
+    (tmp_path / "org/enums").mkdir(parents=True)
+    Path("org/enums/README.md").write_text(
+        "---\nconfigs:\n- config_name: main\n  data_files:\n  - split: test\n    path: enums.jsonl\n---\n"
+    )
+    Path("org/enums/enums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    Path("other.jsonl").write_text("\n".join(json.dumps({"text": f"a socket, {i}"}) for i in range(8)))
+    config = ["--config", "text_selection", "--data.data=library", "--data.embedder=words", *QUIET]
+    names = ["--target=org/enums:main:test[:6]", "--target=other.jsonl"]
+    cli.main(["select", *config, *names, "--weights=3,1", "--budget=0.05", "--output", "both.parquet"])
+    index = SelectionIndex.load("both.parquet")
+    data = TextEmbeddings(data="library", embedder="words", samples_per_class=80, max_length=32, holdout=0.2)
+    enums = data.features_of([row["text"] for row in rows[:6]])
+    sockets = data.features_of([f"a socket, {i}" for i in range(8)])
+    data.setup("fit")
+    pool = torch.stack([x for x, *_ in data.train])
+    targets = {"enums": enums, "sockets": sockets}
+    expected = TargetedSelector(0.05, targets=targets, weights=[3, 1]).fit(pool)
+    assert expected.report_["examples"] == 6 + 2
+    assert index.indices.tolist() == expected.sample_indices_.tolist()
+    assert json.loads(index.config)["weights"] == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("org/nowhere:train", "`--target` must name texts, but 'org/nowhere:train' cannot be read: "),
+        ("texts:validation", 'Unknown split "validation"'),
+        ("texts:other:train", "BuilderConfig 'other' not found"),
+    ],
+)
+def test_a_data_set_that_cannot_be_read_is_named_before_the_pool_is_read(name, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "features_and_labels", None)
+    (tmp_path / "texts").mkdir()
+    Path("texts/train.jsonl").write_text('{"text": "a"}')
+    config = ["--config", "text_selection", "--data.data=library", "--data.embedder=words", *QUIET]
+    with pytest.raises(SystemExit, match=message):
+        cli.main(["select", *config, f"--target={name}", "--output", "other.parquet"])
+
+
 def test_what_is_shared_with_a_test_and_what_is_there_twice_does_not_stay(capsys):
     options = ["--config", "text_selection", "--data.data=library", "--data.embedder=words", *QUIET]
     data = TextEmbeddings(data="library", embedder="words", samples_per_class=80, holdout=0.2, seed=0)
@@ -578,7 +620,12 @@ def digits_of_recipe():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--target", "nowhere.jsonl"], "`--target` must name a file, but there is no 'nowhere.jsonl'"),
+        (["--target", "nowhere.jsonl"], "`--target` must name a file, or a data set .* there is no 'nowhere.jsonl'"),
+        (["--target", "org/name"], "`--target` must name a file, or a data set .* there is no 'org/name'"),
+        (["--target", "ones.npy", "--weights=3,1"], "`--weights` must be a number > 0 for each of 1 .* got '3,1'"),
+        (["--target", "ones.npy", "--weights=0"], "`--weights` must be a number > 0 .* got '0'"),
+        (["--target", "ones.npy", "--weights=a"], "`--weights` must be a number > 0 .* got 'a'"),
+        (["--weights=1"], "`--weights` must be a number > 0 for each of 0 `--target`"),
         (["--target", "given.jsonl"], "`--target` must be a .npy file .* Images has no method `features_of"),
         (["--target", "given.jsonl", "--selector", "mine.Mine"], "`--target` must be left out with `--selector`"),
         (["--target", "given.jsonl", "--repeats=3"], "`--target` must be left out with `--probe` and `--repeats`"),
