@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from twins import slow_length_trend
 
 from curation.online.nuclear_norm import (
@@ -101,6 +102,38 @@ def test_products_alone_give_the_singular_values_too(n, d, rank, decay, seed):
     expected = torch.linalg.svdvals(m).sum(1)
     torch.testing.assert_close(sum_of_singular_values(m), expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(sum_of_singular_values(m.float()).double(), expected, rtol=1e-5, atol=0)
+
+
+class TensorFloat32(TorchDispatchMode):
+    """Rounds the factors of products to ten bits where fp32 products need not be precise, as GPUs do."""
+
+    products = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        product = function in (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default)
+        if product and torch.get_float32_matmul_precision() == "high":
+            self.products += 1
+            args = [*args[:-2], *map(self.rounded, args[-2:])]
+        return function(*args, **(kwargs or {}))
+
+    @staticmethod
+    def rounded(factor):
+        return ((factor.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("n", [8, 64, 200])
+@pytest.mark.parametrize("decay", [0.1, 1.0, 2.0])
+def test_most_products_of_the_norm_may_be_in_tf32(n, decay):
+    g = torch.Generator().manual_seed(n)
+    m = torch.randn(4, n, 256, generator=g, dtype=torch.float64)
+    u, _, v = torch.linalg.svd(m, full_matrices=False)
+    s = (torch.arange(n) + 1.0).double() ** -decay
+    m = u * s @ v
+    with TensorFloat32() as mode:
+        got = sum_of_singular_values(m.float())
+    assert mode.products == 28
+    torch.testing.assert_close(got.double(), s.sum().expand(4), rtol=1e-5, atol=0)
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_products_alone_by_the_head_and_what_is_not_finite():
