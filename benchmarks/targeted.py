@@ -2,6 +2,7 @@
 
 python benchmarks/targeted.py precision  # which rows of eight domains are kept for examples of one, and of three
 python benchmarks/targeted.py speed      # a million rows of 384 features, 1,000 examples; on an idle machine
+python benchmarks/targeted.py stream FOLDER  # ten million rows in Parquet files, 8 GB, which it writes to FOLDER
 python benchmarks/targeted.py chat FOLDER  # SmolLM2 cut to 2 layers on what is kept of chat for GSM8K; FOLDER has its
                                            # train.jsonl and test.jsonl
 """
@@ -16,7 +17,7 @@ import torch
 
 from curation.batch import SampleIds
 from curation.evaluation.statistics import paired_interval
-from curation.instances import contaminated
+from curation.instances import FeatureShards, contaminated
 from curation.instances.targeted import TargetedSelector, best_ranks
 from curation.recipes.chat import Conversations, SupervisedFineTuning
 from curation.recipes.chat.conversations import encode, load
@@ -51,31 +52,45 @@ def domains() -> tuple[dict[str, np.ndarray], np.ndarray, list[str]]:
 
 
 def precision() -> None:
-    """Precision of the kept rows; as many are kept as the target has."""
+    """Precision of the kept rows, as many as the target has, and what a classifier on a sample shares with them."""
     found, y, names = domains()
     print("of", ", ".join(names))
     for embedder, x in found.items():
         pool = x[:, EXAMPLES:].reshape(-1, x.shape[-1])
-        for rule in (*AGREE, "centroid"):
-            one = [(y[kept(pool, x[i, :EXAMPLES], 0.1, rule)] == i).mean() for i in range(len(names))]
+        whole: dict[Any, list[np.ndarray]] = {}
+        for rule, part in [
+            *((rule, 1) for rule in (*AGREE, "centroid")),
+            *((rule, k) for rule in (1, 8) for k in (2, 4)),
+        ]:
+            found_rows = [kept(pool, x[i, :EXAMPLES], 0.1, rule, part) for i in range(len(names))]
+            one = [(y[rows] == i).mean() for i, rows in enumerate(found_rows)]
             rng, three = np.random.default_rng(0), []
             for _ in range(5):
                 of = rng.choice(len(names), 3, replace=False)
                 examples = np.concatenate([x[i, rng.choice(EXAMPLES, 21, replace=False)] for i in of])
-                domain = y[kept(pool, examples, 3 / len(names) * 0.8, rule)]
+                found_rows.append(kept(pool, examples, 3 / len(names) * 0.8, rule, part))
+                domain = y[found_rows[-1]]
                 three.append([np.isin(domain, of).mean(), min((domain == i).mean() for i in of)])
             shares = " ".join(f"{share:.2f}" for share in one)
             of_three, least = np.mean(three, 0)
-            print(f"{embedder:16} {rule!s:>8}  {shares}  mean {np.mean(one):.3f}; of three {of_three:.3f}, the least "
-                  f"{least:.3f}", flush=True)  # fmt: skip
+            whole.setdefault(rule, found_rows)
+            shared = [np.isin(a, b).mean() for a, b in zip(found_rows, whole[rule], strict=True)]
+            shared_one, shared_three = np.mean(shared[: len(names)]), np.mean(shared[len(names) :])
+            print(f"{embedder:16} {rule!s:>8}, of 1 / {part} {shares}  mean {np.mean(one):.3f}; of three "
+                  f"{of_three:.3f}, the least {least:.3f}; shared with the ranking of all {shared_one:.3f}, of three "
+                  f"{shared_three:.3f}", flush=True)  # fmt: skip
 
 
-def kept(pool: np.ndarray, examples: np.ndarray, budget: float, rule: int | str) -> np.ndarray:
-    """What stays by the best rank of so many examples, or by their mean."""
+def kept(pool: np.ndarray, examples: np.ndarray, budget: float, rule: int | str, part: int = 1) -> np.ndarray:
+    """What stays by the best rank of so many examples, or by their mean; of one row in ``part`` by a classifier."""
     if rule == "centroid":
         unit = examples / np.linalg.norm(examples, axis=1, keepdims=True)
         return TargetedSelector(budget, targets=unit.mean(0, keepdims=True)).fit(pool).sample_indices_
-    return TargetedSelector(budget, targets=examples, agree=int(rule)).fit(pool).sample_indices_
+    return (
+        TargetedSelector(budget, targets=examples, agree=int(rule), sample=len(pool) // part)
+        .fit(pool)
+        .sample_indices_
+    )
 
 
 def speed(rows: int = 1_000_000, repeats: int = 5) -> None:
@@ -111,6 +126,38 @@ def speed(rows: int = 1_000_000, repeats: int = 5) -> None:
         ratios = [a / b for a, b in zip(took["faiss"], seconds, strict=True)]
         print(f"{name:12} {statistics.median(seconds):6.2f} s; faiss takes {statistics.median(ratios):.2f} "
               f"[{min(ratios):.2f}, {max(ratios):.2f}] times as long")  # fmt: skip
+
+
+def stream(folder: str, rows: int = 10_000_000, sample: int = 1_000_000, wide: int = 384) -> None:
+    """Seconds and memory of a pool in files: of which a sample is ranked, and all of which is."""
+    import resource
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rng, group = np.random.default_rng(0), 62_500
+    examples = rng.standard_normal((1000, wide), dtype=np.float32)
+    block = rng.standard_normal((group, wide), dtype=np.float32).astype(np.float16)
+    for number, start in enumerate(range(0, rows, 16 * group)):
+        schema = pa.schema([("features", pa.list_(pa.float16(), wide))])
+        with pq.ParquetWriter(f"{folder}/{number:03}.parquet", schema, compression="none") as file:
+            for _ in range(start, min(rows, start + 16 * group), group):  # columns and signs drawn anew: other rows
+                x = block[:, rng.permutation(wide)] * rng.choice([-1, 1], wide).astype(np.float16)
+                lists = pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), wide)
+                file.write_table(pa.table({"features": lists}, schema=schema), row_group_size=group)
+    pool = FeatureShards(folder)
+
+    def memory() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GiB, on Linux
+
+    print(
+        f"{len(pool):,} rows, {torch.get_num_threads()} threads; files written, {memory():.2f} GiB at most",
+        flush=True,
+    )
+    for ranked in (sample, rows):
+        selector = TargetedSelector(0.1, targets=examples, sample=ranked).fit(pool)
+        print(f"{ranked:,} ranked: {selector.report_['seconds']:.0f} s, depth {selector.report_['depth']}, "
+              f"{memory():.2f} GiB at most so far", flush=True)  # fmt: skip
 
 
 CHAT, PER_FAMILY, PROBLEMS, HELD = 1200, 30, 125, (32, 64, 1)  # rows of a pool; of each source in validation
@@ -225,7 +272,7 @@ def chat(gsm8k: str, seeds: int = 3, first: int = 0) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("precision", "speed", "chat"))
-    parser.add_argument("folder", nargs="?", help="of GSM8K")
+    parser.add_argument("what", choices=("precision", "speed", "stream", "chat"))
+    parser.add_argument("folder", nargs="?")
     given = parser.parse_args()
-    {"precision": precision, "speed": speed, "chat": lambda: chat(given.folder)}[given.what]()
+    globals()[given.what](*filter(None, [given.folder]))

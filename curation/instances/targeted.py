@@ -13,12 +13,12 @@ from curation.checks import check_flag, check_integer, check_number, check_text
 from curation.instances.feature_shards import FeatureShards
 from curation.instances.selector import InstanceSelector
 
-CELLS = 1 << 20  # cosines that are computed at a time
+CELLS = 1 << 21  # cosines that are computed at a time
 CACHED = 1 << 19  # numbers of a block that is gone through several times
 LEAST = 16  # ranks that are looked at
 COSINES = 1 << 25  # that a forecast computes
 POSITIVE, NEGATIVES, TRAINED = 0.1, 3, 1 << 16  # share of a sample, negatives for each; positives that are enough
-STRENGTH = 100.0  # of the classifier's fit over its penalty
+STRENGTH = 1000.0  # of the mean loss of the classifier over its penalty, whatever the number of rows
 BLOCK = 1 << 14  # rows that it scores at a time
 PER_RANK, PER_ROW = 200, 40  # bytes in memory
 
@@ -289,7 +289,7 @@ def log_odds(
 
     x = torch.cat([_unit(pool, torch.from_numpy(rows), torch.device("cpu")) for rows in (near, far)]).numpy()
     y = np.arange(len(x)) < len(near)
-    model = LogisticRegression(C=STRENGTH, max_iter=1000).fit(x, y)
+    model = LogisticRegression(C=STRENGTH / len(x), max_iter=1000).fit(x, y)
     weights = torch.from_numpy(model.coef_[0]).float().to(device)
     scores = np.empty(len(pool), np.float32)
     for start in progress(list(range(0, len(pool), BLOCK))):
@@ -337,7 +337,7 @@ def best_ranks(
     if queries.device.type != "cpu":  # libraries may round sums of a few parts, too
         error += 2 * torch.finfo(dtype).eps
     mean = np.empty(len(pool), np.float32)
-    nearest = _Nearest(len(queries), depth, dtype, min(2 * depth, len(pool)), queries.device)
+    nearest = _Nearest(len(queries), depth, dtype, min(4 * depth, len(pool)), queries.device)
     for start, stop in progress(list(_blocks(len(pool), len(queries), depth))):
         rows = _unit(pool, slice(start, stop), queries.device)
         mean[start:stop] = (rows @ centre).cpu().numpy()
