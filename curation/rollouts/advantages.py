@@ -32,7 +32,7 @@ def advantages(rewards: Tensor, groups: Tensor, size: int, baseline: Baseline = 
         tensor([ 0.7500, -0.2500, -0.2500, -0.2500,  0.0000,  0.0000])
     """
     check_choice("baseline", baseline, get_args(Baseline))
-    _check_groups(groups, size, rewards=rewards)
+    check_groups(groups, size, rewards=rewards)
     if rewards.device.type == "cpu" and len(rewards):  # elsewhere it would wait for the device
         invalid = rewards[~rewards.isfinite() | ((rewards < 0) & (baseline == "maxrl"))].tolist()
         if invalid:
@@ -59,7 +59,18 @@ def advantages(rewards: Tensor, groups: Tensor, size: int, baseline: Baseline = 
     return (centred * torch.where(informative, scale, 0).index_select(0, groups)).float()
 
 
-def _check_groups(groups: Tensor, size: int, **columns: Tensor) -> None:
+def check_groups(groups: Tensor, size: int, **columns: Tensor) -> None:
+    """Check the groups of rollouts.
+
+    Args:
+        groups: int32 or int64 ``[R]`` in ``[0, G)``: the prompt of each rollout.
+        size: ``G``, the number of groups.
+        **columns: Other values of the rollouts, ``[R]``, by their names in an error.
+
+    Raises:
+        ValueError: If ``size`` is not an integer >= 0, a shape or the type of the groups is another, or, on a CPU, a
+            group is out of its range.
+    """
     check_integer("size", size, 0)
     for name, values in columns.items():
         if values.shape != groups.shape or groups.dim() != 1:
@@ -109,7 +120,7 @@ def loss_weights(
     """
     check_choice("normalizer", normalizer, get_args(Normalizer))
     check_integer("max_tokens", max_tokens, 1)
-    _check_groups(groups, size, advantage=advantage, lengths=lengths)
+    check_groups(groups, size, advantage=advantage, lengths=lengths)
     informative = (_sums(advantage.abs(), groups, size) > 0).float()
     counts = informative.index_select(0, groups)
     if normalizer == "token":

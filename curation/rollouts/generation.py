@@ -128,7 +128,8 @@ def prefill(model: Any, prompts: Sequence[Tensor], pad_id: int, token_budget: in
             positions = torch.arange(1 - ids.size(1), 0, device=ids.device) + last[:, None]
             mask, padded, cache = positions.ge(0).long(), bool(lengths[rows[0]] < lengths[rows[-1]]), None
             if ids.size(1) > 1:
-                _, cache = _run(model, ids[:, :-1], mask if padded else None, positions.clamp(min=0), None)
+                seen = mask if padded else None
+                _, cache = _run(model, ids[:, :-1], seen, positions.clamp(min=0), None, answers=False)
             batches.append(_Batch(torch.tensor(rows), ids[:, -1], last, mask, padded, cache))
     return PromptCache(batches, lengths, pad_id)
 
@@ -260,20 +261,38 @@ def _groups(lengths: list[int], token_budget: int) -> Iterator[list[int]]:
         yield group
 
 
-def _run(model: Any, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    """Logits ``[b, V]`` of the last position, and the cache."""
+def _run(
+    model: Any, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any, answers: bool = True
+) -> tuple[Tensor, Any]:
+    """Logits ``[b, V]`` of the last position, ``[b, 0, V]`` where no answer follows; and the cache."""
     inputs = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
-    output = model(ids, **inputs, use_cache=True, logits_to_keep=1)
+    kept = 1 if answers else ids.new_empty(0)  # an integer 0 keeps all
+    output = model(ids, **inputs, use_cache=True, logits_to_keep=kept)
     if getattr(output, "past_key_values", None) is None:
         raise TypeError(f"{type(model).__name__} keeps no keys and values; see `from_sequences` for its `generate`.")
-    return output.logits[:, -1], output.past_key_values
+    return output.logits[:, -1] if answers else output.logits, output.past_key_values
+
+
+def _of_rows(cache: Any, rows: Tensor, size: int) -> Any:
+    """Another cache with some of the ``size`` rows, distinct and rising; where that is all, keys are not copied."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    other: Any
+    if type(cache) is DynamicCache:
+        other = copy.copy(cache)  # its plain layers make new tensors, whatever comes; others may write into theirs
+        other.layers = [(copy.copy if type(x) is DynamicLayer else copy.deepcopy)(x) for x in cache.layers]
+    else:
+        other = copy.deepcopy(cache)
+    if len(rows) < size:
+        other.reorder_cache(rows)
+    return other
 
 
 def _repeated(cache: Any, rows: Tensor, new_tokens: int) -> Any:
-    """The cache with some rows in the place of its own, and room for new tokens."""
-    cache.reorder_cache(rows)  # not `batch_select_indices`, which leaves out the states of linear attention
+    """The cache with some rows in the place of its own, and room for new tokens, which is made before: one copy."""
     roomy = _roomy_layer()  # in the place of its base only: layers of other kinds hold less than all keys, or more
     cache.layers = [roomy(layer, new_tokens) if type(layer) is roomy.__base__ else layer for layer in cache.layers]
+    cache.reorder_cache(rows)  # not `batch_select_indices`, which leaves out the states of linear attention
     return cache
 
 
@@ -347,9 +366,7 @@ def _decode(
     rows = rows.to(device)
     mask = F.pad(batch.mask[rows], (0, max_new_tokens), value=1)
     positions, live = batch.positions[rows], torch.arange(len(rows), device=device)
-    cache: Any = copy.deepcopy(batch.cache)
-    if cache is not None:
-        cache.reorder_cache(once)
+    cache: Any = None if batch.cache is None else _of_rows(batch.cache, once, len(batch.mask))
     # Models read the values of a mask, and the host waits for them: no mask where nothing is padded.
     seen = F.pad(batch.mask[once], (0, 1), value=1) if batch.padded else None
     logits, cache = _run(model, batch.last[once][:, None], seen, batch.positions[once][:, None], cache)

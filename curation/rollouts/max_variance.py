@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from curation.checks import check_integer
-from curation.rollouts.advantages import _check_groups
+from curation.rollouts.advantages import check_groups
 
 
 def max_variance(rewards: Tensor, groups: Tensor, size: int, m: int) -> Tensor:
@@ -29,7 +29,7 @@ def max_variance(rewards: Tensor, groups: Tensor, size: int, m: int) -> Tensor:
         [True, False, False, True, True, True]
     """
     check_integer("m", m, 1)
-    _check_groups(groups, size, rewards=rewards)
+    check_groups(groups, size, rewards=rewards)
     by_reward = rewards.argsort(stable=True)
     order = by_reward[groups[by_reward].argsort(stable=True)]  # by group, in it by reward
     counts = torch.zeros(size, dtype=torch.int64, device=groups.device).index_add_(0, groups, torch.ones_like(groups))

@@ -87,6 +87,7 @@ def test_the_folder_is_taken_where_it_is_there(bare, monkeypatch):
 SMALL = {
     "rollouts": ["--model.warmup_steps=1", "--model.eval_rollouts=2", "--data.batch_size=2", "--data.task.size=40",
                  "--data.warmup.size=64", "--trainer.callbacks.preflight=2"],
+    "rollouts_pool": ["--model.warmup_steps=1", "--model.eval_rollouts=2", "--trainer.num_sanity_val_steps=0"],
     "rollouts_tiny": ["--model.warmup_steps=1", "--model.eval_rollouts=2", "--trainer.num_sanity_val_steps=0"],
     "sft_utility_diversity": ["--data.max_samples=200", "--data.val_samples=40"],
     "text_selection": ["--data.samples_per_class=20"],
@@ -102,7 +103,7 @@ def test_a_recipe_runs_as_it_is_on_a_machine_without_data_and_models(name, bare)
     assert "auto" not in named_sources(run.config).values()
 
 
-@pytest.mark.parametrize("name", sorted(set(recipe_names()) - {"rollouts_tiny"}))
+@pytest.mark.parametrize("name", sorted(set(recipe_names()) - {"rollouts_pool", "rollouts_tiny"}))
 def test_a_comparison_must_be_told_its_sources_and_says_how(name, bare):
     asked, _ = options.parse([name, "--metric=val_loss", "--mode=min"])
     with pytest.raises(ValueError, match=r"Argument `--[\w.]+` must be given, since a comparison says") as error:

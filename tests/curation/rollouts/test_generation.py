@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
     BloomConfig,
@@ -192,6 +193,47 @@ def test_keys_are_written_into_room_made_in_advance():
     sampled(model, cache, [2, 1])
     assert len(places) == NEW
     assert all(place == places[1] for place in places[1:])  # the first is of the prompts alone
+
+
+@pytest.mark.parametrize("build", [llama, gpt2, bloom, sliding, linear_attention])
+def test_no_logits_of_prompt_positions_are_formed(build):
+    model, formed = build(), []
+    model.get_output_embeddings().register_forward_hook(
+        lambda _, args, logits: formed.append(logits.shape[:2].numel())
+    )
+    cache = prefill(model, prompts_of([6, 4, 4]), PAD, 99)
+    assert formed == [0]
+    sampled(model, cache, [2, 1, 1])
+    assert formed[1:] == [3] + [4] * (NEW - 1)  # the last token of each prompt once, then one of each answer
+
+
+class Made(TorchDispatchMode):
+    """The keys and values that are made while this is open, without views: ``[rows, heads, tokens, width]``."""
+
+    def __init__(self, cache):
+        super().__init__()
+        self.seen = {t.untyped_storage().data_ptr() for layer in cache.layers for t in (layer.keys, layer.values)}
+        self.tensors = []  # held, so that no memory is used twice
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        made = f(*args, **(kwargs or {}))
+        if made.dim() == 4 and made.untyped_storage().data_ptr() not in self.seen:
+            self.seen.add(made.untyped_storage().data_ptr())
+            self.tensors.append(made)
+        return made
+
+
+def test_keys_of_prompts_are_copied_once_an_answer():
+    model = llama()
+    batch = prefill(model, prompts_of([6, 4]), PAD, 99).batches[0]
+    with Made(batch.cache) as made:
+        same_rows = generation._of_rows(batch.cache, torch.tensor([0, 1]), 2)
+        assert made.tensors == []
+        generation._repeated(same_rows, torch.tensor([0, 0, 1, 1, 1]), 7)
+    assert [t.shape for t in made.tensors if len(t) == 5] == [(5, 2, 5 + 7, 8)] * 4  # of two layers
+    assert torch.equal(same_rows.layers[1].keys[4], batch.cache.layers[1].keys[1])
+    assert generation._of_rows(batch.cache, torch.tensor([1]), 2).layers[0].keys.shape[0] == 1
+    assert batch.cache.layers[0].keys.shape == (2, 2, 5, 8)
 
 
 def test_no_mask_is_looked_at_where_nothing_is_padded():
