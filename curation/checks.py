@@ -75,6 +75,33 @@ def check_integer(name: str, value: Any, least: int, below: int | None = None, o
     return int(value)
 
 
+def check_bytes(name: str, value: Any, optional: bool = False) -> Any:
+    """Refuse what is not a number of bytes: an integer >= 1, or a text such as ``"4GB"`` or ``"1.5 GiB"``.
+
+    Returns:
+        The bytes as an ``int``, or None.
+
+    Raises:
+        ValueError: If the value is something else.
+
+    Example:
+        >>> check_bytes("memory", "4GB"), check_bytes("memory", "0.5GiB"), check_bytes("memory", 1000)
+        (4000000000, 536870912, 1000)
+        >>> check_bytes("memory", "4 gigs")
+        Traceback (most recent call last):
+        ValueError: Argument `memory` must be bytes, such as '4GB', but got '4 gigs'.
+    """
+    if value is None and optional:
+        return None
+    if not isinstance(value, str):
+        return check_integer(name, value, 1)
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)(i?)B?", value.strip())
+    if found is None or float(found[1]) == 0:
+        raise ValueError(f"Argument `{name}` must be bytes, such as '4GB', but got {value!r}.")
+    power = " kMGT".index(found[2] or " ")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
 def check_seed(seed: Any) -> int:
     """Refuse what is not an integer in ``[0, 2^63)``."""
     return check_integer("seed", seed, 0, 2**63)

@@ -9,6 +9,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import Classifier, loader, trainer
 from markdown_it import MarkdownIt
@@ -175,6 +176,11 @@ def test_commands_of_a_page_are_accepted(page, tmp_path, monkeypatch, capsys):
         elif subcommand == "compare":
             options, overrides = compare.parse(args)
             assert [make_workload(recipe, overrides, options).arms for recipe in options.recipes]
+        elif subcommand == "select" and "--memory" in command:
+            np.save("features.npy", np.random.default_rng(0).random((50, 3)))
+            np.save("labels.npy", np.arange(50) % 2)
+            cli.main([subcommand, *args])
+            assert "2 of 50 samples kept" in capsys.readouterr().out
         elif subcommand == "select":
             options, rest = select.parse(args)
             select.make_selector(options)

@@ -41,6 +41,23 @@ def cover(graph: Graph, weights: Tensor, m: int) -> tuple[np.ndarray, np.ndarray
         >>> cover(line, torch.ones(3), 1)[0].tolist()
         [1]
     """
+    return cover_and_count(graph, weights, m)[:2]
+
+
+def cover_and_count(graph: Graph, weights: Tensor, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As :func:`cover`, and what each choice stands for: the weight of the samples that it covers best, itself too.
+
+    Of equal similarities that of the first choice counts. A sample that no choice covers is not counted.
+
+    Returns:
+        The samples, int64 ``[m]``, their gains, fp64 ``[m]``, and what they stand for, fp64 ``[m]``.
+
+    Example:
+        >>> far = torch.inf
+        >>> line = Graph(torch.tensor([[1, -1], [0, 2], [1, -1]]), torch.tensor([[1, far], [1, 1], [1, far]]))
+        >>> cover_and_count(line, torch.ones(3), 2)[2].tolist()
+        [2.0, 1.0]
+    """
     n = len(graph.ids)
     check_integer("m", m, 0, n + 1)
     if graph.distances.shape != graph.ids.shape or (
@@ -49,18 +66,14 @@ def cover(graph: Graph, weights: Tensor, m: int) -> tuple[np.ndarray, np.ndarray
         raise ValueError(f"Argument `graph` must have neighbours in [-1, {n}) and as many distances, but has not.")
     if weights.shape != (n,) or not ((weights >= 0) & (weights < torch.inf)).all():
         raise ValueError(f"Argument `weights` must be [{n}] finite numbers >= 0, but got {weights}.")
-    chosen, gains = np.empty(m, np.int64), np.empty(m)
-    _greedy()(
-        graph.ids.cpu().numpy(),
-        graph.similarities().cpu().numpy(),
-        weights.to(torch.float64).cpu().numpy(),
-        chosen,
-        gains,
-    )
-    return chosen, gains
+    chosen, gains, owners = np.empty(m, np.int64), np.empty(m), np.full(n, -1)
+    of = weights.to(torch.float64).cpu().numpy()
+    _greedy()(graph.ids.cpu().numpy(), graph.similarities().cpu().numpy(), of, chosen, gains, owners)
+    owned = owners >= 0
+    return chosen, gains, np.bincount(owners[owned], of[owned], minlength=m)
 
 
-def _cover(ids: Any, similarities: Any, weights: Any, chosen: Any, gains: Any) -> None:
+def _cover(ids: Any, similarities: Any, weights: Any, chosen: Any, gains: Any, owners: Any) -> None:
     covered = np.zeros(len(ids))
 
     def gain(j):  # type: ignore[no-untyped-def]
@@ -81,10 +94,10 @@ def _cover(ids: Any, similarities: Any, weights: Any, chosen: Any, gains: Any) -
                 break
             heapq.heappush(heap, entry)
         chosen[step], gains[step] = j, -entry[0]
-        covered[j] = 1
+        covered[j], owners[j] = 1, step
         for e in range(ids.shape[1]):
-            if ids[j, e] >= 0:
-                covered[ids[j, e]] = max(covered[ids[j, e]], similarities[j, e])
+            if ids[j, e] >= 0 and similarities[j, e] > covered[ids[j, e]]:
+                covered[ids[j, e]], owners[ids[j, e]] = similarities[j, e], step
 
 
 @functools.cache

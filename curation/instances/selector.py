@@ -92,19 +92,22 @@ class InstanceSelector(BaseEstimator):
         self.classes_, codes = self._strata(y, len(X))
         x = _standardised(X, resolution)
         del X
-        order, gains = self._select(x, codes)
+        self._keep(*self._select(x, codes), codes, start)
+        return self
+
+    def _keep(self, order: np.ndarray, scores: np.ndarray, codes: np.ndarray, start: float) -> None:
+        """Set the results of a fit that began at ``start``: what stays, best first; scores and classes of all."""
         self.ranking_ = order
-        self.scores_ = gains
+        self.scores_ = scores
         self.sample_indices_ = np.sort(order)
         kept = np.bincount(codes[order], minlength=len(self.classes_))
         self.report_ = {
-            "samples": len(x),
+            "samples": len(codes),
             "kept": len(order),
-            "reduction": 1 - len(order) / len(x),
+            "reduction": 1 - len(order) / len(codes),
             "kept_per_class": dict(zip(self.classes_.tolist(), kept.tolist(), strict=True)),
             "seconds": perf_counter() - start,
         }
-        return self
 
     def fit_resample(self, X: Any, y: Any = None) -> tuple[Any, Any]:
         """Select, and return the features and targets that stay, with the types of ``X`` and ``y``."""

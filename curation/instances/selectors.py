@@ -1,78 +1,30 @@
 """Instance selectors with the conventions of scikit-learn: random, coverage, graph attention, edited neighbours."""
 
-from typing import Any, Literal
+from os import PathLike
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from curation.checks import check_choice, check_integer, check_number, check_text
+from curation.checks import (
+    check_bytes,
+    check_choice,
+    check_flag,
+    check_integer,
+    check_number,
+    check_path,
+    check_text,
+)
 from curation.instances import graph as graphs
 from curation.instances import hashing
 from curation.instances.attention import Training, train
-from curation.instances.coverage import cover
+from curation.instances.class_coverage import CAPACITY, cover_classes, mixture, reach
+from curation.instances.coverage_shards import fit_in_shards
 from curation.instances.graph import Graph
 from curation.instances.selector import AnyTargetSelector, InstanceSelector, Strategy, Targets, class_budgets
 
-CAPACITY = 256  # samples of a hash bucket at most
 GRAPHS = ("multiview", "multilevel", "lsh", "minibatch", "hnsw", "exact")
-
-
-def _by_class(order_of: list[np.ndarray], budgets: np.ndarray) -> np.ndarray:
-    """The selections of the classes merged, so that every prefix has the classes in the same proportions."""
-    place = np.concatenate([(np.arange(m) + 0.5) / m for m in budgets])
-    return np.concatenate(order_of)[place.argsort(kind="stable")]
-
-
-def _cover_classes(
-    x: Tensor, y: np.ndarray, weights: Tensor, budgets: np.ndarray, seed: int, n_neighbors: int, n_views: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """:func:`cover` of each class by its samples: the samples that stay, best first, and gains fp32 ``[N]``.
-
-    Copies of a sample count as one of their common weight: a graph of few neighbours cannot cover many copies. They
-    stay when all samples that differ do, second copies before third ones.
-    """
-    gains, order_of = np.zeros(len(x), np.float32), []
-    for c, m in enumerate(budgets):
-        rows = np.flatnonzero(y == c)
-        generator = torch.Generator().manual_seed(seed + c)
-        points, share = x[torch.from_numpy(rows).to(x.device)], weights[rows]
-        point_of, copy = _copies(points)
-        first = np.flatnonzero(copy == 0)
-        if len(first) < len(rows):
-            points = points[torch.from_numpy(first).to(x.device)]
-            share = torch.zeros(len(first), dtype=share.dtype).index_add_(0, torch.from_numpy(point_of), share.cpu())
-        graph = hashing.multi_view(points, n_neighbors, n_views, CAPACITY, generator)
-        chosen, gain = cover(graph, share, min(m, len(first)))
-        gains[rows[first[chosen]]] = gain
-        copies = np.argsort(copy, kind="stable")[len(first) :][: m - len(chosen)]
-        order_of.append(rows[np.concatenate([first[chosen], copies])])
-    return _by_class(order_of, budgets), gains
-
-
-def _copies(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The point of each sample, and the number of the earlier samples at this point: int64 ``[N]`` both.
-
-    Points are numbered by their first samples. Equal rows are found by a hash of their bits, then compared.
-
-    Args:
-        x: fp32 ``[N, D]``.
-    """
-    words = (x + 0.0).view(torch.int32)  # one zero
-    hashes = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    for word in words.unbind(1):
-        hashes = (hashes ^ word) * -7046029254386353131  # 2^64 over the golden ratio
-        hashes ^= (hashes >> 32) & 0xFFFFFFFF
-    _, first, group = np.unique(hashes.cpu().numpy(), return_index=True, return_inverse=True)
-    if len(first) == len(x):
-        return np.arange(len(x)), np.zeros(len(x), np.int64)
-    same = (words == words[torch.from_numpy(first[group]).to(x.device)]).all(1).cpu().numpy()
-    group = np.where(same, first[group], np.arange(len(x)))  # two points of one hash are no copies
-    order = np.argsort(group, kind="stable")
-    starts, point_of = np.unique(group[order], return_index=True)[1], np.unique(group, return_inverse=True)[1]
-    copy = np.empty(len(x), np.int64)
-    copy[order] = np.arange(len(x)) - starts[point_of[order]]
-    return point_of, copy
 
 
 class StratifiedRandomSelector(AnyTargetSelector):
@@ -132,6 +84,14 @@ class CoverageInstanceSelector(AnyTargetSelector):
         n_views: Number of independent hashes.
         random_state: Seed or generator of the hashing, as in scikit-learn.
         device: Device of the graph; the covering runs on the CPU.
+        memory: Bytes that all processes together may use, such as ``"4GB"``; None for what it takes. With it,
+            :meth:`fit` takes features on disk, too, and selects in shards what does not fit
+            (:mod:`curation.instances.coverage_shards`).
+        folder: Where finished shards are kept, so that the same fit goes on after it was killed; None for nowhere.
+            Shards of other features, targets or arguments are made anew.
+        n_jobs: Shards at once, as far as the memory has room, in joblib's backend: loky, or dask or ray where
+            ``joblib.parallel_config`` names it. None for that of ``parallel_config``, or one; -1 for all cores.
+        verbose: Say what a fit in shards will take before it begins, and show how far it is.
 
     Raises:
         ImportError: If numba is missing.
@@ -156,6 +116,10 @@ class CoverageInstanceSelector(AnyTargetSelector):
         n_views: int = 4,
         random_state: Any = None,
         device: str = "cpu",
+        memory: int | str | None = None,
+        folder: str | PathLike[str] | None = None,
+        n_jobs: int | None = None,
+        verbose: bool = False,
     ) -> None:
         self.budget = budget
         self.sampling_strategy = sampling_strategy
@@ -164,19 +128,46 @@ class CoverageInstanceSelector(AnyTargetSelector):
         self.n_views = n_views
         self.random_state = random_state
         self.device = device
+        self.memory = memory
+        self.folder = folder
+        self.n_jobs = n_jobs
+        self.verbose = verbose
+
+    def fit(self, X: Any, y: Any = None) -> Self:
+        """Select.
+
+        Args:
+            X: Features ``[N, D]``, as of every selector; with ``memory`` also
+                :class:`~curation.instances.FeatureShards`, or what such are made of: a file, a folder, a list.
+            y: Classes or numbers ``[N]``, or None; with ``memory`` also the ``.npy`` file of these.
+
+        Raises:
+            ValueError: As of every selector; and if ``memory`` is too small, or files cannot be used.
+        """
+        if self.memory is None:
+            return super().fit(X, y)
+        self._check()
+        return fit_in_shards(self, X, y, super().fit)
 
     def _check(self) -> None:
         super()._check()
         check_integer("n_neighbors", self.n_neighbors, 1, optional=True)
         check_integer("n_views", self.n_views, 1)
         check_text("device", self.device)
+        check_bytes("memory", self.memory, optional=True)
+        check_path("folder", self.folder, optional=True)
+        if self.n_jobs == 0:
+            raise ValueError("Argument `n_jobs` must be an integer other than 0 or None, but got 0.")
+        check_integer("n_jobs", self.n_jobs, -1024, optional=True)
+        check_flag("verbose", self.verbose)
 
     def _select(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         points = torch.from_numpy(x).to(self.device)
         budgets = class_budgets(y, self.budget, self.sampling_strategy, self.classes_)
         ones = torch.ones(len(x))
-        k = self.n_neighbors or _reach(self.budget)
-        return _cover_classes(points, y, ones, budgets, self._seed(), k, self.n_views)
+        k = self.n_neighbors or reach(self.budget)
+        covered = cover_classes(points, y, ones, budgets, self._seed(), k, self.n_views)
+        return covered.order, covered.gains
 
 
 class GraphAttentionInstanceSelector(InstanceSelector):
@@ -279,8 +270,8 @@ class GraphAttentionInstanceSelector(InstanceSelector):
         scores = p * (1 - 0.95 * p) if ambiguous else getattr(self, f"{self.criterion}_")
         if self.select == "coverage":
             weights = torch.from_numpy(scores).clamp(min=0)
-            order, _ = _cover_classes(points, y, weights, budgets, seed, _reach(self.budget), self.n_views)
-            return order, scores
+            covered = cover_classes(points, y, weights, budgets, seed, reach(self.budget), self.n_views)
+            return covered.order, scores
         if self.select == "rank":
             return _best_of_classes(scores, y, budgets), scores
         return _best_of_all(scores, y, budgets.sum()), scores
@@ -373,11 +364,6 @@ class EditedNearestNeighboursFilter(InstanceSelector):
         return rows[np.argsort(-scores[rows], kind="stable")], scores
 
 
-def _reach(budget: float) -> int:
-    """Number of neighbours of a covering graph: about the samples per sample that stays."""
-    return round(min(max(1 / budget, 10), 25))
-
-
 def _folds(y: Tensor, parts: int, generator: torch.Generator) -> Tensor:
     """A part of ``parts`` for each sample, at random and even in every class: int64 ``[N]``."""
     folds = torch.empty_like(y)
@@ -388,9 +374,8 @@ def _folds(y: Tensor, parts: int, generator: torch.Generator) -> Tensor:
 def _best_of_classes(scores: np.ndarray, y: np.ndarray, budgets: np.ndarray) -> np.ndarray:
     """The samples with the best scores of each class, best first."""
     rows = [np.flatnonzero(y == c) for c in range(len(budgets))]
-    return _by_class(
-        [r[np.argsort(-scores[r], kind="stable")[:m]] for r, m in zip(rows, budgets, strict=True)], budgets
-    )
+    best = [r[np.argsort(-scores[r], kind="stable")[:m]] for r, m in zip(rows, budgets, strict=True)]
+    return np.concatenate(best)[mixture(budgets)]
 
 
 def _best_of_all(scores: np.ndarray, y: np.ndarray, m: int) -> np.ndarray:

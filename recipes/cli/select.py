@@ -11,6 +11,9 @@ AFTER`` those whose loss training on the target lowers most; the files are those
 measures these: they are chosen for the target alone. Near-duplicates are reported, and left out with
 ``--duplicates=.95``; with ``--decontaminate FILE`` texts are left out that share 13 words in a row with one of the
 file.
+
+``curation select --features FILE --labels FILE.npy --memory 4GB --output FILE.parquet`` keeps 4 % of features that
+need not fit in memory, by coverage, without a recipe and unprobed. After it was killed the same command goes on.
 """
 
 import argparse
@@ -45,6 +48,7 @@ from curation.recipes.instance_selection.features import (
     read_array,
     read_features,
 )
+from curation.recipes.instance_selection.from_files import check_options, select_from_files, shards_of
 from curation.recipes.instance_selection.retention_report import draw_retention, kept_report, retention_report
 from curation.recipes.instance_selection.selecting import make_object, takes
 from curation.recipes.instance_selection.target_picture import draw_target
@@ -54,6 +58,7 @@ BUDGET = 0.04
 FILES = (".npy", ".jsonl", ".json", ".parquet")  # of a target
 SIMILARITY, WORDS = 0.95, 13  # of near-duplicates; words in a row that are shared with a test
 TARGETED = "curation.instances.TargetedSelector"
+COVERAGE = "curation.instances.CoverageInstanceSelector"
 SELECTOR = "curation.instances.GraphAttentionInstanceSelector"
 PROBE, REGRESSION_PROBE = "sklearn.ensemble.RandomForestClassifier", "sklearn.ensemble.RandomForestRegressor"
 REPEATS = 5
@@ -69,6 +74,9 @@ def main(args: list[str]) -> None:
         OSError: If a file to write exists or cannot be written.
     """
     options, overrides = parse(args)
+    if options.memory is not None:
+        select_from_files(options, make_selector(options))
+        return
     targeted = bool(options.target or options.losses)
     if targeted:
         options.selector = TARGETED
@@ -156,7 +164,7 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise FileExistsError(f"Argument `--picture` must name a new file, but {str(options.picture)!r} exists.")
     for name in ("ckpt_path", "features", "index", "decontaminate"):
         file = getattr(options, name)
-        shards = name == "features" and options.target and Path(file or "").is_dir()
+        shards = name == "features" and (options.target or options.memory) and Path(file or "").is_dir()
         if file is not None and not shards and not Path(file).is_file():
             raise ValueError(f"Argument `--{name}` must name a file, but there is no {file!r}.")
     if options.ckpt_path is not None and options.layer is None:
@@ -173,6 +181,7 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if options.weights is not None:
         options.weights = _weights(options.weights, len(options.target or ()))
     _check_target(options)
+    check_options(options, overrides)
     if options.index is not None and (options.selector, options.budget, options.options) != (SELECTOR, None, "{}"):
         raise ValueError(
             "Argument `--index` must be left out with `--selector`, `--budget` and `--options`, but got "
@@ -286,6 +295,14 @@ def parser() -> argparse.ArgumentParser:
         "column `features`, which are not read into memory",
     )
     parser.add_argument(
+        "--memory",
+        metavar="4GB",
+        help="in the place of a recipe: select from --features, a .npy file or a folder of .npy, Arrow and Parquet "
+        "files, in shards that fit, by coverage",
+    )
+    parser.add_argument("--labels", metavar="FILE.npy", help="with --memory, classes or numbers [N]")
+    parser.add_argument("--jobs", type=int, help="with --memory, shards at once (default: one a core, if they fit)")
+    parser.add_argument(
         "--probe",
         default=PROBE,
         metavar="CLASS_PATH",
@@ -302,6 +319,17 @@ def parser() -> argparse.ArgumentParser:
 def make_selector(options: argparse.Namespace, repeat: int = 0) -> Any:
     """The selector of a repeat, with the budget and the seed where it takes them."""
     required = options.options | ({} if options.budget is None else {"budget": options.budget})
+    if options.memory is not None:
+        class_path = COVERAGE if options.selector == SELECTOR else options.selector
+        accepted = {
+            "budget": BUDGET,
+            "random_state": options.seed,
+            "folder": shards_of(options.output),
+            "verbose": True,
+        }
+        accepted["n_jobs"] = -1 if options.jobs is None else options.jobs
+        accepted = {name: value for name, value in accepted.items() if name not in required}
+        return make_object("selector", class_path, accepted, required | {"memory": options.memory})
     targeted = options.target or options.losses
     defaults = {"random_state": options.seed + repeat} | ({"verbose": True} if targeted else {"budget": BUDGET})
     accepted = {name: value for name, value in defaults.items() if name not in required}

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curation.instances import coverage, hashing
-from curation.instances.coverage import cover
+from curation.instances.coverage import cover, cover_and_count
 from curation.instances.graph import Graph
 
 
@@ -50,10 +50,24 @@ def test_the_choice_is_that_of_the_plain_greedy(n, k, seed, weighted, data):
     np.testing.assert_allclose(gains, expected, atol=1e-9)
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 8), st.integers(0, 999), st.data())
+def test_a_choice_stands_for_what_it_covers_best(n, k, seed, data):
+    graph = graph_of(n, k, seed)
+    weights = torch.rand(n, generator=torch.Generator().manual_seed(seed)).double()
+    chosen, _, stand_for = cover_and_count(graph, weights, data.draw(st.integers(1, n)))
+    values, expected = graph.similarities().numpy(), np.zeros(len(chosen))
+    for i in range(n):
+        alike = [1.0 if i == j else max(values[j, graph.ids[j].numpy() == i], default=0.0) for j in chosen.tolist()]
+        if max(alike) > 0:
+            expected[int(np.argmax(alike))] += weights[i]
+    np.testing.assert_allclose(stand_for, expected, atol=1e-9)
+
+
 def test_python_and_numba_choose_the_same():
     graph, weights = graph_of(80, 6, 0), torch.ones(80).double()
-    chosen, gains = np.empty(30, np.int64), np.empty(30)
-    coverage._cover(graph.ids.numpy(), graph.similarities().numpy(), weights.numpy(), chosen, gains)
+    chosen, gains, owners = np.empty(30, np.int64), np.empty(30), np.full(80, -1)
+    coverage._cover(graph.ids.numpy(), graph.similarities().numpy(), weights.numpy(), chosen, gains, owners)
     assert cover(graph, weights, 30)[0].tolist() == chosen.tolist()
 
 

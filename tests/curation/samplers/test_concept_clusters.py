@@ -1,5 +1,6 @@
 """Clusters of embeddings, beside scikit-learn's."""
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -9,6 +10,8 @@ from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 from sklearn.metrics import adjusted_rand_score
 
+from curation.instances import FeatureShards
+from curation.samplers import concept_clusters
 from curation.samplers.concept_clusters import cluster_concepts
 
 
@@ -50,6 +53,32 @@ def test_clusters_without_a_sample_are_no_concepts():
     assert list(index.names) == [0, 1, 2]
     assert index.frequencies.tolist() == [4, 4, 4]
     assert list(cluster_concepts(np.ones((4, 2)), 3).names) == [0]
+
+
+def at_once(points, k, seed):
+    """Clusters by faiss, which draws what it trains on from all points."""
+    points = points - points.mean(0, dtype=np.float64).astype(points.dtype)
+    points = np.ascontiguousarray(np.ldexp(points, -np.frexp(np.abs(points).max())[1]), np.float32)
+    kmeans = faiss.Kmeans(points.shape[1], k, niter=20, seed=seed, nredo=3, min_points_per_centroid=1)
+    kmeans.train(points)
+    return np.unique(kmeans.index.search(points, 1)[1][:, 0], return_inverse=True)[1]
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_clusters_of_files_are_those_of_an_array(tmp_path, monkeypatch, kind):
+    draw = np.random.default_rng(0)
+    points = (draw.normal(size=(2000, 6)) + 10 * draw.integers(0, 3, (2000, 1)) + 50).astype(kind)
+    np.save(tmp_path / "a.npy", points[:700])
+    np.save(tmp_path / "b.npy", points[700:])
+    for k in (4, 12):  # more samples than are trained on, and fewer
+        expected = at_once(points, k, seed=5).tolist()
+        for block in (2**22, 100):
+            monkeypatch.setattr(concept_clusters, "BLOCK", block)
+            for source in (points, torch.from_numpy(points), FeatureShards(tmp_path)):
+                assert cluster_concepts(source, k, seed=5).ids.tolist() == expected
+    np.save(tmp_path / "b.npy", np.full((2, 6), np.nan))
+    with pytest.raises(ValueError, match=r"a matrix of finite numbers, but row 0 of '.*b\.npy' has others"):
+        cluster_concepts(FeatureShards(tmp_path), 2)
 
 
 def test_rubbish_is_named(monkeypatch):
