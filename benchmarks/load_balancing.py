@@ -1,10 +1,11 @@
 """The cost of load balancing: seconds that it adds to an update, and one collective against one per layer.
 
-    python benchmarks/load_balancing.py [--accumulate 16]    # on an idle machine; a line of JSON per measurement
+    python benchmarks/load_balancing.py [--accumulate 16] [--rounds 5]    # idle; a line of JSON per measurement
 
 A decoder with 16 experts in each of 8 layers (Qwen3-MoE of transformers), micro-batches of 8 x 256 tokens, 4 to an
-update. Medians, and ratios within a round of fits with their 95 % intervals; of prepass also what it adds over
-`running`, as a share of a forward pass over the micro-batches. The collectives run on two processes (gloo).
+update. Medians, and ratios within a round of fits with their 95 % intervals: of updates with and without balancing,
+and of the time in the hooks of the callback (all that it adds but the backward pass through its loss); of prepass
+also over that of a forward pass over the micro-batches. The collectives run on two processes (gloo).
 """
 
 import argparse
@@ -25,7 +26,7 @@ from curation.callbacks import GlobalBatchLoadBalancing
 from curation.evaluation.statistics import paired_interval
 from curation.recipes.mixture_of_experts.mixture_lm import MixtureLM
 
-ROUNDS, STEPS = 9, 4
+STEPS = 4
 ESTIMATORS: dict[str, dict[str, Any] | None] = {
     "none": None,
     "micro": {"scope": "micro"},
@@ -51,6 +52,31 @@ class Steps(Callback):
             self.seconds.append(time.perf_counter() - self.began)
 
 
+HOOKS = (
+    "on_train_batch_start",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+)
+
+
+def timed(callback: Any, spent: list[float]) -> Any:
+    """The callback, whose hooks add their seconds to a list."""
+
+    def of(hook: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> None:
+            start = time.perf_counter()
+            hook(*args, **kwargs)
+            spent.append(time.perf_counter() - start)
+
+        return call
+
+    for name in HOOKS:
+        setattr(callback, name, of(getattr(callback, name)))
+    return callback
+
+
 class Noise(LightningDataModule):
     """Random tokens."""
 
@@ -66,14 +92,15 @@ class Noise(LightningDataModule):
         return DataLoader(rows * (STEPS + 1) * (self.accumulate // 4), 8)  # type: ignore[arg-type]
 
 
-def overhead(accumulate: int) -> None:
+def overhead(accumulate: int, rounds: int) -> None:
     """Print the seconds of an update with each estimator."""
     seconds: dict[str, list[float]] = {name: [] for name in (*ESTIMATORS, "forward")}
-    for _ in range(ROUNDS):
+    in_hooks: dict[str, list[float]] = {name: [] for name in ESTIMATORS}
+    for _ in range(rounds):
         for name, options in ESTIMATORS.items():
             torch.manual_seed(0)
-            steps = Steps(accumulate)
-            balancing = [] if options is None else [GlobalBatchLoadBalancing(**options)]
+            steps, spent = Steps(accumulate), list[float]()
+            balancing = [] if options is None else [timed(GlobalBatchLoadBalancing(**options), spent)]
             run = Trainer(
                 callbacks=[steps, *balancing], max_steps=STEPS + 1, accumulate_grad_batches=accumulate,
                 limit_val_batches=0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
@@ -82,6 +109,7 @@ def overhead(accumulate: int) -> None:
             module, data = MixtureLM(hidden=256, layers=8, heads=8, experts=16, expert_hidden=64), Noise(accumulate)
             run.fit(module, data)
             seconds[name].append(statistics.median(steps.seconds))
+            in_hooks[name].append(sum(spent) / (STEPS + 1))
         forwards = []
         for _ in range(STEPS):
             batches = list(itertools.islice(data.train_dataloader(), accumulate))
@@ -94,9 +122,11 @@ def overhead(accumulate: int) -> None:
     for name, values in seconds.items():
         ratios = [v / none for v, none in zip(values, seconds["none"], strict=True)]
         line = {"estimator": name, "seconds_an_update": statistics.median(values), **of_ratios("over_none", ratios)}
+        if in_hooks.get(name, [0])[0]:
+            line |= of_ratios("in_hooks", [h / v for h, v in zip(in_hooks[name], values, strict=True)])
         if name == "prepass":
-            columns = zip(values, seconds["running"], seconds["forward"], strict=True)
-            line |= of_ratios("added_over_forward", [(v - running) / forward for v, running, forward in columns])
+            columns = zip(in_hooks[name], seconds["forward"], strict=True)
+            line |= of_ratios("in_hooks_over_forward", [h / forward for h, forward in columns])
         print(json.dumps(line))
 
 
@@ -129,5 +159,6 @@ if __name__ == "__main__":
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--accumulate", type=int, default=4, help="micro-batches of an update, a multiple of 4")
-    overhead(parser.parse_args().accumulate)
+    parser.add_argument("--rounds", type=int, default=9)
+    overhead(**vars(parser.parse_args()))
     multiprocessing.spawn(reduce, args=(48, 128), nprocs=2)
