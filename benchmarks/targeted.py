@@ -202,7 +202,7 @@ def features(rows: list[Any]) -> dict[str, np.ndarray]:
 
 
 def arms(found: dict[str, np.ndarray], domain: np.ndarray, examples: int, seed: int) -> dict[str, np.ndarray]:
-    """The rows of each arm: at random, by best rank, at random of the domains of these, and by 8 that agree."""
+    """The rows of each arm: at random; by best rank and by 8 that agree, and at random of the domains of each."""
     draw, size = np.random.default_rng(seed), len(domain)
     rows = {"random": draw.choice(size, round(size / 10), replace=False)}
     for embedder, agree in (("MiniLM", 1), ("3-grams", 8)):
