@@ -272,9 +272,10 @@ class _Work:
 
         calls = [delayed(_numbered)(i, function, *task) for i, task in enumerate(tasks)]
         try:
-            done: Iterable[Any] = Parallel(self.plan.workers, return_as="generator_unordered")(calls)
+            parallel = Parallel(self.plan.workers, return_as="generator_unordered")
         except ValueError:  # a backend that returns all at once
-            done = Parallel(self.plan.workers)(calls)
+            parallel = Parallel(self.plan.workers)
+        done: Iterable[Any] = parallel(calls)
         if self.selector.verbose:
             from rich.progress import track
 

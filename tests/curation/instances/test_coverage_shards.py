@@ -219,7 +219,7 @@ def test_the_memory_of_a_process_stays_within_the_plan(tmp_path, monkeypatch):
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     shards, before, most = map(int, lines)
     assert shards == len(plan.cuts) - 1 == 4
-    assert before < LIBRARIES
+    assert before < 1.25 * LIBRARIES  # other versions of torch
     assert most - before < plan.bytes - LIBRARIES
     assert plan.bytes - LIBRARIES < n * d * 4 * 4  # in memory it takes more than six times the features
 
