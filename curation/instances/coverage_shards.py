@@ -167,9 +167,10 @@ def fit_in_shards(selector: Any, X: Any, y: Any, in_memory: Callable[[Any, Any],
     source = open_features(X, memory)
     n, d = source.shape
     y = None if y is None else _targets(y, n)
-    whole = source[0:1]
-    if fits_at_once(n, d, whole.dtype.itemsize, selector.budget, memory, selector.n_neighbors):
-        return in_memory(source[0:n], y)
+    if fits_at_once(n, d, source[0:1].dtype.itemsize, selector.budget, memory, selector.n_neighbors):
+        x = source[0:n]
+        _check_finite(x, source, 0, 0)
+        return in_memory(x, y)
     selector.classes_, codes = selector._strata(y, n)
     budgets = class_budgets(codes, selector.budget, selector.sampling_strategy, selector.classes_)
     k = selector.n_neighbors or reach(min(1.0, RATIO * selector.budget))
@@ -182,7 +183,9 @@ def fit_in_shards(selector: Any, X: Any, y: Any, in_memory: Callable[[Any, Any],
         cost = f"about {work.seconds(candidates):.0f} s, and {plan.bytes / 1e9:.1f} GB with libraries"
         print(f"{how}: {cost}", flush=True)
     with tempfile.TemporaryDirectory() as own:
-        order, gains = work.merge(work.shards(Path(selector.folder or own)))
+        folder = Path(selector.folder or own)
+        folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is said before the work
+        order, gains = work.merge(work.shards(folder))
     selector._keep(order, gains, codes, began)
     selector.n_features_in_ = d
     selector.report_["shards"] = len(plan.cuts) - 1
@@ -195,7 +198,8 @@ def open_features(X: Any, memory: int) -> Any:
     Raises:
         ValueError: If ``X`` is no matrix of numbers, or files that are missing or of unequal width are named.
     """
-    if isinstance(X, (str, os.PathLike)) or (isinstance(X, (list, tuple)) and isinstance(X[0], (str, os.PathLike))):
+    first = X[0] if isinstance(X, (list, tuple)) and len(X) else X
+    if isinstance(first, (str, os.PathLike)):
         return FeatureShards(X, memory=memory)
     if isinstance(X, FeatureShards):
         return X
@@ -268,9 +272,10 @@ class _Work:
 
         calls = [delayed(_numbered)(i, function, *task) for i, task in enumerate(tasks)]
         try:
-            done: Iterable[Any] = Parallel(self.plan.workers, return_as="generator_unordered")(calls)
+            parallel = Parallel(self.plan.workers, return_as="generator_unordered")
         except ValueError:  # a backend that returns all at once
-            done = Parallel(self.plan.workers)(calls)
+            parallel = Parallel(self.plan.workers)
+        done: Iterable[Any] = parallel(calls)
         if self.selector.verbose:
             from rich.progress import track
 
@@ -361,11 +366,7 @@ def measure(part: Part) -> tuple[np.ndarray, np.ndarray, bytes]:
     for start, rows in part.blocks():
         if rows.dtype.kind not in "iuf":
             raise ValueError(f"Argument `X` must be [N, D] numbers, but has {rows.dtype}.")
-        within = np.abs(rows).max(1).astype(np.float64) <= 1e35
-        if not within.all():
-            row = start + int(np.argmin(within))
-            place = part.source.place(row) if hasattr(part.source, "place") else f"row {row}"
-            raise ValueError(f"Argument `X` must hold finite numbers of at most 1e35, but {place} has others.")
+        _check_finite(rows, part.source, start, part.first)
         checksum.update(np.ascontiguousarray(rows).data)
         values = rows.astype(np.float64)
         mean = values.mean(0)
@@ -373,6 +374,14 @@ def measure(part: Part) -> tuple[np.ndarray, np.ndarray, bytes]:
         moments.append((len(rows), mean, np.einsum("nd,nd->d", values, values)))
     _, mean, squares = together(moments)
     return mean, squares, checksum.digest()
+
+
+def _check_finite(rows: np.ndarray, source: Any, start: int, first: int) -> None:
+    within = np.abs(rows).max(1).astype(np.float64) <= 1e35
+    if not within.all():
+        row = start + int(np.argmin(within))
+        place = source.place(row - first) if hasattr(source, "place") else f"row {row}"
+        raise ValueError(f"Argument `X` must hold finite numbers of at most 1e35, but {place} has others.")
 
 
 def together(moments: list[tuple[int, np.ndarray, np.ndarray]]) -> tuple[int, np.ndarray, np.ndarray]:

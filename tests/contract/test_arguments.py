@@ -136,6 +136,7 @@ OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
     "ConceptAwareSelection.keep": (0, 1.5),
     "ConceptAwareSelection.seed": (-1, 2**63),
     "ConceptCoverage.num_concepts": (0,),
+    "ConceptCoverageMonitor.losses": (1,),
     "CoverageInstanceSelector.budget": (0, 1.5),
     "CoverageInstanceSelector.n_neighbors": (0,),
     "CoverageInstanceSelector.n_views": (0,),

@@ -8,14 +8,20 @@ import pytest
 import torch
 from helpers import Classifier, Watch, data, trainer
 from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule, seed_everything
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch.utils.data import DataLoader, default_collate
 from twins import slow_diverse
 
 from curation.batch import SampleIds
-from curation.callbacks import ConceptAwareSelection, ConceptCoverageMonitor, RunMeter, UniformSelection
+from curation.callbacks import (
+    ConceptAwareSelection,
+    ConceptCoverageMonitor,
+    ExactResume,
+    RunMeter,
+    UniformSelection,
+)
 from curation.callbacks.samplers import concept_coverage
 from curation.samplers.concept_aware import ConceptAwareSampler, ConceptIndex, MovingTargets
 
@@ -63,6 +69,68 @@ def test_what_was_trained_on_is_counted():
         "distinct_seen": pytest.approx((visits > 0).mean()),
         "repeats": pytest.approx(visits.sum() / (visits > 0).sum()),
     }
+
+
+class Logged(Callback):
+    """What was logged after each step, and the loss and concepts of each row that was trained on."""
+
+    def __init__(self):
+        self.steps, self.rows = [], []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        samples = data().tensors[0]
+        rows = [int((samples == x).all(1).nonzero()) for x in batch[0]]
+        self.rows.append(list(zip(rows, module.seen.tolist(), strict=True)))
+        self.steps.append({k: v.item() for k, v in trainer.logged_metrics.items() if "concepts/loss" in k})
+
+
+class Seen(Classifier):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        losses = torch.nn.functional.cross_entropy(self(x), y, reduction="none")
+        self.seen = losses.detach()
+        return losses.mean()
+
+
+def by_concept(rows):
+    found = {}
+    for row, loss in rows:
+        for name in ROWS[row]:
+            found.setdefault(f"concepts/loss/{name}", []).append(loss)
+    return {name: pytest.approx(np.mean(values), rel=1e-5) for name, values in found.items()}
+
+
+@pytest.mark.parametrize("rule", [None, UniformSelection(keep=0.5)])
+def test_the_loss_of_a_concept_is_that_of_its_rows_since_the_last_log(rule):
+    logged, rules = Logged(), [] if rule is None else [rule]
+    monitor = ConceptCoverageMonitor(concepts(), losses=True)
+    run = trainer(*rules, monitor, logged, max_epochs=2, log_every_n_steps=3)
+    run.fit(Seen(), loader())
+    for end in (2, 5, 8):  # logged after every third step
+        expected = by_concept([row for step in logged.rows[end - 2 : end + 1] for row in step])
+        assert {name: logged.steps[end][name] for name in expected} == expected
+
+
+def test_losses_that_were_not_logged_yet_are_in_the_checkpoint(tmp_path):
+    def fit(ckpt_path=None, **options):
+        seed_everything(7, verbose=False)
+        logged, monitor = Logged(), ConceptCoverageMonitor(concepts(), losses=True)
+        run = trainer(monitor, logged, ExactResume(), max_epochs=1, log_every_n_steps=6, **options)
+        run.fit(Seen(), loader(), ckpt_path=ckpt_path)
+        return run, logged.steps
+
+    _, whole = fit()
+    run, _ = fit(max_steps=4)
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    _, resumed = fit(tmp_path / "x.ckpt")
+    assert len(resumed) == 4
+    assert resumed[-1] == whole[-1] != {}
+
+
+def test_losses_of_many_concepts_are_refused():
+    many = ConceptIndex.from_lists([[f"{i}", f"a{i}"] for i in range(64)])
+    with pytest.raises(ValueError, match="`losses` must be False for more than 100 concepts, but there are 128"):
+        trainer(ConceptCoverageMonitor(many, losses=True)).fit(Classifier(), loader())
 
 
 def test_moving_targets_are_compared_where_they_are():

@@ -219,7 +219,7 @@ def test_the_memory_of_a_process_stays_within_the_plan(tmp_path, monkeypatch):
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     shards, before, most = map(int, lines)
     assert shards == len(plan.cuts) - 1 == 4
-    assert before < LIBRARIES
+    assert before < 1.25 * LIBRARIES  # other versions of torch
     assert most - before < plan.bytes - LIBRARIES
     assert plan.bytes - LIBRARIES < n * d * 4 * 4  # in memory it takes more than six times the features
 
@@ -301,7 +301,7 @@ def test_a_view_of_a_memory_map_is_opened_at_its_place(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, 2e35])
-def test_a_row_that_is_not_finite_is_named_by_its_file(small_shards, data, tmp_path, wrong):
+def test_a_row_that_is_not_finite_is_named_by_its_file(small_shards, data, tmp_path, monkeypatch, wrong):
     x, y = data
     x = x.copy()
     x[1234, 2] = wrong
@@ -309,6 +309,10 @@ def test_a_row_that_is_not_finite_is_named_by_its_file(small_shards, data, tmp_p
     np.save(tmp_path / "b.npy", x[1000:])
     with pytest.raises(ValueError, match=r"finite numbers of at most 1e35, but row 234 of '.*b\.npy' has others"):
         select(tmp_path, y)
+    with monkeypatch.context() as patch:
+        patch.setattr(coverage_shards, "fits_at_once", lambda *_: True)
+        with pytest.raises(ValueError, match=r"but row 234 of '.*b\.npy' has others"):
+            select(tmp_path, y)
     mapped = np.load(tmp_path / "b.npy", mmap_mode="r")
     with pytest.raises(ValueError, match=r"finite numbers of at most 1e35, but row 234 of '.*b\.npy' has others"):
         select(mapped, None)
@@ -349,6 +353,12 @@ def test_what_cannot_be_used_is_named_before_the_work(data, tmp_path, monkeypatc
     np.save(tmp_path / "narrow.npy", x[:, :5])
     with pytest.raises(ValueError, match=r"hold 6 floats in each row, as '.*x\.npy' does, but group 0 of '.*narrow"):
         fit([file, tmp_path / "narrow.npy"])
+    for empty in ([], np.zeros((0, 3)), [["a", "b"]]):
+        with pytest.raises(ValueError, match=r"`X` must be \[N, D\] numbers, but is"):
+            fit(empty)
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(FileExistsError, match="taken"):
+        fit(file, folder=tmp_path / "taken")
     with pytest.raises(ValueError, match="Input y contains NaN"):
         fit(file, np.full(3000, np.nan))
 
