@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import itertools
 import multiprocessing
+import queue
 import statistics
 import tempfile
 import time
@@ -143,17 +144,22 @@ def watched(folder: str, rows: int, options: dict[str, Any]) -> tuple[float, flo
     found = context.Queue()
     process = context.Process(target=fit_alone, args=(folder, rows, options, found))
     process.start()
-    most = 0
-    while process.is_alive():
-        at_once = 0
-        with contextlib.suppress(psutil.NoSuchProcess):
-            family = [psutil.Process(process.pid)]
-            for one in family + family[0].children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    at_once += one.memory_info().rss
+    most, result = 0, None
+    while result is None:
+        at_once, family = 0, [psutil.Process(process.pid)]
+        family += family[0].children(recursive=True)
+        for one in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                at_once += one.memory_info().rss
         most = max(most, at_once)
-        time.sleep(0.05)
-    return found.get()[0], most
+        with contextlib.suppress(queue.Empty):
+            result = found.get(timeout=0.05)
+        if result is None and not process.is_alive():
+            raise SystemExit(f"The selection ended with the code {process.exitcode}.")
+    for one in reversed(family):  # loky's workers stay for minutes
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    return result[0], most
 
 
 def coverage(rows: int) -> None:
