@@ -13,6 +13,7 @@ from curation.callbacks.online.online_selection import OnlineSelection
 from curation.callbacks.online.weighted_loss import WeightedLoss
 from curation.callbacks.records.training_dynamics import TrainingDynamics
 from curation.callbacks.rollouts.difficulty_adaptive_rollouts import DifficultyAdaptiveRollouts
+from curation.callbacks.samplers.concept_coverage import ConceptCoverageMonitor
 from curation.callbacks.samplers.round_training import RoundTraining
 from curation.replace import replace_attribute
 
@@ -43,7 +44,8 @@ class HeldBatches:
     def __init__(self, trainer: Trainer, ends: Callable[[], bool]) -> None:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         for other in callbacks:
-            if isinstance(other, PER_BATCH):
+            of_losses = isinstance(other, ConceptCoverageMonitor) and other.losses
+            if of_losses or isinstance(other, PER_BATCH):
                 raise TypeError(
                     f"{type(other).__name__} needs a training step for every batch: set `grow='accumulation'`, or "
                     "leave it out."

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from curation.callbacks import (
     AdaptiveBatchSize,
     BatchSizeScheduler,
+    ConceptCoverageMonitor,
     DynamicDataPruning,
     ExactResume,
     GlobalBatchLoadBalancing,
@@ -109,7 +110,14 @@ def test_joined_texts_are_padded_to_the_longest():
 
 
 @pytest.mark.parametrize(
-    "other", [UniformSelection(keep=0.5), GlobalBatchLoadBalancing(), WeightedLoss("weight"), TrainingDynamics("x")]
+    "other",
+    [
+        UniformSelection(keep=0.5),
+        GlobalBatchLoadBalancing(),
+        WeightedLoss("weight"),
+        TrainingDynamics("x"),
+        ConceptCoverageMonitor(losses=True),
+    ],
 )
 def test_what_needs_a_step_for_every_batch_is_refused_beside_joined_batches(other):
     name = type(other).__name__
