@@ -15,11 +15,10 @@ class BatchSizeScheduler(VariedBatchSize):
     """Lets the rows of an optimizer step grow by a schedule, in the middle of an epoch, too.
 
     Batches of the data loader stay as they are; gradients are accumulated over more of them, or several are joined
-    (``grow="loader"``). A new size begins at the
-    first step where Lightning can begin one (:func:`~curation.batch_size.next_size`). The gradient of every step is
-    that of one large batch, whatever the sizes: short last windows and short last batches are weighed by their rows,
-    before clipping. A loss that is no mean over rows, such as one over the tokens of unequal rows, is the mean of the
-    batches' own means.
+    (``grow="loader"``). A new size begins at the first step where Lightning can begin one
+    (:func:`~curation.batch_size.next_size`). The gradient of every step is that of one large batch, whatever the
+    sizes: short last windows and short last batches are weighed by their rows, before clipping. A loss that is no
+    mean over rows, such as one over the tokens of unequal rows, is the mean of the batches' own means.
 
     With ``pace="steps"`` ``trainer.estimated_stepping_batches`` counts the steps of the schedule, so learning-rate
     schedules by step end with the fit. As most of those steps are small ones of the first half, rates are low when

@@ -59,11 +59,11 @@ class HeldBatches:
 
     def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Hold the batch, or train on it and those that are held."""
-        module = self._trainer.lightning_module
         if not is_trained_on(self._trainer):
             return self._step(batch, *args, **kwargs)
         self._batches.append(batch)
         if not self._ends():
+            module = self._trainer.lightning_module
             zero = torch.zeros((), device=module.device, requires_grad=True)
             return zero if module.automatic_optimization else None
         (loader,) = training_loaders(self._trainer)

@@ -14,6 +14,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -345,15 +346,15 @@ def _numbered(i: int, function: Callable[..., Any], *arguments: Any) -> tuple[in
     return i, function(*arguments)
 
 
-class _one_thread:  # noqa: N801
+@contextmanager
+def _one_thread() -> Iterator[None]:
     """Sums do not depend on the number of threads of a worker."""
-
-    def __enter__(self) -> None:
-        self.threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self.threads)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def measure(part: Part) -> tuple[np.ndarray, np.ndarray, bytes]:
